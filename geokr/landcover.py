@@ -1,0 +1,205 @@
+"""Land-cover products: which codes a map holds, what they mean, and how they become classes.
+
+A product is one YAML table (``geokr/products/NAME.yaml`` or a user's own). A :class:`Legend` is what a
+dataset is made with: the product's classes after merging and dropping, and a lookup from raster code to class.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from geokr.config import ConfigError, parse_yaml, read_yaml, suggestion
+
+# Values of Legend.lookup beside class indices 0..K-1. Codes are uint8 rasters at present, indices fit easily.
+NODATA = 255  # nothing known here: does not count, and another sheet may fill it
+IGNORED = 254  # known, but outside the classes (dropped or ignored): leaves the denominator
+UNKNOWN = 253  # a code the product does not have: an error
+MAX_CLASSES = 253
+
+
+@dataclass(frozen=True, slots=True)
+class LandCoverClass:
+    """One class of a dataset: its name, the raster codes that count as it, and its colour (0..255 each)."""
+
+    name: str
+    codes: tuple[int, ...]
+    rgb: tuple[int, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """A land-cover product's table.
+
+    nodata: codes that say nothing. ignore: codes with a meaning that never trains (sea, clouds).
+    filename: a pattern for its sheets' names with named groups, or None.
+    """
+
+    name: str
+    title: str
+    classes: tuple[LandCoverClass, ...]
+    nodata: frozenset[int]
+    ignore: frozenset[int]
+    filename: re.Pattern[str] | None
+    groups: Mapping[str, tuple[int, ...]]
+    licence: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Legend:
+    """The classes a dataset trains on. ``lookup[code + 32768]`` is a class index, NODATA, IGNORED or UNKNOWN.
+
+    lookup: uint8 of 98,304 entries, so that int16 and uint16 rasters (-32768..65535) index it too.
+    """
+
+    product: str
+    classes: tuple[LandCoverClass, ...]
+    lookup: np.ndarray
+
+
+LOOKUP_OFFSET = 32768
+LOOKUP_SIZE = 32768 + 65536
+
+
+def product_names() -> list[str]:
+    """The products whose tables come with the package."""
+    folder = resources.files("geokr.products")
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_product(name_or_path: str) -> Product:
+    """A packaged product by name, or a user's table by path (anything ending in .yaml or .yml).
+
+    Raises ConfigError for an unknown name (listing the known ones) or a table that lacks something.
+    """
+    if name_or_path.endswith((".yaml", ".yml")):
+        return _parse_product(read_yaml(name_or_path), name_or_path)
+    if name_or_path not in product_names():
+        raise ConfigError(
+            f"product {name_or_path!r} is not known{suggestion(name_or_path, product_names())}: "
+            f"use one of {', '.join(product_names())}, or the path of a YAML table of your own"
+        )
+    entry = resources.files("geokr.products") / f"{name_or_path}.yaml"
+    return _parse_product(parse_yaml(entry.read_text(encoding="utf-8"), str(entry)), str(entry))
+
+
+def _parse_product(table: dict[str, Any], where: str) -> Product:
+    for key in ("name", "nodata", "ignore"):
+        if key not in table:
+            raise ConfigError(f"{where}: the product table lacks {key!r}")
+    classes = _corine_classes(table) if "raster_order" in table else _plain_classes(table, where)
+    if len(classes) > MAX_CLASSES:
+        raise ConfigError(f"{where}: {len(classes)} classes, at most {MAX_CLASSES} are possible")
+    seen: dict[int, str] = {}
+    for entry in classes:
+        for code in entry.codes:
+            if code in seen:
+                raise ConfigError(f"{where}: code {code} belongs to both {seen[code]!r} and {entry.name!r}")
+            seen[code] = entry.name
+    try:
+        pattern = re.compile(table["filename"]) if table.get("filename") else None
+    except re.error as error:
+        raise ConfigError(f"{where}: filename is not a regular expression: {error}") from error
+    return Product(
+        name=str(table["name"]),
+        title=str(table.get("title", table["name"])),
+        classes=tuple(classes),
+        nodata=frozenset(table["nodata"]),
+        ignore=frozenset(table["ignore"]),
+        filename=pattern,
+        groups={str(key): tuple(value) for key, value in table.get("groups", {}).items()},
+        licence=table.get("licence"),
+    )
+
+
+def _plain_classes(table: dict[str, Any], where: str) -> list[LandCoverClass]:
+    entries = table.get("classes")
+    if not isinstance(entries, dict) or not entries:
+        raise ConfigError(f"{where}: expected `classes:`, a mapping of raster codes to {{name: ..., rgb: [...]}}")
+    classes = []
+    for index, (code, entry) in enumerate(entries.items()):
+        if not isinstance(code, int) or not isinstance(entry, dict) or "name" not in entry:
+            raise ConfigError(f"{where}: classes: entry {code!r} needs a whole number as its code and a name")
+        codes = (code, *entry.get("also", ()))
+        classes.append(LandCoverClass(str(entry["name"]), codes, _colour(entry.get("rgb"), index, where)))
+    return classes
+
+
+def _corine_classes(table: dict[str, Any]) -> list[LandCoverClass]:
+    """CORINE: three-digit codes grouped by their first digit; rasters hold either them or their rank 1..44."""
+    order: list[int] = table["raster_order"]
+    classes = []
+    for digit, entry in table["groups_by_first_digit"].items():
+        members = [code for code in order if code // 100 == digit]
+        ranks = [order.index(code) + 1 for code in members]
+        classes.append(LandCoverClass(entry["name"], (*ranks, *members), tuple(entry["rgb"])))
+    return classes
+
+
+def _colour(rgb: Any, index: int, where: str) -> tuple[int, int, int]:
+    if rgb is None:  # a product without colours: hues a golden angle apart stay distinct
+        import colorsys
+
+        r, g, b = colorsys.hsv_to_rgb((index * 0.381966) % 1.0, 0.55, 0.85)
+        return round(r * 255), round(g * 255), round(b * 255)
+    if len(rgb) != 3 or not all(isinstance(value, int) and 0 <= value <= 255 for value in rgb):
+        raise ConfigError(f"{where}: rgb {rgb!r} is not three whole numbers from 0 to 255")
+    return rgb[0], rgb[1], rgb[2]
+
+
+def build_legend(
+    product: Product,
+    merge: Mapping[str, list[str]] | None = None,
+    drop: tuple[str, ...] = (),
+    raster_nodata: float | None = None,
+) -> Legend:
+    """The product's classes after merging and dropping, in table order, and their lookup.
+
+    merge: new class name to the names of the classes it swallows; the first of them gives place and colour.
+    drop: class names that leave histogram and denominator, as the product's ignored codes do.
+    raster_nodata: the sheet's own nodata tag, joined to the table's. Where the table knows that value as a
+        class it stays nodata: the raster says so.
+    Raises ConfigError for class names the product does not have, or if nothing is left.
+    """
+    merge = merge or {}
+    names = [entry.name for entry in product.classes]
+    for name in [*drop, *(member for members in merge.values() for member in members)]:
+        if name not in names:
+            raise ConfigError(
+                f"labels: product {product.name!r} has no class {name!r}{suggestion(name, names)}; "
+                f"its classes are {', '.join(names)}"
+            )
+    target = {member: new for new, members in merge.items() for member in members}
+    if sum(len(members) for members in merge.values()) != len(target) or set(target) & set(drop):
+        raise ConfigError("labels: a class stands in more than one of labels.merge and labels.drop; keep one")
+    merged: dict[str, LandCoverClass] = {}
+    outside: set[int] = set(product.ignore)
+    for entry in product.classes:
+        codes = tuple(code for code in entry.codes if code not in product.ignore)
+        if entry.name in drop:
+            outside.update(codes)
+            continue
+        if not codes:
+            continue
+        name = target.get(entry.name, entry.name)
+        old = merged.get(name)
+        merged[name] = LandCoverClass(name, (*old.codes, *codes) if old else codes, old.rgb if old else entry.rgb)
+    if not merged:
+        raise ConfigError(f"labels: no class of product {product.name!r} is left after labels.drop")
+    lookup = np.full(LOOKUP_SIZE, UNKNOWN, np.uint8)
+    for index, entry in enumerate(merged.values()):
+        lookup[np.array(entry.codes) + LOOKUP_OFFSET] = index
+    lookup[np.array(sorted(outside), np.int64) + LOOKUP_OFFSET] = IGNORED
+    lookup[np.array(sorted(product.nodata), np.int64) + LOOKUP_OFFSET] = NODATA
+    if raster_nodata is not None and float(raster_nodata).is_integer() and -32768 <= raster_nodata <= 65535:
+        lookup[int(raster_nodata) + LOOKUP_OFFSET] = NODATA
+    return Legend(product.name, tuple(merged.values()), lookup)
+
+
+def product_file(name_or_path: str) -> str | None:
+    """The path of a user's own table, or None for a packaged product."""
+    return name_or_path if Path(name_or_path).suffix in {".yaml", ".yml"} else None

@@ -1,0 +1,1 @@
+"""Land-cover product tables, as package data."""

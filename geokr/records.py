@@ -1,0 +1,357 @@
+"""The record contract: what a shard and a manifest hold. The only module shared by packer and readers.
+
+A dataset is a folder:
+
+    train-00000.tfrecord  train-00000.idx  ...  val-00000.tfrecord  val-00000.idx  ...  manifest.json
+
+A shard is a TFRecord file: frames one after another, each
+
+    uint64  length of the payload, little-endian
+    uint32  masked CRC32C of those 8 bytes
+    bytes   payload, a tf.train.Example (geokr.example)
+    uint32  masked CRC32C of the payload
+
+An index is text, DALI's own: a line ``offset size`` a frame, both counting the whole frame.
+A record's number in its split, in shard order, is its record id.
+"""
+
+import hashlib
+import json
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from geokr import example
+
+SCHEMA = "geokr-records"
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+SPLITS = ("train", "val")
+DTYPES = ("uint8", "uint16", "int16", "float32")
+CODECS = ("jpeg", "raw")
+
+HEADER = struct.Struct("<QI")
+FOOTER = struct.Struct("<I")
+FRAME_OVERHEAD = HEADER.size + FOOTER.size
+# No tile comes near this; a length above it is damage, and nothing is allocated for it.
+MAX_PAYLOAD = 1 << 30
+
+Split = Literal["train", "val"]
+Crc32c = Callable[[bytes], int]
+
+
+class RecordError(ValueError):
+    """A dataset, shard or record that breaks the contract; the message says where and what to do."""
+
+
+# ---------------------------------------------------------------------------------------------- frames
+
+
+def mask_crc(crc: int) -> int:
+    """TFRecord's masking: rotate right by 15 bits and add a constant, so that a CRC of CRCs stays sound."""
+    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+def frame(payload: bytes, crc32c: Crc32c) -> bytes:
+    """The payload with length and masked checksums around it."""
+    length = struct.pack("<Q", len(payload))
+    return b"".join((length, FOOTER.pack(mask_crc(crc32c(length))), payload, FOOTER.pack(mask_crc(crc32c(payload)))))
+
+
+def payload_length(header: bytes, crc32c: Crc32c, where: str) -> int:
+    """Length of the payload that follows a 12-byte header. Raises RecordError if its checksum fails."""
+    if len(header) < HEADER.size:
+        raise RecordError(f"{where}: the shard ends inside a record's header; it is cut short: pack it again")
+    length, crc = HEADER.unpack(header)
+    if mask_crc(crc32c(bytes(header[:8]))) != crc:
+        raise RecordError(f"{where}: the length's checksum does not match: the shard is damaged, pack it again")
+    if length > MAX_PAYLOAD:
+        raise RecordError(f"{where}: a record of {length} bytes is beyond the format's limit of {MAX_PAYLOAD}")
+    return length
+
+
+def unframe(data: bytes | memoryview, crc32c: Crc32c, where: str) -> bytes:
+    """The payload of exactly one frame, both checksums checked. Raises RecordError that begins with ``where``."""
+    length = payload_length(bytes(data[: HEADER.size]), crc32c, where)
+    if length != len(data) - FRAME_OVERHEAD:
+        raise RecordError(
+            f"{where}: the index says {len(data)} bytes, the record {length + FRAME_OVERHEAD}: "
+            "index and shard do not belong together, pack again"
+        )
+    payload = bytes(data[HEADER.size : HEADER.size + length])
+    (crc,) = FOOTER.unpack(data[HEADER.size + length :])
+    if mask_crc(crc32c(payload)) != crc:
+        raise RecordError(f"{where}: the payload's checksum does not match: the shard is damaged, pack it again")
+    return payload
+
+
+def read_index(text: str, where: str) -> np.ndarray:
+    """A DALI text index as int64 [records, 2]: offset and size of each frame. Checks that frames follow closely."""
+    try:
+        spans = np.array([line.split() for line in text.splitlines()], np.int64).reshape(-1, 2)
+    except (ValueError, OverflowError) as error:
+        raise RecordError(f"{where}: expected two whole numbers a line ({error})") from error
+    ends = np.cumsum(spans[:, 1])
+    if len(spans) and (spans[0, 0] != 0 or (spans[1:, 0] != ends[:-1]).any() or (spans[:, 1] < FRAME_OVERHEAD).any()):
+        raise RecordError(f"{where}: the records it lists do not follow one another; it is damaged, pack again")
+    return spans
+
+
+# --------------------------------------------------------------------------------------------- records
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Record:
+    """One tile and what the land-cover map says of the ground under it.
+
+    image: encoded bytes; ``raw`` is C-order [H, W, C] of ``dtype``, little-endian. ``jpeg`` is uint8 RGB.
+    shape: (height, width, bands). fractions: float32 [classes], sum 1. valid_fraction: share of the tile's
+    ground that counted. lonlat: WGS 84 degrees of the centre. transform: pixel (column, row) to CRS as
+    (a, b, c, d, e, f): x = a*column + b*row + c, y = d*column + e*row + f. crs: WKT. date: ISO or empty.
+    """
+
+    image: bytes
+    codec: str
+    shape: tuple[int, int, int]
+    dtype: str
+    fractions: np.ndarray
+    valid_fraction: float
+    lonlat: tuple[float, float]
+    transform: tuple[float, float, float, float, float, float]
+    crs: str
+    scene_id: str
+    tile_id: str
+    date: str = ""
+
+
+def encode_record(record: Record) -> bytes:
+    """The record as a tf.train.Example; equal records give equal bytes."""
+    features: dict[str, example.Value] = {
+        "image": record.image,
+        "codec": record.codec.encode(),
+        "shape": np.array(record.shape, np.int64),
+        "dtype": record.dtype.encode(),
+        "fractions": record.fractions.astype(np.float32),
+        "valid_fraction": np.array([record.valid_fraction], np.float32),
+        "lonlat": np.array(record.lonlat, np.float32),
+        "transform": np.array(record.transform, "<f8").tobytes(),
+        "crs": record.crs.encode(),
+        "scene_id": record.scene_id.encode(),
+        "tile_id": record.tile_id.encode(),
+    }
+    if record.date:
+        features["date"] = record.date.encode()
+    return example.encode(features)
+
+
+def _text(features: Mapping[str, Any], name: str) -> str:
+    return features[name][0].decode()
+
+
+def decode_record(payload: bytes, where: str = "record") -> Record:
+    """The whole record. Raises RecordError if a feature is missing, of another kind, or makes no sense."""
+    try:
+        features: Mapping[str, Any] = example.decode(payload)
+        record = Record(
+            image=features["image"][0],
+            codec=_text(features, "codec"),
+            shape=tuple(int(n) for n in features["shape"]),  # type: ignore[arg-type]
+            dtype=_text(features, "dtype"),
+            fractions=features["fractions"],
+            valid_fraction=float(features["valid_fraction"][0]),
+            lonlat=tuple(float(x) for x in features["lonlat"]),  # type: ignore[arg-type]
+            transform=tuple(np.frombuffer(features["transform"][0], "<f8").tolist()),  # type: ignore[arg-type]
+            crs=_text(features, "crs"),
+            scene_id=_text(features, "scene_id"),
+            tile_id=_text(features, "tile_id"),
+            date=_text(features, "date") if "date" in features else "",
+        )
+    except (example.ExampleError, KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+        raise RecordError(f"{where}: not a geokr record ({type(error).__name__}: {error})") from error
+    _check_record(record, where)
+    return record
+
+
+def _check_record(record: Record, where: str) -> None:
+    fractions = record.fractions
+    checks = {
+        "codec": record.codec in CODECS,
+        "dtype": record.dtype in DTYPES,
+        "shape": len(record.shape) == 3 and all(0 < n <= 1 << 20 for n in record.shape),
+        "fractions": isinstance(fractions, np.ndarray)
+        and fractions.dtype == np.float32
+        and bool(np.isfinite(fractions).all() and (fractions >= 0).all() and abs(fractions.sum() - 1) < 1e-4),
+        "valid_fraction": 0 < record.valid_fraction <= 1.0001,
+        "lonlat": len(record.lonlat) == 2,
+        "transform": len(record.transform) == 6,
+    }
+    for name, fine in checks.items():
+        if not fine:
+            raise RecordError(f"{where}: feature {name!r} holds {getattr(record, name)!r}, which cannot be")
+    if record.codec == "raw":
+        expected = int(np.prod(record.shape, dtype=np.int64)) * np.dtype(record.dtype).itemsize
+        if len(record.image) != expected:
+            raise RecordError(f"{where}: feature 'image' holds {len(record.image)} bytes, its shape needs {expected}")
+
+
+# -------------------------------------------------------------------------------------------- manifest
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Shard(_Part):
+    """A shard file and the index beside it (same name, ``.idx``)."""
+
+    name: str = Field(pattern=r"^(train|val)-[0-9]{5,}\.tfrecord$")
+    records: int = Field(gt=0)
+    bytes: int = Field(gt=0)
+    sha256: str
+    index_sha256: str
+
+    @property
+    def index_name(self) -> str:
+        return self.name.removesuffix(".tfrecord") + ".idx"
+
+
+class SplitInfo(_Part):
+    """One split. mean, std: per band, in the record's own units, over all pixels of its tiles, from integer sums
+    where the dtype is an integer. prior: mean of its tiles' fractions."""
+
+    records: int
+    shards: tuple[Shard, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    prior: tuple[float, ...]
+
+
+class ClassInfo(_Part):
+    name: str
+    codes: tuple[int, ...]
+    rgb: tuple[int, int, int]
+
+
+class Band(_Part):
+    """A band of the tiles: its name, its 1-based number in the scene, its centre wavelength where known."""
+
+    name: str
+    number: int
+    wavelength_nm: float | None = None
+
+
+class Tile(_Part):
+    """Form of every tile: side in pixels, codec, dtype."""
+
+    size: int
+    codec: Literal["jpeg", "raw"]
+    dtype: Literal["uint8", "uint16", "int16", "float32"]
+
+
+class SceneInfo(_Part):
+    """A scene that went in: what identifies its bytes, and the stretch limits that were used on it."""
+
+    scene_id: str
+    fingerprint: str
+    date: str
+    stretch_limits: tuple[tuple[float, float], ...] | None
+    kept: int
+
+
+class Manifest(_Part):
+    """``manifest.json``. ``config`` is the packing configuration without paths, workers or hosts."""
+
+    schema_name: Literal["geokr-records"] = Field(alias="schema", default="geokr-records")
+    schema_version: Literal[1] = 1
+    product: str
+    product_title: str
+    land_cover_years: tuple[int, ...]
+    land_cover_fingerprints: tuple[str, ...]
+    classes: tuple[ClassInfo, ...]
+    bands: tuple[Band, ...]
+    tile: Tile
+    train: SplitInfo
+    val: SplitInfo
+    split_rule: str
+    counts: dict[str, int]
+    scenes: tuple[SceneInfo, ...]
+    config: dict[str, Any]
+
+    def split(self, name: Split) -> SplitInfo:
+        return self.train if name == "train" else self.val
+
+
+def dump_manifest(manifest: Manifest) -> bytes:
+    """JSON, sorted and indented, ending in a newline; equal manifests give equal bytes."""
+    tree = manifest.model_dump(mode="json", by_alias=True)
+    return (json.dumps(tree, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def load_manifest(folder: str | Path) -> Manifest:
+    """Reads ``folder/manifest.json``. Raises RecordError if it is missing, damaged, or of another version."""
+    path = Path(folder) / MANIFEST
+    if not path.is_file():
+        reason = "there is no such folder" if not Path(folder).is_dir() else f"it holds no {MANIFEST}"
+        if (Path(folder) / ".work").is_dir():
+            reason += ", but an unfinished packing run: give its command again to finish it"
+        raise RecordError(
+            f"{folder}: not a dataset: {reason}. Make one with python preprocess/pack_records.py --out {folder} ..."
+        )
+    try:
+        tree = json.loads(path.read_bytes())
+        found = (tree["schema"], tree["schema_version"])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise RecordError(f"{path}: damaged or not a geokr manifest ({error}); pack again") from error
+    if found != (SCHEMA, SCHEMA_VERSION):
+        raise RecordError(
+            f"{path}: expected schema {SCHEMA!r} version {SCHEMA_VERSION}, got {found[0]!r} version {found[1]!r}; "
+            "pack again with this version of geokr, or use the version that made it"
+        )
+    try:
+        manifest = Manifest.model_validate(tree)
+    except ValidationError as error:
+        item = error.errors()[0]
+        key = ".".join(str(part) for part in item["loc"])
+        raise RecordError(f"{path}: {key}: {item['msg']}; the manifest is damaged, pack again") from error
+    for name in SPLITS:
+        part = manifest.split(name)
+        if part.records != sum(shard.records for shard in part.shards):
+            raise RecordError(f"{path}: {name}.records does not equal the sum over its shards; pack again")
+    return manifest
+
+
+def open_index(folder: str | Path, shard: Shard) -> np.ndarray:
+    """The shard's spans, int64 [records, 2], after checking sizes, counts and the index's hash (not the payloads).
+
+    Raises RecordError: missing or truncated shard, another index, a symbolic link in place of a file.
+    """
+    path, index_path = Path(folder) / shard.name, Path(folder) / shard.index_name
+    for file in (path, index_path):
+        if file.is_symlink() or not file.is_file():
+            raise RecordError(f"{file}: missing (or not a plain file) though the manifest lists it; pack again")
+    size = path.stat().st_size
+    if size != shard.bytes:
+        raise RecordError(f"{path}: {size} bytes, the manifest says {shard.bytes}: cut short or changed; pack again")
+    data = index_path.read_bytes()
+    if hashlib.sha256(data).hexdigest() != shard.index_sha256:
+        raise RecordError(f"{index_path}: its hash is not the manifest's: damaged or changed; pack again")
+    spans = read_index(data.decode("ascii", "replace"), str(index_path))
+    if len(spans) != shard.records or int(spans[:, 1].sum()) != size:
+        raise RecordError(
+            f"{index_path}: lists {len(spans)} records of {spans[:, 1].sum()} bytes, "
+            f"the manifest says {shard.records} of {size}; pack again"
+        )
+    return spans
+
+
+def check_folder(folder: str | Path, manifest: Manifest) -> None:
+    """Raises RecordError if the folder holds a shard that the manifest does not list."""
+    listed = {shard.name for name in SPLITS for shard in manifest.split(name).shards}
+    for path in sorted(Path(folder).glob("*.tfrecord")):
+        if path.name not in listed:
+            raise RecordError(f"{path}: a shard that the manifest does not list; remove it or pack again")

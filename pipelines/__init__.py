@@ -1,0 +1,1 @@
+"""Records to batches on the training device."""

@@ -1,0 +1,1 @@
+"""Georeferenced scenes and land cover to records."""

@@ -1,0 +1,133 @@
+"""The configuration of packing, section by section. Every key's meaning is the text under it."""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from geokr.config import Options
+
+
+class TileOptions(Options):
+    size: int = Field(256, ge=8, le=8192)
+    """Side of a tile in scene pixels."""
+    step: int = Field(200, ge=1)
+    """Pixels from one tile's corner to the next. The last row and column move inward to end at the scene's edge."""
+    bands: tuple[int | str, ...] | None = (1, 2, 3)
+    """Bands that go into a tile, in this order: 1-based numbers, or the names the scene gives its bands."""
+    codec: Literal["jpeg", "raw"] = "jpeg"
+    """`jpeg`: three bands of 8 bits, small. `raw`: any bands, any depth, unchanged, large, fast to load."""
+    jpeg_quality: int = Field(95, ge=1, le=100)
+    """libjpeg's quality."""
+    jpeg_subsampling: Literal["444", "422", "420"] = "444"
+    """Chroma subsampling: `444` keeps colour at full resolution; `420` makes files smaller and packing faster."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _subsampling_as_text(cls, data: object) -> object:
+        if isinstance(data, dict) and isinstance(data.get("jpeg_subsampling"), int):
+            data = {**data, "jpeg_subsampling": str(data["jpeg_subsampling"])}
+        return data
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.step > self.size * 16:
+            raise ValueError(f"tile.step {self.step} leaves more than 15 tile sides out between tiles")
+        if self.bands is not None and not self.bands:
+            raise ValueError("tile.bands is empty; name at least one band, or null for all of them")
+        return self
+
+
+class StretchOptions(Options):
+    mode: Literal["joint", "per_band", "limits", "none"] = "joint"
+    """How values become 8 bits. `joint`: one pair of percentiles for all bands of a scene. `per_band`: a pair a
+    band. `limits`: `stretch.limits` for every scene. `none`: values stay as they are (with `tile.codec=raw`)."""
+    percentiles: tuple[float, float] = (1.0, 99.0)
+    """Percentiles of the scene's valid pixels that become 0 and 255, taken from one pixel in about 20."""
+    limits: tuple[tuple[float, float], ...] | None = None
+    """For mode `limits`: [[low, high]] for all bands, or one pair a band, in the scene's units."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        low, high = self.percentiles
+        if not 0 <= low < high <= 100:
+            raise ValueError(f"stretch.percentiles {self.percentiles}: expected 0 <= low < high <= 100")
+        if (self.mode == "limits") != (self.limits is not None):
+            raise ValueError("stretch.limits goes with stretch.mode=limits, and that mode needs it")
+        if self.limits is not None and any(low >= high for low, high in self.limits):
+            raise ValueError(f"stretch.limits {self.limits}: each pair must be [low, high] with low < high")
+        return self
+
+
+class QualityOptions(Options):
+    """A tile is judged on its stretched 8-bit preview, on the mean over bands; a rule set to null is off."""
+
+    min_brightest: float | None = 20.0
+    """Rejected as `dark` if its brightest pixel is below this grey level."""
+    dark_below: float = 20.0
+    """Grey level under which a pixel counts as dark."""
+    max_dark_fraction: float | None = Field(0.1, ge=0, le=1)
+    """Rejected as `dark_share` if more than this share of its pixels is dark."""
+    min_contrast: float | None = 0.1
+    """Rejected as `flat` if the 99th minus the 1st percentile is below this many grey levels."""
+    bright_above: float = 230.0
+    """Grey level above which a pixel counts as cloud or snow."""
+    max_bright_fraction: float | None = Field(0.5, ge=0, le=1)
+    """Rejected as `bright_share` if more than this share of its pixels is bright."""
+    min_valid_pixels: float = Field(0.9, ge=0, le=1)
+    """Rejected as `nodata` if less than this share of its pixels has data."""
+
+
+class LabelOptions(Options):
+    groups: bool = False
+    """Merge classes by the groups that the product's table defines (NLCD's nine, for example)."""
+    merge: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    """New class name to the names of the product's classes that become it."""
+    drop: tuple[str, ...] = ()
+    """Classes that leave the histogram and its denominator."""
+    min_valid_fraction: float = Field(0.5, gt=0, le=1)
+    """Rejected as `unlabelled` if less than this share of the tile's ground has a class that counts."""
+
+
+class SplitOptions(Options):
+    val_fraction: float = Field(0.1, ge=0, lt=1)
+    """Share of the Earth's blocks that is held out for validation; 0 for none."""
+    block_m: float = Field(20_000.0, gt=0)
+    """Side of a block on the ground in metres, at least two tile sides."""
+
+
+class ShardOptions(Options):
+    records: int = Field(1024, ge=1)
+    """Records in a shard; the last one of a split may hold fewer."""
+
+
+class PackOptions(Options):
+    """What decides a dataset's bytes, together with the scenes and the land cover; and `workers`, which does not."""
+
+    tile: TileOptions = TileOptions()
+    stretch: StretchOptions = StretchOptions()
+    quality: QualityOptions = QualityOptions()
+    labels: LabelOptions = LabelOptions()
+    split: SplitOptions = SplitOptions()
+    shards: ShardOptions = ShardOptions()
+    seed: int = Field(0, ge=0, lt=2**63)
+    """Decides the order of records and which blocks are held out."""
+    max_bad_fraction: float = Field(0.0, ge=0, le=1)
+    """The run fails if more than this share of the scenes cannot be used (unreadable, no CRS)."""
+    workers: int | None = Field(None, ge=0)
+    """Processes that read and encode; null for one a core, 0 to run in the caller. Does not change the bytes."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.tile.codec == "jpeg":
+            if self.tile.bands is not None and len(self.tile.bands) != 3:
+                raise ValueError(
+                    f"tile.codec=jpeg holds exactly 3 bands, tile.bands has {len(self.tile.bands)}: "
+                    "use tile.codec=raw, or three bands"
+                )
+        if self.stretch.limits is not None and self.tile.bands is not None:
+            if len(self.stretch.limits) not in (1, len(self.tile.bands)):
+                raise ValueError(
+                    f"stretch.limits has {len(self.stretch.limits)} pairs for {len(self.tile.bands)} bands: "
+                    "give one pair, or one a band"
+                )
+        return self
