@@ -8,7 +8,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -155,14 +154,12 @@ def build_legend(
     product: Product,
     merge: Mapping[str, list[str]] | None = None,
     drop: tuple[str, ...] = (),
-    raster_nodata: float | None = None,
 ) -> Legend:
     """The product's classes after merging and dropping, in table order, and their lookup.
 
     merge: new class name to the names of the classes it swallows; the first of them gives place and colour.
     drop: class names that leave histogram and denominator, as the product's ignored codes do.
-    raster_nodata: the sheet's own nodata tag, joined to the table's. Where the table knows that value as a
-        class it stays nodata: the raster says so.
+    A sheet's own nodata tag joins the table's nodata codes when the sheet is read; it wins over the table.
     Raises ConfigError for class names the product does not have, or if nothing is left.
     """
     merge = merge or {}
@@ -195,11 +192,4 @@ def build_legend(
         lookup[np.array(entry.codes) + LOOKUP_OFFSET] = index
     lookup[np.array(sorted(outside), np.int64) + LOOKUP_OFFSET] = IGNORED
     lookup[np.array(sorted(product.nodata), np.int64) + LOOKUP_OFFSET] = NODATA
-    if raster_nodata is not None and float(raster_nodata).is_integer() and -32768 <= raster_nodata <= 65535:
-        lookup[int(raster_nodata) + LOOKUP_OFFSET] = NODATA
     return Legend(product.name, tuple(merged.values()), lookup)
-
-
-def product_file(name_or_path: str) -> str | None:
-    """The path of a user's own table, or None for a packaged product."""
-    return name_or_path if Path(name_or_path).suffix in {".yaml", ".yml"} else None

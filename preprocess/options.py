@@ -88,6 +88,11 @@ class LabelOptions(Options):
     """Rejected as `unlabelled` if less than this share of the tile's ground has a class that counts."""
 
 
+class SceneOptions(Options):
+    nodata: float | None = None
+    """Value that means no data in scenes whose files do not name one (often 0)."""
+
+
 class SplitOptions(Options):
     val_fraction: float = Field(0.1, ge=0, lt=1)
     """Share of the Earth's blocks that is held out for validation; 0 for none."""
@@ -103,6 +108,7 @@ class ShardOptions(Options):
 class PackOptions(Options):
     """What decides a dataset's bytes, together with the scenes and the land cover; and `workers`, which does not."""
 
+    scene: SceneOptions = SceneOptions()
     tile: TileOptions = TileOptions()
     stretch: StretchOptions = StretchOptions()
     quality: QualityOptions = QualityOptions()
@@ -118,16 +124,14 @@ class PackOptions(Options):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.tile.codec == "jpeg":
-            if self.tile.bands is not None and len(self.tile.bands) != 3:
-                raise ValueError(
-                    f"tile.codec=jpeg holds exactly 3 bands, tile.bands has {len(self.tile.bands)}: "
-                    "use tile.codec=raw, or three bands"
-                )
-        if self.stretch.limits is not None and self.tile.bands is not None:
-            if len(self.stretch.limits) not in (1, len(self.tile.bands)):
-                raise ValueError(
-                    f"stretch.limits has {len(self.stretch.limits)} pairs for {len(self.tile.bands)} bands: "
-                    "give one pair, or one a band"
-                )
+        if self.tile.codec == "jpeg" and self.tile.bands is not None and len(self.tile.bands) != 3:
+            raise ValueError(
+                f"tile.codec=jpeg holds exactly 3 bands, tile.bands has {len(self.tile.bands)}: "
+                "use tile.codec=raw, or three bands"
+            )
+        pairs = len(self.stretch.limits or ())
+        if pairs and self.tile.bands is not None and pairs not in (1, len(self.tile.bands)):
+            raise ValueError(
+                f"stretch.limits has {pairs} pairs for {len(self.tile.bands)} bands: give one pair, or one a band"
+            )
         return self

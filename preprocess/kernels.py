@@ -1,0 +1,198 @@
+"""Numba kernels: arrays in, arrays out, no policy. Serial and without the GIL; parallelism is processes.
+
+Legend of shapes: C bands, H rows, W columns, T tiles, K classes, S grey-level sums (255 * C + 1).
+"""
+
+import numpy as np
+from numba import njit
+
+_JIT = {"nogil": True, "cache": True, "fastmath": False}
+
+
+@njit(**_JIT)
+def stretch_to_uint8(pixels_CHW, limits_C2, valid_HW):
+    """Grey levels uint8 [H, W, C]: (v - low) / (high - low) * 255, clipped to 0..255, truncated; 0 without data.
+
+    limits_C2: float64 (low, high) a band, low < high. valid_HW: uint8, 0 where the pixel has no data.
+    """
+    bands, height, width = pixels_CHW.shape
+    grey_HWC = np.empty((height, width, bands), np.uint8)
+    for c in range(bands):
+        low, high = limits_C2[c, 0], limits_C2[c, 1]
+        scale = 255.0 / (high - low)
+        for y in range(height):
+            for x in range(width):
+                value = (np.float64(pixels_CHW[c, y, x]) - low) * scale
+                # the comparisons are false for NaN, which therefore becomes 0
+                level = np.uint8(0)
+                if valid_HW[y, x] and value > 0.0:
+                    level = np.uint8(255) if value >= 255.0 else np.uint8(value)
+                grey_HWC[y, x, c] = level
+    return grey_HWC
+
+
+@njit(**_JIT)
+def interleave(pixels_CHW, valid_HW):
+    """The same values as [H, W, C], 0 where the pixel has no data."""
+    bands, height, width = pixels_CHW.shape
+    pixels_HWC = np.empty((height, width, bands), pixels_CHW.dtype)
+    for c in range(bands):
+        for y in range(height):
+            for x in range(width):
+                pixels_HWC[y, x, c] = pixels_CHW[c, y, x] if valid_HW[y, x] else 0
+    return pixels_HWC
+
+
+@njit(**_JIT)
+def valid_pixels(pixels_CHW, nodata_C, has_nodata_C):
+    """uint8 [H, W]: 0 where every band holds its nodata value, or any band is NaN or infinite.
+
+    A band without a nodata value always holds data, so that a dark water pixel whose blue happens to equal
+    nodata stays.
+    """
+    bands, height, width = pixels_CHW.shape
+    valid_HW = np.empty((height, width), np.uint8)
+    for y in range(height):
+        for x in range(width):
+            data, finite = False, True
+            for c in range(bands):
+                value = np.float64(pixels_CHW[c, y, x])
+                finite = finite and np.isfinite(value)
+                data = data or not has_nodata_C[c] or value != nodata_C[c]
+            valid_HW[y, x] = 1 if data and finite else 0
+    return valid_HW
+
+
+@njit(**_JIT)
+def grey_sum_histogram(grey_HWC):
+    """How many pixels have each sum over bands, int64 [S]; the mean grey level is the sum divided by C."""
+    height, width, bands = grey_HWC.shape
+    histogram_S = np.zeros(255 * bands + 1, np.int64)
+    for y in range(height):
+        for x in range(width):
+            total = 0
+            for c in range(bands):
+                total += grey_HWC[y, x, c]
+            histogram_S[total] += 1
+    return histogram_S
+
+
+@njit(**_JIT)
+def integer_sums(pixels_HWC):
+    """Sum and sum of squares of each band, int64 [2, C]: exact, so any order of adding gives the same."""
+    height, width, bands = pixels_HWC.shape
+    sums_2C = np.zeros((2, bands), np.int64)
+    for y in range(height):
+        for x in range(width):
+            for c in range(bands):
+                value = np.int64(pixels_HWC[y, x, c])
+                sums_2C[0, c] += value
+                sums_2C[1, c] += value * value
+    return sums_2C
+
+
+@njit(**_JIT)
+def float_sums(pixels_HWC):
+    """Sum and sum of squares of each band, float64 [2, C], added row by row."""
+    height, width, bands = pixels_HWC.shape
+    sums_2C = np.zeros((2, bands), np.float64)
+    for y in range(height):
+        for x in range(width):
+            for c in range(bands):
+                value = np.float64(pixels_HWC[y, x, c])
+                sums_2C[0, c] += value
+                sums_2C[1, c] += value * value
+    return sums_2C
+
+
+@njit(**_JIT)
+def gather_labels(
+    labels_HW,
+    nodata,
+    lattice_LL2,
+    spacing,
+    codes_hw,
+    lookup,
+    lookup_offset,
+    first,
+    period,
+    lonlat_LL2,
+    domain,
+    use_domain,
+):
+    """Fills pixels of ``labels_HW`` (uint8, in place) that are still ``nodata`` from one land-cover sheet.
+
+    lattice_LL2: sheet pixel coordinates (column, row) at every ``spacing``-th corner of the label grid; between
+        them they are interpolated bilinearly, at pixel centres. NaN marks ground the sheet's CRS cannot express.
+    codes_hw: the sheet's codes from pixel ``first`` = (column, row) on. lookup: class of code + lookup_offset.
+    period: columns after which the sheet repeats (360 degrees), 0 if it does not.
+    lonlat_LL2, domain: longitudes and latitudes like the lattice, and (west, south, east, north): with
+        ``use_domain`` only pixels inside are filled; west > east means across the antimeridian.
+    """
+    height, width = labels_HW.shape
+    sheet_height, sheet_width = codes_hw.shape
+    for y in range(height):
+        j = y // spacing
+        v = (y + 0.5 - j * spacing) / spacing
+        for x in range(width):
+            if labels_HW[y, x] != nodata:
+                continue
+            i = x // spacing
+            u = (x + 0.5 - i * spacing) / spacing
+            w00, w01, w10, w11 = (1 - u) * (1 - v), u * (1 - v), (1 - u) * v, u * v
+            if use_domain:
+                lon = (
+                    w00 * lonlat_LL2[j, i, 0]
+                    + w01 * lonlat_LL2[j, i + 1, 0]
+                    + w10 * lonlat_LL2[j + 1, i, 0]
+                    + w11 * lonlat_LL2[j + 1, i + 1, 0]
+                )
+                lat = (
+                    w00 * lonlat_LL2[j, i, 1]
+                    + w01 * lonlat_LL2[j, i + 1, 1]
+                    + w10 * lonlat_LL2[j + 1, i, 1]
+                    + w11 * lonlat_LL2[j + 1, i + 1, 1]
+                )
+                east = (lon - domain[0]) % 360.0
+                if not (east < domain[2] - domain[0] and domain[1] <= lat < domain[3]):
+                    continue
+            column = (
+                w00 * lattice_LL2[j, i, 0]
+                + w01 * lattice_LL2[j, i + 1, 0]
+                + w10 * lattice_LL2[j + 1, i, 0]
+                + w11 * lattice_LL2[j + 1, i + 1, 0]
+            ) - first[0]
+            row = (
+                w00 * lattice_LL2[j, i, 1]
+                + w01 * lattice_LL2[j, i + 1, 1]
+                + w10 * lattice_LL2[j + 1, i, 1]
+                + w11 * lattice_LL2[j + 1, i + 1, 1]
+            ) - first[1]
+            if not (np.isfinite(column) and np.isfinite(row)):
+                continue
+            if period > 0:
+                column = column % period
+            c, r = int(np.floor(column)), int(np.floor(row))
+            if 0 <= c < sheet_width and 0 <= r < sheet_height:
+                labels_HW[y, x] = lookup[np.int64(codes_hw[r, c]) + lookup_offset]
+
+
+@njit(**_JIT)
+def tile_histograms(labels_HW, valid_HW, origins_T2, size, kx, ky):
+    """Labels under each tile, int64 [T, 256]: how many sub-pixels of valid scene pixels hold each label value.
+
+    labels_HW: uint8 at kx by ky sub-pixels a scene pixel. valid_HW: uint8 a scene pixel.
+    origins_T2: first (column, row) of each tile in scene pixels of the same window.
+    """
+    tiles = origins_T2.shape[0]
+    counts = np.zeros((tiles, 256), np.int64)
+    for t in range(tiles):
+        left, top = origins_T2[t, 0], origins_T2[t, 1]
+        for y in range(top, top + size):
+            for x in range(left, left + size):
+                if not valid_HW[y, x]:
+                    continue
+                for sy in range(y * ky, y * ky + ky):
+                    for sx in range(x * kx, x * kx + kx):
+                        counts[t, labels_HW[sy, sx]] += 1
+    return counts

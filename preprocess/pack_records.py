@@ -1,0 +1,136 @@
+"""Packs georeferenced scenes and a land-cover map into records for pretraining.
+
+    python preprocess/pack_records.py --scenes 'scenes/*.tif' --land-cover 'landcover/*.tif' \\
+        --product globeland30 --out out/records tile.size=256 tile.step=200
+
+The same command again finds the dataset made and writes nothing; cut short, it goes on where it was.
+"""
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):  # run as a file: the folder on the path must be the project's, not this one
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from tqdm import tqdm
+
+from geokr import config
+from geokr.landcover import product_names
+from geokr.records import RecordError
+from preprocess import report
+from preprocess.engine import WorkerLost
+from preprocess.labels import LabelError
+from preprocess.options import PackOptions
+from preprocess.pack import Packed, PackError, pack
+from preprocess.plan import Plan, PlanError, make_plan
+from preprocess.raster import RasterError
+
+USER_ERRORS = (config.ConfigError, PlanError, RasterError, LabelError, PackError, RecordError, WorkerLost, OSError)
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        prog="pack_records.py",
+        description="Scenes and land cover to records. Bare key=value arguments override the configuration; "
+        "docs/configuration.md lists the keys.",
+    )
+    made.add_argument("--scenes", nargs="+", required=True, metavar="PATTERN", help="files, globs, or @list.txt")
+    made.add_argument("--land-cover", nargs="+", required=True, metavar="PATTERN", help="the map's sheets, likewise")
+    made.add_argument("--product", required=True, help=f"{', '.join(product_names())}, or a YAML table of your own")
+    made.add_argument("--out", required=True, type=Path, help="folder of the dataset")
+    made.add_argument("--config", help="YAML file; the overrides come on top")
+    made.add_argument("--dry-run", action="store_true", help="plan, say what it would need, write nothing")
+    return made
+
+
+class Bars:
+    """Progress bars on standard error, one a phase, with rate and time left."""
+
+    def __init__(self) -> None:
+        self.phase, self.bar = "", None
+
+    def __call__(self, phase: str, done: int, total: int) -> None:
+        if phase != self.phase:
+            self.close()
+            self.phase = phase
+            self.bar = tqdm(total=total, initial=done, desc=phase, unit=" tiles" if phase != "stretch limits" else "")
+        elif self.bar is not None:
+            self.bar.update(done - self.bar.n)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def _terminated(signum: int, frame: Any) -> None:
+    raise SystemExit(128 + signum)
+
+
+def describe(plan: Plan) -> str:
+    """What a dry run says."""
+    size = plan.options.tile.size
+    itemsize = {"uint8": 1, "uint16": 2, "int16": 2, "float32": 4}[plan.dtype]
+    raw = plan.tiles * size * size * len(plan.bands) * itemsize
+    # JPEG at quality 95 and 4:4:4 stays under half of the raw bytes on imagery
+    bound = raw if plan.options.tile.codec == "raw" else raw // 2
+    lines = [
+        f"{len(plan.tasks)} scenes, {len(plan.sheets)} land-cover sheets, {plan.tiles} tile positions in "
+        f"{sum(len(task.chunks) for task in plan.tasks)} chunks",
+        f"bands: {', '.join(f'{band.number} {band.name}' for band in plan.bands)}; tiles of {plan.dtype}",
+        f"classes: {', '.join(entry.name for entry in plan.legend.classes)}",
+        f"disk: at most {report.size(bound)} of spill while packing, and as much again for the records",
+    ]
+    return "\n".join(lines)
+
+
+def run(arguments: Sequence[str]) -> int:
+    others, overrides = config.split_overrides(arguments)
+    chosen = parser().parse_args(others)
+    options = config.load(PackOptions, chosen.config, overrides)
+    plan = make_plan(chosen.scenes, chosen.land_cover, chosen.product, options)
+    if chosen.dry_run:
+        print(describe(plan))
+        return 0
+    for scene_id, reason in plan.rejected.items():
+        print(f"left out: {scene_id} ({reason})", file=sys.stderr)
+    chosen.out.mkdir(parents=True, exist_ok=True)
+    bars = Bars()
+    try:
+        packed: Packed = pack(plan, chosen.out, bars)
+    finally:
+        bars.close()
+    if not packed.written:
+        print(f"{chosen.out}: already holds this dataset, nothing to do")
+    print(report.summary(packed.manifest, packed.seconds if packed.written else None))
+    for warning in report.warnings(packed.manifest):
+        print(f"warning: {warning}", file=sys.stderr)
+    print(
+        f"\nrecords: {chosen.out}\nnext: python -m geokr.pretrain --config configs/geokr_resnet50.yaml "
+        f"data.records={chosen.out} run.dir=out/run"
+    )
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        return run(sys.argv[1:] if arguments is None else arguments)
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    except USER_ERRORS as error:
+        if os.environ.get("GEOKR_TRACEBACK"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        if isinstance(error, OSError):
+            print("what is finished is kept; the same command goes on from here", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

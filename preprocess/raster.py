@@ -1,0 +1,273 @@
+"""Reading rasters: the only module that touches GDAL (through rasterio).
+
+Everything that leaves it is plain data, so a task for another process or machine carries paths, never handles.
+"""
+
+import hashlib
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import rasterio
+from rasterio.crs import CRS
+from rasterio.enums import ColorInterp, MaskFlags
+from rasterio.errors import CRSError, RasterioError, RasterioIOError
+from rasterio.warp import transform as warp_points
+from rasterio.windows import Window
+
+from preprocess.grid import Grid
+
+# First bytes to the only driver that may open such a file. A file that merely pretends to be an image, such as a
+# VRT or WMS description named .tif, could make GDAL read other files or the network.
+SIGNATURES = {
+    b"II*\x00": "GTiff",
+    b"MM\x00*": "GTiff",
+    b"II+\x00": "GTiff",  # BigTIFF
+    b"MM\x00+": "GTiff",
+    b"\x00\x00\x00\x0cjP  ": "JP2OpenJPEG",
+    b"\xffO\xffQ": "JP2OpenJPEG",  # a bare codestream
+}
+SCENE_DTYPES = ("uint8", "uint16", "int16", "float32")
+SHEET_DTYPES = ("uint8", "uint16", "int16")
+
+ENVIRONMENT: dict[str, Any] = {
+    "GDAL_CACHEMAX": 64 << 20,  # bytes; the default is 5 % of the machine's memory for every process
+    "GDAL_NUM_THREADS": "1",  # processes are the parallelism; a second level only makes them wait
+    "GDAL_PAM_ENABLED": "YES",  # masks and tags may lie beside the file
+    "OGR_CT_FORCE_TRADITIONAL_GIS_ORDER": "YES",  # longitude before latitude in every geographic CRS
+    "GDAL_HTTP_MAX_RETRY": "0",  # nothing here reads from a network
+}
+
+
+class RasterError(ValueError):
+    """A raster that cannot be used; ``reason`` is a short key to count by."""
+
+    def __init__(self, message: str, reason: str = "unreadable") -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """What planning needs to know of a scene. ``crs`` is WKT; ``nodata`` one value a band or None.
+
+    masked: whether a mask or alpha band says which pixels hold data. date: ISO or empty.
+    """
+
+    path: str
+    scene_id: str
+    grid: Grid
+    crs: str
+    dtype: str
+    band_names: tuple[str, ...]
+    wavelengths_nm: tuple[float | None, ...]
+    nodata: tuple[float | None, ...]
+    masked: bool
+    date: str
+    fingerprint: str
+
+
+@dataclass(frozen=True, slots=True)
+class Sheet:
+    """A land-cover raster. geographic: whether its columns are longitudes. year: from its name, or None."""
+
+    path: str
+    name: str
+    grid: Grid
+    crs: str
+    geographic: bool
+    nodata: float | None
+    fingerprint: str
+
+
+@contextmanager
+def environment() -> Iterator[None]:
+    """GDAL's options for everything here; cheap, and may be nested."""
+    with rasterio.Env(**ENVIRONMENT):
+        yield
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[Any]:
+    """The dataset, or RasterError saying what is wrong with the file."""
+    if path.startswith("/vsi") or "://" in path:
+        raise RasterError(f"{path}: only local files are read; copy it here first", "remote")
+    if not Path(path).is_file():
+        raise RasterError(f"{path}: there is no such file", "missing")
+    with open(path, "rb") as file:
+        start = file.read(8)
+    driver = next((name for signature, name in SIGNATURES.items() if start.startswith(signature)), None)
+    if driver is None:
+        raise RasterError(f"{path}: is neither GeoTIFF nor JPEG 2000; convert it with gdal_translate", "format")
+    try:
+        with environment(), rasterio.open(path, driver=driver) as dataset:
+            yield dataset
+    except RasterioIOError as error:
+        raise RasterError(
+            f"{path}: cannot be read as GeoTIFF or JPEG 2000 ({error}); check that the file is whole"
+        ) from error
+    except RasterioError as error:
+        raise RasterError(f"{path}: {error}") from error
+
+
+def fingerprint(path: str) -> str:
+    """Identifies a file's content cheaply: its size and a hash of its first and last 256 KiB."""
+    size = Path(path).stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with open(path, "rb") as file:
+        digest.update(file.read(256 << 10))
+        file.seek(max(0, size - (256 << 10)))
+        digest.update(file.read())
+    return f"{size}-{digest.hexdigest()[:24]}"
+
+
+def _crs(dataset: Any, path: str) -> str:
+    if dataset.crs is None:
+        hint = "ground control points alone" if dataset.gcps[0] else "RPCs alone" if dataset.rpcs else "no CRS"
+        raise RasterError(f"{path}: has {hint}; warp it to a CRS first (gdalwarp -t_srs EPSG:...)", "no_crs")
+    if dataset.transform.is_identity:
+        raise RasterError(f"{path}: has a CRS but no geotransform; georeference it first", "no_crs")
+    return dataset.crs.to_wkt()
+
+
+def _grid(dataset: Any, path: str) -> Grid:
+    t = dataset.transform
+    try:
+        return Grid(dataset.width, dataset.height, (t.a, t.b, t.c, t.d, t.e, t.f))
+    except ValueError as error:
+        raise RasterError(f"{path}: {error}", "no_crs") from error
+
+
+def _band_names(dataset: Any) -> tuple[str, ...]:
+    """Descriptions, else colours (red, green, ...), else band_N; made unique."""
+    names = []
+    for number in range(1, dataset.count + 1):
+        colour = dataset.colorinterp[number - 1]
+        known = {ColorInterp.red, ColorInterp.green, ColorInterp.blue, ColorInterp.alpha}
+        name = (dataset.descriptions[number - 1] or "").strip() or (colour.name if colour in known else "")
+        names.append(name if name and name not in names else f"band_{number}")
+    return tuple(names)
+
+
+_DATE_TAGS = ("TIFFTAG_DATETIME", "ACQUISITIONDATETIME", "ACQUISITION_DATE", "DATE_ACQUIRED", "datetime")
+_TAG_DATE = re.compile(r"(19[7-9]\d|20\d\d)[-:/]?(0[1-9]|1[0-2])[-:/]?(0[1-9]|[12]\d|3[01])")
+# in a name the date must stand alone: no digits around it
+_NAME_DATE = re.compile(r"(?<!\d)(19[7-9]\d|20\d\d)(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])(?!\d)")
+
+
+def _date(dataset: Any, path: str) -> str:
+    """ISO date of acquisition from the tags, else from the file's name, else empty."""
+    tags = {**dataset.tags(), **dataset.tags(ns="IMAGERY")}
+    for tag in _DATE_TAGS:
+        if match := _TAG_DATE.search(str(tags.get(tag, ""))):
+            return "-".join(match.groups())
+    match = _NAME_DATE.search(Path(path).stem)
+    return "-".join(match.groups()) if match else ""
+
+
+def _wavelengths(dataset: Any) -> tuple[float | None, ...]:
+    """Centre wavelengths in nanometres from the bands' tags (GDAL's IMAGERY domain, in micrometres)."""
+    found: list[float | None] = []
+    for number in range(1, dataset.count + 1):
+        text = dataset.tags(number, ns="IMAGERY").get("CENTRAL_WAVELENGTH_UM")
+        try:
+            found.append(round(float(text) * 1000, 3) if text else None)
+        except ValueError:
+            found.append(None)
+    return tuple(found)
+
+
+def read_scene(path: str, scene_id: str, nodata: float | None = None) -> Scene:
+    """A scene's header. nodata: value to take where the file names none. Raises RasterError."""
+    with _opened(path) as dataset:
+        dtypes = set(dataset.dtypes)
+        if len(dtypes) != 1 or not dtypes <= set(SCENE_DTYPES):
+            raise RasterError(
+                f"{path}: bands of {', '.join(sorted(dtypes))}; expected one of {', '.join(SCENE_DTYPES)} for all: "
+                "convert with gdal_translate -ot",
+                "dtype",
+            )
+        flags = dataset.mask_flag_enums[0]
+        masked = MaskFlags.per_dataset in flags or ColorInterp.alpha in dataset.colorinterp
+        values = tuple(nodata if value is None else value for value in dataset.nodatavals)
+        return Scene(
+            path=path,
+            scene_id=scene_id,
+            grid=_grid(dataset, path),
+            crs=_crs(dataset, path),
+            dtype=dtypes.pop(),
+            band_names=_band_names(dataset),
+            wavelengths_nm=_wavelengths(dataset),
+            nodata=values,
+            masked=masked,
+            date=_date(dataset, path),
+            fingerprint=fingerprint(path),
+        )
+
+
+def read_sheet(path: str) -> Sheet:
+    """A land-cover sheet's header. Raises RasterError for more than one band or a dtype that holds no codes."""
+    with _opened(path) as dataset:
+        if dataset.count != 1 or dataset.dtypes[0] not in SHEET_DTYPES:
+            raise RasterError(
+                f"{path}: {dataset.count} band(s) of {dataset.dtypes[0]}; a land-cover sheet has one band of "
+                f"{', '.join(SHEET_DTYPES)} with class codes"
+            )
+        crs = _crs(dataset, path)
+        return Sheet(
+            path=path,
+            name=Path(path).name,
+            grid=_grid(dataset, path),
+            crs=crs,
+            geographic=dataset.crs.is_geographic,
+            nodata=dataset.nodata,
+            fingerprint=fingerprint(path),
+        )
+
+
+def read_pixels(scene: Scene, bands: Sequence[int], window: tuple[int, int, int, int]) -> tuple[np.ndarray, Any]:
+    """Pixels [C, H, W] of 1-based ``bands`` in (column, row, width, height), and the file's mask.
+
+    The mask is uint8 [H, W], 0 where a mask or alpha band says there is no data, or None if the file has neither.
+    Raises RasterError if the file turns out to be damaged there.
+    """
+    area = Window(*window)  # type: ignore[call-arg]
+    with _opened(scene.path) as dataset:
+        pixels = dataset.read(list(bands), window=area)
+        mask = dataset.dataset_mask(window=area) if scene.masked else None
+    return pixels, mask
+
+
+def read_codes(sheet: Sheet, window: tuple[int, int, int, int]) -> np.ndarray:
+    """Class codes [H, W] of a sheet in (column, row, width, height). Raises RasterError if it is damaged there."""
+    with _opened(sheet.path) as dataset:
+        return dataset.read(1, window=Window(*window))  # type: ignore[call-arg]
+
+
+def transform_points(source: str, target: str, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Coordinates in another CRS (both WKT or EPSG:..), float64, NaN where the target cannot express a point.
+
+    Geographic coordinates are longitude, latitude in degrees.
+    """
+    if source == target:
+        return np.array(x, np.float64), np.array(y, np.float64)
+    shape = np.shape(x)
+    try:
+        with environment():
+            tx, ty = warp_points(_parsed(source), _parsed(target), np.ravel(x), np.ravel(y))
+    except CRSError as error:
+        raise RasterError(f"no way from the CRS {source[:80]} to {target[:80]}: {error}", "no_crs") from error
+    tx, ty = np.array(tx, np.float64).reshape(shape), np.array(ty, np.float64).reshape(shape)
+    lost = ~(np.isfinite(tx) & np.isfinite(ty))
+    tx[lost] = ty[lost] = np.nan
+    return tx, ty
+
+
+def _parsed(crs: str, _cache: dict[str, CRS] = {}) -> CRS:  # noqa: B006 - the default is the cache
+    if crs not in _cache:
+        _cache[crs] = CRS.from_user_input(crs)
+    return _cache[crs]

@@ -1,0 +1,77 @@
+"""What a packing run says at its end."""
+
+from collections.abc import Sequence
+
+from geokr.records import SPLITS, Manifest
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows as text: the first column to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  " + "  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def size(count: float) -> str:
+    """A number of bytes for people."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
+
+
+def summary(manifest: Manifest, seconds: float | None) -> str:
+    """Counts, rejections by reason, class shares of train and validation, bytes, and the rate if it is known."""
+    counts = manifest.counts
+    total = sum(shard.bytes for name in SPLITS for shard in manifest.split(name).shards)
+    rows = [
+        ["scenes", str(counts["scenes"])],
+        ["  left out", str(counts["scenes_rejected"] + counts["scenes_without_land_cover"])],
+        ["tile positions", str(counts["positions"])],
+        ["  kept", str(counts["kept"])],
+    ]
+    for name, count in counts.items():
+        if name.startswith("rejected_") and count:
+            rows.append([f"  rejected: {name.removeprefix('rejected_')}", str(count)])
+    rows += [
+        ["train / validation", f"{manifest.train.records} / {manifest.val.records}"],
+        ["shards", str(len(manifest.train.shards) + len(manifest.val.shards))],
+        ["bytes", size(total)],
+    ]
+    if seconds:
+        rows.append(["positions a second", f"{counts['positions'] / seconds:.0f}"])
+    shares = [["class", "train", "validation"]]
+    for i, entry in enumerate(manifest.classes):
+        values = [manifest.split(name).prior for name in SPLITS]
+        if any(prior and prior[i] > 0 for prior in values):
+            shares.append([entry.name, *(f"{prior[i]:.2%}" if prior else "-" for prior in values)])
+    return table(rows) + "\n\n" + table(shares)
+
+
+def warnings(manifest: Manifest) -> list[str]:
+    """Things that are allowed but probably not meant."""
+    found = []
+    wanted = manifest.config["split"]["val_fraction"]
+    share = manifest.val.records / max(1, manifest.counts["kept"])
+    if wanted and not wanted / 2 <= share <= wanted * 1.5:
+        found.append(
+            f"validation holds {share:.1%} of the tiles, split.val_fraction asked for {wanted:.1%}: the scenes cover "
+            f"few blocks of {manifest.config['split']['block_m']:g} m; smaller blocks or another seed come closer"
+        )
+    absent = [
+        entry.name
+        for entry, train, val in zip(
+            manifest.classes, manifest.train.prior, manifest.val.prior or manifest.train.prior, strict=True
+        )
+        if val > 0.01 and train == 0
+    ]
+    if absent:
+        found.append(f"classes in validation that training never sees: {', '.join(absent)}")
+    return found

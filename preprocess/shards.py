@@ -1,0 +1,89 @@
+"""Writing files that are either whole or absent, and shards of TFRecord frames with their indexes."""
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import google_crc32c
+
+from geokr import records
+from geokr.records import RecordError, Shard, Split
+
+
+def crc32c(data: bytes) -> int:
+    """CRC-32C (Castagnoli) in hardware."""
+    return google_crc32c.value(data)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames in a folder survive a power failure."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file that appears under its name only when all of it is on disk; replaces an older one at once."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """``data`` as a whole file."""
+    with whole_file(path) as file:
+        file.write(data)
+
+
+def write_shard(folder: Path, split: Split, number: int, frames: Iterable[bytes]) -> Shard:
+    """Writes ``split-number.tfrecord`` and its index from whole frames; returns their entry in the manifest."""
+    name = f"{split}-{number:05d}.tfrecord"
+    digest = hashlib.sha256()
+    lines, at = [], 0
+    with whole_file(folder / name) as file:
+        for frame in frames:
+            file.write(frame)
+            digest.update(frame)
+            lines.append(f"{at} {len(frame)}\n")
+            at += len(frame)
+    index = "".join(lines).encode()
+    shard = Shard(
+        name=name,
+        records=len(lines),
+        bytes=at,
+        sha256=digest.hexdigest(),
+        index_sha256=hashlib.sha256(index).hexdigest(),
+    )
+    write_whole(folder / shard.index_name, index)
+    return shard
+
+
+def read_frames(path: Path) -> Iterator[tuple[int, bytes]]:
+    """(offset, payload) of every record of a shard in order, both checksums checked, without the index.
+
+    Raises RecordError naming file, record and offset at the first damage; what follows cannot be trusted.
+    """
+    with open(path, "rb") as file:
+        offset = number = 0
+        while header := file.read(records.HEADER.size):
+            where = f"{path}: record {number} at byte {offset}"
+            length = records.payload_length(header, crc32c, where)
+            rest = file.read(length + records.FOOTER.size)
+            if len(rest) != length + records.FOOTER.size:
+                raise RecordError(f"{where}: the shard ends inside it: it is cut short, pack it again")
+            yield offset, records.unframe(header + rest, crc32c, where)
+            offset += len(header) + len(rest)
+            number += 1
