@@ -12,24 +12,24 @@ Range = tuple[float, float]
 class RunOptions(Options):
     dir: str = "out/run"
     """Folder of the run: metrics, checkpoints, TensorBoard, resolved configuration."""
-    seed: int = Field(0, ge=0, lt=2**63)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     """Decides initial weights, the order of samples and every augmentation."""
 
 
 class DataOptions(Options):
     records: str | None = None
     """Folder that pack_records.py wrote."""
-    image_size: int | None = Field(None, ge=8)
+    image_size: int | None = Field(default=None, ge=8)
     """Side of the images the model sees; null for the tiles' own. Smaller: the whole tile is resized by area."""
-    global_batch: int = Field(256, ge=2)
+    global_batch: int = Field(default=256, ge=2)
     """Samples an optimizer step sees, over all processes and accumulation steps."""
     loader: Literal["auto", "dali", "torch", "synthetic"] = "auto"
     """`auto`: DALI where it is installed, else torch. `synthetic`: one random batch, to time the step alone."""
-    threads: int | None = Field(None, ge=1)
+    threads: int | None = Field(default=None, ge=1)
     """Host threads for reading, decoding and augmenting in each process; null for a share of the cores."""
-    prefetch: int = Field(2, ge=1)
+    prefetch: int = Field(default=2, ge=1)
     """Batches that are prepared ahead."""
-    read_timeout_s: float = Field(120.0, gt=0)
+    read_timeout_s: float = Field(default=120.0, gt=0)
     """A read that takes longer than this stops the run with the shard's name."""
 
 
@@ -38,7 +38,7 @@ class AugmentOptions(Options):
 
     dihedral: bool = True
     """One of the square's eight symmetries, each equally likely."""
-    colour_probability: float = Field(0.8, ge=0, le=1)
+    colour_probability: float = Field(default=0.8, ge=0, le=1)
     """Share of the images whose colours are changed."""
     brightness: Range = (0.7, 1.3)
     """Factor on all values."""
@@ -63,7 +63,7 @@ class ModelOptions(Options):
     """Band names the model takes, in this order; null for all of the dataset's."""
     init: str = "random"
     """`random`, `imagenet` (timm's weights, the first convolution adapted to other bands), or a weights file."""
-    drop_path: float = Field(0.0, ge=0, lt=1)
+    drop_path: float = Field(default=0.0, ge=0, lt=1)
     """Stochastic depth of the student, where the architecture has it."""
     normalisation: Literal["dataset", "published"] = "dataset"
     """`dataset`: the training tiles' mean and std. `published`: values scaled to 0..1 and no more."""
@@ -76,13 +76,13 @@ class MethodOptions(Options):
     """`kl`: KL(target || student). `published`: cross-entropy divided by the number of classes."""
     consistency: Literal["kl", "published", "none"] = "kl"
     """`kl`: KL(teacher || student). `published`: cross-entropy of the teacher under the student, over classes."""
-    consistency_weight: float = Field(0.5, ge=0)
+    consistency_weight: float = Field(default=0.5, ge=0)
     """Weight of the consistency loss beside the supervision loss."""
     teacher_init: Literal["copy", "random"] = "copy"
     """The teacher at step 0: the student's copy, or a head of its own on the student's backbone weights."""
     teacher_mode: Literal["eval", "train"] = "eval"
     """Whether the teacher's batch norm uses its running statistics or the batch's."""
-    teacher_alpha: float = Field(0.996, ge=0, lt=1)
+    teacher_alpha: float = Field(default=0.996, ge=0, lt=1)
     """Share of itself that the teacher keeps at a move."""
     teacher_ramp: bool = True
     """Alpha is at most 1 - 1/(t+1) at the t-th move, so that an early teacher is the mean of its students."""
@@ -95,36 +95,36 @@ class MethodOptions(Options):
 class OptimOptions(Options):
     name: Literal["adam", "adamw", "sgd", "lamb"] = "adamw"
     """The optimizer."""
-    lr: float = Field(1e-3, gt=0)
+    lr: float = Field(default=1e-3, gt=0)
     """Peak learning rate."""
-    weight_decay: float = Field(0.05, ge=0)
+    weight_decay: float = Field(default=0.05, ge=0)
     """Decoupled for adamw and lamb, added to the gradient for adam and sgd."""
     decay_norm_bias: bool = False
     """Whether norms' parameters and biases decay too."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Moments of adam, adamw and lamb."""
-    eps: float = Field(1e-8, gt=0)
+    eps: float = Field(default=1e-8, gt=0)
     """Added to the denominator of adam, adamw and lamb."""
-    momentum: float = Field(0.9, ge=0, lt=1)
+    momentum: float = Field(default=0.9, ge=0, lt=1)
     """Of sgd (Nesterov)."""
     implementation: Literal["fused", "foreach", "apex"] = "fused"
     """`fused`: one launch, torch's own. `apex`: NVIDIA's, built from source. The run says which one ran."""
     schedule: Literal["cosine", "step", "constant"] = "cosine"
     """Course of the learning rate after the warm-up."""
-    warmup: float = Field(0.05, ge=0, lt=1)
+    warmup: float = Field(default=0.05, ge=0, lt=1)
     """Share of the steps over which the rate rises linearly from 0."""
-    final_lr: float = Field(0.0, ge=0, le=1)
+    final_lr: float = Field(default=0.0, ge=0, le=1)
     """Of schedule `cosine`: last rate as a share of the peak."""
-    gamma: float = Field(0.9, gt=0, le=1)
+    gamma: float = Field(default=0.9, gt=0, le=1)
     """Of schedule `step`: factor at each drop."""
-    drops: int = Field(10, ge=1)
+    drops: int = Field(default=10, ge=1)
     """Of schedule `step`: number of equal parts the run has, with a drop between any two."""
 
 
 class TrainOptions(Options):
-    max_steps: int | None = Field(None, ge=1)
+    max_steps: int | None = Field(default=None, ge=1)
     """Optimizer steps; this or `train.epochs`."""
-    epochs: float | None = Field(None, gt=0)
+    epochs: float | None = Field(default=None, gt=0)
     """Passes over the training records; this or `train.max_steps`."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """`auto`: the GPU where there is one."""
@@ -134,38 +134,38 @@ class TrainOptions(Options):
     """torch.compile. `auto`: where it works, else without it and with a word."""
     channels_last: bool = True
     """Memory format of images and convolutions."""
-    accumulate: int = Field(1, ge=1)
+    accumulate: int = Field(default=1, ge=1)
     """Parts into which a process cuts its share of a batch, to fit memory."""
-    clip_norm: float | None = Field(None, gt=0)
+    clip_norm: float | None = Field(default=None, gt=0)
     """Gradient norm above which gradients are scaled down."""
-    threads: int | None = Field(None, ge=1)
+    threads: int | None = Field(default=None, ge=1)
     """CPU threads of torch in each process; null for a share of the cores."""
-    collective_timeout_s: float = Field(600.0, gt=0)
+    collective_timeout_s: float = Field(default=600.0, gt=0)
     """A collective operation that takes longer than this stops every process."""
 
 
 class ValidationOptions(Options):
-    every_steps: int | None = Field(None, ge=1)
+    every_steps: int | None = Field(default=None, ge=1)
     """Steps between validations; null for ten in a run. One always runs at the last step."""
-    batch: int = Field(256, ge=1)
+    batch: int = Field(default=256, ge=1)
     """Samples a process sees at once."""
-    max_samples: int | None = Field(None, ge=1)
+    max_samples: int | None = Field(default=None, ge=1)
     """Validation records used; null for all."""
 
 
 class LogOptions(Options):
-    every_steps: int = Field(20, ge=1)
+    every_steps: int = Field(default=20, ge=1)
     """Steps between lines of metrics."""
     tensorboard: bool = True
     """Write TensorBoard files."""
-    panels: int = Field(8, ge=0, le=64)
+    panels: int = Field(default=8, ge=0, le=64)
     """Tiles shown at each validation beside target, student and teacher histograms; 0 for none."""
 
 
 class CheckpointOptions(Options):
-    every_steps: int | None = Field(None, ge=1)
+    every_steps: int | None = Field(default=None, ge=1)
     """Steps between checkpoints; null for ten in a run. One is always written at the last step."""
-    keep: int = Field(2, ge=2)
+    keep: int = Field(default=2, ge=2)
     """Checkpoints kept."""
     resume: Literal["auto", "never", "must"] = "auto"
     """`auto`: go on where run.dir has a checkpoint. `never`: error if it has one. `must`: error if it has none."""

@@ -21,7 +21,7 @@ import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -156,7 +156,7 @@ def _text(features: Mapping[str, Any], name: str) -> str:
 def decode_record(payload: bytes, where: str = "record") -> Record:
     """The whole record. Raises RecordError if a feature is missing, of another kind, or makes no sense."""
     try:
-        features: Mapping[str, Any] = example.decode(payload)
+        features = cast(Mapping[str, Any], example.decode(payload))
         record = Record(
             image=features["image"][0],
             codec=_text(features, "codec"),

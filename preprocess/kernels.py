@@ -6,10 +6,8 @@ Legend of shapes: C bands, H rows, W columns, T tiles, K classes, S grey-level s
 import numpy as np
 from numba import njit
 
-_JIT = {"nogil": True, "cache": True, "fastmath": False}
 
-
-@njit(**_JIT)
+@njit(nogil=True, cache=True)
 def stretch_to_uint8(pixels_CHW, limits_C2, valid_HW):
     """Grey levels uint8 [H, W, C]: (v - low) / (high - low) * 255, clipped to 0..255, truncated; 0 without data.
 
@@ -31,7 +29,7 @@ def stretch_to_uint8(pixels_CHW, limits_C2, valid_HW):
     return grey_HWC
 
 
-@njit(**_JIT)
+@njit(nogil=True, cache=True)
 def interleave(pixels_CHW, valid_HW):
     """The same values as [H, W, C], 0 where the pixel has no data."""
     bands, height, width = pixels_CHW.shape
@@ -43,7 +41,7 @@ def interleave(pixels_CHW, valid_HW):
     return pixels_HWC
 
 
-@njit(**_JIT)
+@njit(nogil=True, cache=True)
 def valid_pixels(pixels_CHW, nodata_C, has_nodata_C):
     """uint8 [H, W]: 0 where every band holds its nodata value, or any band is NaN or infinite.
 
@@ -63,7 +61,7 @@ def valid_pixels(pixels_CHW, nodata_C, has_nodata_C):
     return valid_HW
 
 
-@njit(**_JIT)
+@njit(nogil=True, cache=True)
 def grey_sum_histogram(grey_HWC):
     """How many pixels have each sum over bands, int64 [S]; the mean grey level is the sum divided by C."""
     height, width, bands = grey_HWC.shape
@@ -77,7 +75,7 @@ def grey_sum_histogram(grey_HWC):
     return histogram_S
 
 
-@njit(**_JIT)
+@njit(nogil=True, cache=True)
 def integer_sums(pixels_HWC):
     """Sum and sum of squares of each band, int64 [2, C]: exact, so any order of adding gives the same."""
     height, width, bands = pixels_HWC.shape
@@ -91,7 +89,7 @@ def integer_sums(pixels_HWC):
     return sums_2C
 
 
-@njit(**_JIT)
+@njit(nogil=True, cache=True)
 def float_sums(pixels_HWC):
     """Sum and sum of squares of each band, float64 [2, C], added row by row."""
     height, width, bands = pixels_HWC.shape
@@ -105,7 +103,7 @@ def float_sums(pixels_HWC):
     return sums_2C
 
 
-@njit(**_JIT)
+@njit(nogil=True, cache=True)
 def gather_labels(
     labels_HW,
     nodata,
@@ -177,7 +175,7 @@ def gather_labels(
                 labels_HW[y, x] = lookup[np.int64(codes_hw[r, c]) + lookup_offset]
 
 
-@njit(**_JIT)
+@njit(nogil=True, cache=True)
 def tile_histograms(labels_HW, valid_HW, origins_T2, size, kx, ky):
     """Labels under each tile, int64 [T, 256]: how many sub-pixels of valid scene pixels hold each label value.
 

@@ -8,15 +8,15 @@ from geokr.config import Options
 
 
 class TileOptions(Options):
-    size: int = Field(256, ge=8, le=8192)
+    size: int = Field(default=256, ge=8, le=8192)
     """Side of a tile in scene pixels."""
-    step: int = Field(200, ge=1)
+    step: int = Field(default=200, ge=1)
     """Pixels from one tile's corner to the next. The last row and column move inward to end at the scene's edge."""
     bands: tuple[int | str, ...] | None = (1, 2, 3)
     """Bands that go into a tile, in this order: 1-based numbers, or the names the scene gives its bands."""
     codec: Literal["jpeg", "raw"] = "jpeg"
     """`jpeg`: three bands of 8 bits, small. `raw`: any bands, any depth, unchanged, large, fast to load."""
-    jpeg_quality: int = Field(95, ge=1, le=100)
+    jpeg_quality: int = Field(default=95, ge=1, le=100)
     """libjpeg's quality."""
     jpeg_subsampling: Literal["444", "422", "420"] = "444"
     """Chroma subsampling: `444` keeps colour at full resolution; `420` makes files smaller and packing faster."""
@@ -65,15 +65,15 @@ class QualityOptions(Options):
     """Rejected as `dark` if its brightest pixel is below this grey level."""
     dark_below: float = 20.0
     """Grey level under which a pixel counts as dark."""
-    max_dark_fraction: float | None = Field(0.1, ge=0, le=1)
+    max_dark_fraction: float | None = Field(default=0.1, ge=0, le=1)
     """Rejected as `dark_share` if more than this share of its pixels is dark."""
     min_contrast: float | None = 0.1
     """Rejected as `flat` if the 99th minus the 1st percentile is below this many grey levels."""
     bright_above: float = 230.0
     """Grey level above which a pixel counts as cloud or snow."""
-    max_bright_fraction: float | None = Field(0.5, ge=0, le=1)
+    max_bright_fraction: float | None = Field(default=0.5, ge=0, le=1)
     """Rejected as `bright_share` if more than this share of its pixels is bright."""
-    min_valid_pixels: float = Field(0.9, ge=0, le=1)
+    min_valid_pixels: float = Field(default=0.9, ge=0, le=1)
     """Rejected as `nodata` if less than this share of its pixels has data."""
 
 
@@ -84,7 +84,7 @@ class LabelOptions(Options):
     """New class name to the names of the product's classes that become it."""
     drop: tuple[str, ...] = ()
     """Classes that leave the histogram and its denominator."""
-    min_valid_fraction: float = Field(0.5, gt=0, le=1)
+    min_valid_fraction: float = Field(default=0.5, gt=0, le=1)
     """Rejected as `unlabelled` if less than this share of the tile's ground has a class that counts."""
 
 
@@ -94,14 +94,14 @@ class SceneOptions(Options):
 
 
 class SplitOptions(Options):
-    val_fraction: float = Field(0.1, ge=0, lt=1)
+    val_fraction: float = Field(default=0.1, ge=0, lt=1)
     """Share of the Earth's blocks that is held out for validation; 0 for none."""
-    block_m: float = Field(20_000.0, gt=0)
+    block_m: float = Field(default=20_000.0, gt=0)
     """Side of a block on the ground in metres, at least two tile sides."""
 
 
 class ShardOptions(Options):
-    records: int = Field(1024, ge=1)
+    records: int = Field(default=1024, ge=1)
     """Records in a shard; the last one of a split may hold fewer."""
 
 
@@ -115,11 +115,11 @@ class PackOptions(Options):
     labels: LabelOptions = LabelOptions()
     split: SplitOptions = SplitOptions()
     shards: ShardOptions = ShardOptions()
-    seed: int = Field(0, ge=0, lt=2**63)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     """Decides the order of records and which blocks are held out."""
-    max_bad_fraction: float = Field(0.0, ge=0, le=1)
+    max_bad_fraction: float = Field(default=0.0, ge=0, le=1)
     """The run fails if more than this share of the scenes cannot be used (unreadable, no CRS)."""
-    workers: int | None = Field(None, ge=0)
+    workers: int | None = Field(default=None, ge=0)
     """Processes that read and encode; null for one a core, 0 to run in the caller. Does not change the bytes."""
 
     @model_validator(mode="after")

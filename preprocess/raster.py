@@ -258,7 +258,7 @@ def transform_points(source: str, target: str, x: np.ndarray, y: np.ndarray) -> 
     shape = np.shape(x)
     try:
         with environment():
-            tx, ty = warp_points(_parsed(source), _parsed(target), np.ravel(x), np.ravel(y))
+            tx, ty = warp_points(_parsed(source), _parsed(target), np.ravel(x), np.ravel(y))[:2]
     except CRSError as error:
         raise RasterError(f"no way from the CRS {source[:80]} to {target[:80]}: {error}", "no_crs") from error
     tx, ty = np.array(tx, np.float64).reshape(shape), np.array(ty, np.float64).reshape(shape)
