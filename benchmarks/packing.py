@@ -98,8 +98,8 @@ def published(scene: Path, sheets: list[Path], out: Path) -> int:
     return count
 
 
-def encode_only(scene: Path, sheets: list[Path], out: Path) -> int:
-    """JPEG encoding of the same tiles and nothing else: the codec's own limit on one core. Fills ``out`` not at all."""
+def encode_only(scene: Path) -> tuple[int, float]:
+    """JPEG encoding of the same tiles and nothing else, the codec's own limit on one core: (tiles, seconds)."""
     import rasterio
 
     from geokr import config
@@ -122,28 +122,30 @@ def encode_only(scene: Path, sheets: list[Path], out: Path) -> int:
     start = time.perf_counter()
     for tile in tiles:
         encode_image(tile, options)
-    # the caller divides by the time of the whole call; only the encoding is meant
-    return round(len(tiles) * 1e6 / (time.perf_counter() - start))
+    return len(tiles), time.perf_counter() - start
 
 
-CASES: dict[str, Callable[..., int]] = {
-    "ours, jpeg, 1 process": lambda scene, sheets, out: ours(scene, sheets, out, 0, "jpeg"),
-    "ours, jpeg, 2 processes": lambda scene, sheets, out: ours(scene, sheets, out, 2, "jpeg"),
-    "ours, raw, 1 process": lambda scene, sheets, out: ours(scene, sheets, out, 0, "raw"),
-    "published way, 1 process": published,
-    "jpeg encoding alone, 1 process": encode_only,
+def timed(function: Callable[..., int], *arguments: Any) -> tuple[int, float]:
+    """(tiles, seconds) of a whole call."""
+    start = time.perf_counter()
+    return function(*arguments), time.perf_counter() - start
+
+
+CASES: dict[str, Callable[[Path, list[Path], Path], tuple[int, float]]] = {
+    "ours, jpeg, 1 process": lambda scene, sheets, out: timed(ours, scene, sheets, out, 0, "jpeg"),
+    "ours, jpeg, 2 processes": lambda scene, sheets, out: timed(ours, scene, sheets, out, 2, "jpeg"),
+    "ours, raw, 1 process": lambda scene, sheets, out: timed(ours, scene, sheets, out, 0, "raw"),
+    "published way, 1 process": lambda scene, sheets, out: timed(published, scene, sheets, out),
+    "jpeg encoding alone, 1 process": lambda scene, sheets, out: encode_only(scene),
 }
 
 
 def measure_one(case: str, scene: Path, sheets: list[Path], warm: Path, folder: Path) -> dict[str, float]:
     """Runs one case in this process: rate in tiles/s, and peak memory of this process and its largest child in MB."""
     CASES[case](warm, sheets, folder / "warm")
-    start = time.perf_counter()
-    result = CASES[case](scene, sheets, folder / "out")
-    seconds = time.perf_counter() - start
-    rate = result / 1e6 if case.startswith("jpeg") else result / seconds
+    tiles, seconds = CASES[case](scene, sheets, folder / "out")
     peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return {"rate": rate, "peak_mb": peak / 1024}
+    return {"rate": tiles / seconds, "peak_mb": peak / 1024}
 
 
 # -------------------------------------------------------------------------------------------------------- the run
