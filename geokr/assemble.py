@@ -1,0 +1,169 @@
+"""From a configuration to a learner: every choice is made here, before the loop."""
+
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+
+from geokr import losses
+from geokr.batchnorm import synchronize_batchnorm
+from geokr.compiling import Forward, compile_forward, forward_flops, wanted
+from geokr.config import ConfigError
+from geokr.distributed import World
+from geokr.models import BackboneSpec, LandCoverModel, Normalise, build_model
+from geokr.optim import build_optimizer
+from geokr.options import PretrainOptions
+from geokr.schedules import LearningRate
+from geokr.state import Scaler
+from geokr.teacher import TeacherRule, TeacherUpdate, make_teacher
+from geokr.train import Learner
+from geokr.weights import load_into, read_state
+
+log = logging.getLogger(__name__)
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+SYNC_BELOW = 64  # images a process sees at once, under which batch statistics are too noisy to leave alone
+
+
+def images_at_once(global_batch: int, world_size: int, accumulate: int) -> int:
+    """Images of a micro-batch in one process. Raises ConfigError if the batch cannot be cut evenly."""
+    parts = world_size * accumulate
+    each, rest = divmod(global_batch, parts)
+    if rest or not each:
+        near = sorted({max(1, each) * parts, (each + 1) * parts})
+        raise ConfigError(
+            f"data.global_batch={global_batch} cannot be cut into {world_size} process(es) x {accumulate} part(s) "
+            f"(train.accumulate): use {' or '.join(map(str, near))}, or other numbers of them"
+        )
+    return each
+
+
+def build_student(options: PretrainOptions, spec: BackboneSpec, classes: int, *, fresh: bool) -> LandCoverModel:
+    """The student on the CPU, its weights as ``model.init`` says; a run that resumes brings its own (not fresh)."""
+    init = options.model.init if fresh else "random"
+    student = build_model(spec, classes, options.run.seed, pretrained=init == "imagenet")
+    if init not in ("random", "imagenet"):
+        load_into(student.backbone, read_state(init), init)
+    return student
+
+
+def _autocast(precision: str, device: torch.device) -> Callable[[], AbstractContextManager]:
+    dtype = DTYPES.get(precision)
+    return partial(torch.autocast, device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
+
+
+def _check_teacher(options: PretrainOptions, model: nn.Module) -> None:
+    method = options.method
+    if method.teacher_mode == "eval" and not method.teacher_buffers and _has_batchnorm(model):
+        raise ConfigError(
+            "method.teacher_buffers=false leaves an eval-mode teacher with the batch statistics of step 0: "
+            "use true, or method.teacher_mode=train"
+        )
+
+
+def _has_batchnorm(model: nn.Module) -> bool:
+    return any(isinstance(module, _BatchNorm) for module in model.modules())
+
+
+def _synchronize(options: PretrainOptions, world: World, at_once: int) -> bool:
+    choice = options.model.sync_batchnorm
+    return world.size > 1 and (choice == "on" or (choice == "auto" and at_once < SYNC_BELOW))
+
+
+def _compile(
+    options: PretrainOptions,
+    world: World,
+    spec: BackboneSpec,
+    models: list[LandCoverModel],
+    at_once: int,
+    steps: int,
+    autocast: Callable[[], AbstractContextManager],
+) -> list[Forward]:
+    """Each model's forward pass, compiled where the configuration says so and it works."""
+
+    def run_flops() -> float:
+        forward = forward_flops(models[0], (spec.bands, spec.image_size, spec.image_size))
+        passes = 3 + (options.method.consistency != "none")  # a backward pass costs two forward ones
+        return passes * forward * steps * at_once * options.train.accumulate
+
+    if not wanted(options.train.compile, world.device, run_flops):
+        return list(models)
+    images = torch.zeros(at_once, spec.bands, spec.image_size, spec.image_size, device=world.device)
+    if options.train.channels_last:
+        images = images.contiguous(memory_format=torch.channels_last)
+    return [compile_forward(options.train.compile, model, images, autocast) for model in models]
+
+
+def _wrap(forward: Forward, world: World, accumulate: int) -> Forward:
+    """The student's forward pass, its gradients averaged over processes; as it is where there is only one."""
+    if world.size == 1:
+        return forward
+    assert isinstance(forward, nn.Module)
+    return DistributedDataParallel(
+        forward,
+        device_ids=[world.device.index] if world.device.type == "cuda" else None,
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,
+        static_graph=accumulate == 1,  # a first step without exchange cannot record the order of a static graph
+    )
+
+
+def build_learner(
+    options: PretrainOptions,
+    spec: BackboneSpec,
+    *,
+    classes: int,
+    mean: list[float],
+    std: list[float],
+    steps: int,
+    world: World,
+    restore: Callable[[LandCoverModel, LandCoverModel, torch.optim.Optimizer, Scaler], None] | None = None,
+) -> tuple[Learner, dict[str, Any]]:
+    """The learner, and what was chosen in words.
+
+    ``restore`` fills models, optimizer and scaler with a checkpoint's state, in place of ``model.init``.
+    Raises ConfigError for whatever in the configuration cannot be.
+    """
+    at_once = images_at_once(options.data.global_batch, world.size, options.train.accumulate)
+    layout = torch.channels_last if options.train.channels_last else torch.preserve_format
+    student = build_student(options, spec, classes, fresh=restore is None)
+    student.to(world.device).to(memory_format=layout)  # type: ignore[call-overload]
+    _check_teacher(options, student)
+    synchronized = _synchronize(options, world, at_once)
+    if synchronized:
+        student.backbone = synchronize_batchnorm(student.backbone, world.device.type)
+    teacher = make_teacher(student, options.method, options.run.seed)
+    optimizer, ran = build_optimizer(student, options.optim, world.device)
+    scaler = Scaler(world.device.type, enabled=options.train.precision == "fp16")
+    if restore is not None:
+        restore(student, teacher, optimizer, scaler)
+    autocast = _autocast(options.train.precision, world.device)
+    student_forward, teacher_forward = _compile(options, world, spec, [student, teacher], at_once, steps, autocast)
+    learner = Learner(
+        student=student,
+        teacher=teacher,
+        student_forward=_wrap(student_forward, world, options.train.accumulate),
+        teacher_forward=teacher_forward,
+        normalise=Normalise(mean, std, world.device),
+        autocast=autocast,
+        supervision=losses.SUPERVISION[options.method.supervision],
+        consistency=losses.CONSISTENCY[options.method.consistency],
+        consistency_weight=options.method.consistency_weight,
+        optimizer=optimizer,
+        scaler=scaler,
+        learning_rate=LearningRate(options.optim, steps),
+        clip_norm=options.train.clip_norm or float("inf"),
+        rule=TeacherRule(options.method, options.data.global_batch),
+        update_teacher=TeacherUpdate(teacher, student, buffers=options.method.teacher_buffers),
+        world=world,
+        seed=options.run.seed,
+        accumulate=options.train.accumulate,
+        local_statistics=world.size > 1 and not synchronized and _has_batchnorm(student),
+    )
+    compiled = student_forward is not student
+    return learner, {"optimizer": ran, "compiled": compiled, "synchronized": synchronized, "at_once": at_once}

@@ -1,0 +1,30 @@
+"""What the training loop asks of a batch, whoever made it."""
+
+from typing import Protocol
+
+import numpy as np
+from torch import Tensor
+
+
+class Batch(Protocol):
+    """Images and targets on the device where the step runs."""
+
+    @property
+    def images(self) -> Tensor:
+        """[N, C, H, W], NHWC in memory: uint8, or floating-point and normalised already."""
+        ...
+
+    @property
+    def fractions(self) -> Tensor:
+        """float32 [N, K], each row sums to 1."""
+        ...
+
+    @property
+    def record_ids(self) -> np.ndarray:
+        """int64 [N], on the host."""
+        ...
+
+    @property
+    def weights(self) -> Tensor:
+        """float32 [N]: 1, or 0 for padding in validation."""
+        ...

@@ -1,0 +1,37 @@
+"""What makes a run the same run: the part of the configuration that a resumed run must not change."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from geokr.config import ConfigError, differences
+from geokr.options import PretrainOptions
+
+# Decides results no more than rounding does, or says how to run and not what.
+FREE = {"optim": {"implementation"}, "model": {"init", "sync_batchnorm"}}
+
+
+def identity(options: PretrainOptions, *, image_size: int, bands: tuple[str, ...], dataset: str) -> dict[str, Any]:
+    """Method, model and data of a run as nested plain values.
+
+    dataset: hash of its manifest. Paths, threads, logging, precision, the world's size and the length of the run
+    are left out: they may change between a stop and a resume.
+    """
+    tree = options.model_dump(mode="json")
+    sections = {
+        name: {key: value for key, value in tree[name].items() if key not in FREE.get(name, set())}
+        for name in ("augment", "model", "method", "optim")
+    }
+    sections["model"]["bands"] = list(bands)
+    data = {"image_size": image_size, "global_batch": options.data.global_batch, "dataset": dataset}
+    return {"run": {"seed": options.run.seed}, "data": data, **sections}
+
+
+def check_identity(found: Mapping[str, Any], current: Mapping[str, Any], where: str) -> None:
+    """Raises ConfigError with every difference between a run folder's identity and this run's."""
+    lines = differences(found, current)
+    if lines:
+        listed = "\n  ".join(lines)
+        raise ConfigError(
+            f"{where} belongs to a run with another method, model or data:\n  {listed}\n"
+            "Give its configuration again to go on, or another run.dir to begin anew."
+        )

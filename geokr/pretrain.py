@@ -1,0 +1,271 @@
+"""Pretrains a backbone: ``python -m geokr.pretrain --config FILE [key=value ...]``, alone or under torchrun.
+
+This is the composition root: it alone reads the environment, and it alone joins records, method and run folder.
+Exit status: 0 finished, 1 an error that the message explains, 130 or 143 stopped by a signal with a checkpoint.
+"""
+
+import argparse
+import contextlib
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from geokr import card
+from geokr.assemble import build_learner
+from geokr.checkpoint import Checkpoint
+from geokr.config import ConfigError, load, split_overrides
+from geokr.distributed import Stopper, World, set_threads, world_from
+from geokr.facts import Facts, gather_facts, make_plan
+from geokr.identity import identity
+from geokr.metrics import Window
+from geokr.options import PretrainOptions
+from geokr.progress import clock_text
+from geokr.recorder import Recorder
+from geokr.runfolder import RunFolder, restore, save_checkpoint
+from geokr.train import Hooks, Learner, fit
+from geokr.validate import validate
+
+log = logging.getLogger("geokr")
+
+
+def pretrain(options: PretrainOptions, world: World, threads: int) -> int:
+    """One run, from its beginning or its last checkpoint to its end. Returns the exit status."""
+    from pipelines.dataset import Dataset
+
+    if options.data.records is None:
+        raise ConfigError(
+            "data.records is not set: give the folder of a dataset, made with python preprocess/pack_records.py "
+            "--scenes ... --land-cover ... --product ... --out FOLDER"
+        )
+    dataset = Dataset.open(options.data.records)
+    facts = gather_facts(options, dataset.manifest)
+    who = identity(options, image_size=facts.spec.image_size, bands=facts.band_names, dataset=facts.dataset_hash)
+    with contextlib.closing(RunFolder(options.run.dir, world)) as folder:
+        found = folder.previous(options.checkpoint.resume, who)
+        if _is_finished(found, facts.steps, options):
+            log.info("%s is finished: all %d steps are done", options.run.dir, facts.steps)
+            return 0
+        learner, chosen = build_learner(
+            options,
+            facts.spec,
+            classes=len(facts.manifest.classes),
+            mean=facts.mean,
+            std=facts.std,
+            steps=facts.steps,
+            world=world,
+            restore=None if found is None else lambda *parts: restore(found, *parts),
+        )
+        _announce(options, facts, learner, chosen, threads)
+        return _train(options, dataset, facts, who, folder, learner, found)
+
+
+def _train(
+    options: PretrainOptions,
+    dataset: Any,
+    facts: Facts,
+    who: Mapping[str, Any],
+    folder: RunFolder,
+    learner: Learner,
+    found: Checkpoint | None,
+) -> int:
+    from pipelines.loaders import train_batches
+
+    world, start = learner.world, found.step if found else 0
+    about = card.describe(facts.manifest, facts.spec, facts.bands, facts.mean, facts.std)
+    folder.begin(options, who, about)
+    recorder = Recorder(options.log, folder.path, facts, start, main=world.main)
+    window = Window(world)
+    if found is not None:
+        log.info("resuming %s after step %d", options.run.dir, start)
+        recorder.validation = dict(found.meta["validation"])
+        window.restore(found.meta["window"])
+
+    def save(step: int, window: Window) -> None:
+        meta = {"samples": step * options.data.global_batch, "identity": who, "card": about}
+        meta |= {"validation": recorder.validation, "versions": card.versions(), "world_size": world.size}
+        save_checkpoint(folder, learner, window, step=step, keep=options.checkpoint.keep, meta=meta)
+
+    hooks = Hooks(
+        tick=recorder.tick,
+        record=recorder.record,
+        validate=_validation(options, dataset, facts, learner),
+        panel=lambda step, batch: recorder.panel(learner, step, batch),
+        save=save,
+    )
+    stopper = Stopper(world, options.train.collective_timeout_s)
+    begin = time.perf_counter()
+    with (
+        contextlib.closing(recorder),
+        stopper.listening(),
+        train_batches(
+            dataset,
+            options.data,
+            options.augment,
+            seed=options.run.seed,
+            start_sample=start * options.data.global_batch,
+            accumulate=options.train.accumulate,
+            **_place(facts, world),
+        ) as batches,
+    ):
+        finished = fit(learner, iter(batches), make_plan(options, facts.steps), hooks, stopper, window, start)
+    if finished:
+        _conclude(options, recorder.validation, time.perf_counter() - begin)
+        return 0
+    log.warning("stopped by signal %d; a checkpoint is written, the same command goes on from it", stopper.signal)
+    return 128 + stopper.signal
+
+
+def _place(facts: Facts, world: World) -> dict[str, Any]:
+    """What every loader has to know of this process and of the images that the model takes."""
+    return {
+        "rank": world.rank,
+        "world_size": world.size,
+        "device": world.device,
+        "image_size": facts.spec.image_size,
+        "bands": facts.band_indices,
+        "local_ranks": world.local_size,
+    }
+
+
+def _validation(
+    options: PretrainOptions, dataset: Any, facts: Facts, learner: Learner
+) -> Callable[[], dict[str, float]]:
+    from pipelines.loaders import val_batches
+
+    if facts.manifest.val.records == 0:
+        log.warning("the dataset holds out no blocks: nothing is validated; pack with split.val_fraction above 0")
+        return dict
+
+    def run() -> dict[str, float]:
+        loader = val_batches(
+            dataset,
+            options.data,
+            batch=options.validation.batch,
+            max_samples=options.validation.max_samples,
+            **_place(facts, learner.world),
+        )
+        with loader as batches:
+            return validate(
+                batches,
+                learner.teacher,
+                learner.student,
+                learner.normalise,
+                facts.manifest.train.prior,
+                learner.autocast,
+                learner.world,
+            )
+
+    return run
+
+
+def _is_finished(found: Checkpoint | None, steps: int, options: PretrainOptions) -> bool:
+    if found is None or found.step < steps:
+        return False
+    if found.step > steps:
+        raise ConfigError(
+            f"{options.run.dir} has done {found.step} steps, the configuration asks for {steps}: raise "
+            "train.max_steps (or train.epochs), or give another run.dir"
+        )
+    return True
+
+
+def _announce(
+    options: PretrainOptions, facts: Facts, learner: Learner, chosen: Mapping[str, Any], threads: int
+) -> None:
+    manifest, world = facts.manifest, learner.world
+    log.info(
+        "%s (%.1f M parameters), bands %s at %d px, %d classes of %s",
+        facts.spec.name,
+        sum(p.numel() for p in learner.student.backbone.parameters()) / 1e6,
+        ", ".join(facts.band_names),
+        facts.spec.image_size,
+        len(manifest.classes),
+        manifest.product_title,
+    )
+    log.info(
+        "%d training and %d held-out tiles; %d steps of %d images, %.1f passes",
+        manifest.train.records,
+        manifest.val.records,
+        facts.steps,
+        options.data.global_batch,
+        facts.steps * options.data.global_batch / manifest.train.records,
+    )
+    log.info(
+        "%d process(es) on %s, %d CPU thread(s) each, %d images at once, %s, %s, torch.compile %s, batch norm over %s",
+        world.size,
+        world.device.type,
+        threads,
+        chosen["at_once"],
+        options.train.precision,
+        chosen["optimizer"],
+        "on" if chosen["compiled"] else "off",
+        "all processes" if chosen["synchronized"] else "each process's images",
+    )
+
+
+def _conclude(options: PretrainOptions, figures: Mapping[str, float], seconds: float) -> None:
+    log.info("finished in %s", clock_text(seconds))
+    if figures:
+        log.info(
+            "KL(land cover || teacher) on held-out blocks: %.4f, %.0f %% of the constant histogram's %.4f",
+            figures["val/kl"],
+            100 * figures["val/kl"] / figures["val/kl_prior"],
+            figures["val/kl_prior"],
+        )
+    out = Path(options.run.dir) / "backbone.safetensors"
+    log.info("weights: python -m geokr.export --run %s --out %s", options.run.dir, out)
+
+
+def _log_to_console(rank: int) -> None:
+    """Messages of process 0 as they are; of the others only warnings, with the process's number."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"[process {rank}] %(message)s"))
+    log.handlers[:] = [handler]
+    log.propagate = False
+    log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _explain(error: BaseException, options: PretrainOptions | None) -> str:
+    """The message for an error that a user can do something about."""
+    if options is None or not _out_of_memory(error):
+        return str(error)
+    parts = options.train.accumulate
+    return (
+        f"data.global_batch={options.data.global_batch} in {parts} part(s) does not fit the memory: "
+        f"try train.accumulate={2 * parts} ({str(error).splitlines()[0]})"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command. Returns the exit status. GEOKR_TRACEBACK=1 shows where an error arose."""
+    parser = argparse.ArgumentParser(prog="python -m geokr.pretrain", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--config", metavar="FILE", help="a YAML configuration; key=value overrides may follow")
+    others, overrides = split_overrides(sys.argv[1:] if arguments is None else arguments)
+    config, rank, options = parser.parse_args(others).config, int(os.environ.get("RANK", 0)), None
+    _log_to_console(rank)
+    try:
+        options = load(PretrainOptions, config, overrides)
+        train = options.train
+        with world_from(os.environ, train.device, train.collective_timeout_s) as world, logging_redirect_tqdm([log]):
+            return pretrain(options, world, set_threads(train.threads, world.local_size))
+    except Exception as error:
+        known = isinstance(error, (ValueError, OSError)) or _out_of_memory(error)  # TimeoutError is an OSError
+        if not known or os.environ.get("GEOKR_TRACEBACK") == "1":
+            raise
+        print(f"[process {rank}] " * (rank > 0) + f"error: {_explain(error, options)}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,219 @@
+"""The method: one training step, and the loop around it.
+
+N images, C bands, H x W pixels, K classes. A step sees ``global_batch`` images over all processes and micro-batches.
+"""
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from geokr.batch import Batch
+from geokr.compiling import Forward
+from geokr.distributed import Stopper, World
+from geokr.losses import Loss
+from geokr.metrics import Clock, Window
+from geokr.models import LandCoverModel
+from geokr.optim import set_learning_rate
+from geokr.schedules import LearningRate, due
+from geokr.state import Scaler
+from geokr.teacher import TeacherRule, TeacherUpdate
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Learner:
+    """What learns and how, every choice made. ``student_forward`` and ``teacher_forward`` are the models as the
+    step calls them (compiled, wrapped for several processes); ``student`` and ``teacher`` are the models themselves.
+    """
+
+    student: LandCoverModel
+    teacher: LandCoverModel
+    student_forward: Forward
+    teacher_forward: Forward
+    normalise: Callable[[Tensor], Tensor]
+    autocast: Callable[[], AbstractContextManager]
+    supervision: Loss
+    consistency: Loss
+    consistency_weight: float
+    optimizer: torch.optim.Optimizer
+    scaler: Scaler
+    learning_rate: LearningRate
+    clip_norm: float  # infinite where gradients are not clipped
+    rule: TeacherRule
+    update_teacher: TeacherUpdate
+    world: World
+    seed: int
+    accumulate: int
+    local_statistics: bool
+    """Whether batch norm's running statistics differ between processes and have to be averaged."""
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """Seed of a step's dropout and stochastic depth: a function of run, step and process, so no state is kept."""
+    state = np.random.SeedSequence([seed, step, rank]).generate_state(2, np.uint32)
+    return int(state[0]) << 31 | int(state[1]) >> 1
+
+
+def _gradient_exchange(learner: Learner, last: bool) -> AbstractContextManager:
+    """Processes exchange gradients in the last micro-batch of a step only."""
+    wrapped = isinstance(learner.student_forward, DistributedDataParallel)
+    return learner.student_forward.no_sync() if wrapped and not last else nullcontext()  # type: ignore[union-attr]
+
+
+def train_step(learner: Learner, batches: Iterable[Batch], step: int) -> tuple[Tensor, list[np.ndarray]]:
+    """One optimizer step over ``accumulate`` micro-batches, and the teacher's move after it.
+
+    Returns the means of loss, supervision and consistency (float32 [3], this process's, on the device) and the
+    record ids of each micro-batch. Nothing in it waits for the device.
+    """
+    torch.manual_seed(step_seed(learner.seed, step, learner.world.rank))
+    set_learning_rate(learner.optimizer, learner.learning_rate(step))
+    learner.optimizer.zero_grad(set_to_none=True)
+    sums = torch.zeros(3, device=learner.world.device)
+    ids = []
+    for index, batch in enumerate(batches, start=1):
+        ids.append(batch.record_ids)
+        with _gradient_exchange(learner, last=index == learner.accumulate):
+            images_NCHW = learner.normalise(batch.images)
+            with learner.autocast():
+                student_NK = learner.student_forward(images_NCHW)
+                with torch.no_grad():
+                    teacher_NK = learner.teacher_forward(images_NCHW)
+            supervision = learner.supervision(student_NK, batch.fractions)
+            consistency = learner.consistency(student_NK, teacher_NK)
+            loss = supervision + learner.consistency_weight * consistency
+            learner.scaler.scale(loss / learner.accumulate).backward()
+        sums += torch.stack([loss, supervision, consistency]).detach()
+    assert len(ids) == learner.accumulate, "training batches never end"
+    skipped = _optimize(learner)
+    _move_teacher(learner, step, skipped)
+    return sums / learner.accumulate, ids
+
+
+def _optimize(learner: Learner) -> Tensor | None:
+    """The optimizer's step. Returns 1 on the device where the loss scaler skipped it, None where it never does."""
+    scaler, optimizer = learner.scaler, learner.optimizer
+    if learner.clip_norm < float("inf"):
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(learner.student.parameters(), learner.clip_norm)
+    if not scaler.is_enabled():
+        optimizer.step()
+        return None
+    before = scaler._scale.clone()  # type: ignore[union-attr]  # get_scale() would wait for the device
+    scaler.step(optimizer)
+    scaler.update()
+    return (scaler._scale < before).float()  # type: ignore[operator]
+
+
+def _move_teacher(learner: Learner, step: int, skipped: Tensor | None) -> None:
+    alpha = learner.rule.alpha(step)
+    if alpha is None:
+        return
+    if learner.local_statistics:
+        learner.world.average_buffers(learner.student)
+    learner.update_teacher(alpha, skipped)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How long a run is and when periodic work happens, in optimizer steps."""
+
+    steps: int
+    global_batch: int
+    log_every: int
+    validate_every: int
+    checkpoint_every: int
+
+
+@dataclass(frozen=True, slots=True)
+class Hooks:
+    """What the loop calls besides the step.
+
+    tick: after each step, with its number. record: with a line of metrics. validate: gives the ``val/*`` figures.
+    panel: with the step and its last batch, where pictures are wanted. save: with the step, its last validation
+    and the window. Every process calls all of them, in the same steps.
+    """
+
+    tick: Callable[[int], None]
+    record: Callable[[dict[str, float]], None]
+    validate: Callable[[], dict[str, float]]
+    panel: Callable[[int, Batch], None]
+    save: Callable[[int, Window], None]
+
+
+def fit(
+    learner: Learner,
+    batches: Iterator[Batch],
+    plan: Plan,
+    hooks: Hooks,
+    stopper: Stopper,
+    window: Window,
+    start: int = 0,
+) -> bool:
+    """Trains from after step ``start`` to the last step; False if it was stopped by a signal before that.
+
+    Lines of metrics, validation and checkpoints happen at their intervals and at the last step; a stop writes a
+    checkpoint. Raises LossError if a loss is not finite: at the next line of metrics, validation or checkpoint,
+    and before anything of it is saved.
+    """
+    clock = Clock()
+    stream = _Remember(clock.waiting(batches))
+    for step in range(start + 1, plan.steps + 1):
+        losses, ids = train_step(learner, islice(stream, learner.accumulate), step)
+        window.add(step, losses, ids)
+        clock.add(plan.global_batch)
+        hooks.tick(step)
+        stop = stopper.poll()
+        validating = due(step, plan.validate_every, plan.steps)
+        saving = stop or due(step, plan.checkpoint_every, plan.steps)
+        logging_now = validating or due(step, plan.log_every, plan.steps)
+        if not (saving or logging_now):
+            continue
+        window.check()
+        if validating or saving:
+            _settle_statistics(learner)
+        if logging_now:
+            line = {"step": step, "samples": step * plan.global_batch, **window.flush(), **clock.flush()}
+            line["lr"] = learner.learning_rate(step)
+            if validating:
+                line |= hooks.validate()
+                hooks.panel(step, stream.last)
+            hooks.record(line)
+        if saving:
+            hooks.save(step, window)
+        if validating or saving:
+            clock.restart()
+        if stop:
+            return step == plan.steps
+    stopper.settle()
+    return True
+
+
+def _settle_statistics(learner: Learner) -> None:
+    """Before validation or a save: running statistics of all processes become their mean."""
+    if learner.local_statistics:
+        learner.world.average_buffers(learner.student, learner.teacher)
+
+
+class _Remember:
+    """An iterator that keeps its last item."""
+
+    last: Batch
+
+    def __init__(self, batches: Iterator[Batch]) -> None:
+        self._batches = batches
+
+    def __iter__(self) -> "_Remember":
+        return self
+
+    def __next__(self) -> Batch:
+        self.last = next(self._batches)
+        return self.last
