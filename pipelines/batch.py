@@ -1,0 +1,65 @@
+"""What the loaders give."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from pipelines.augment import Parameters
+from pipelines.reader import Samples
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """N samples.
+
+    images: [N, C, H, W], a channels-last view of NHWC memory; uint8 in the record's grey levels, or float16,
+        normalised with the training mean and std, where the records are not 8-bit.
+    fractions: float32 [N, K], each row sums to 1. weights: float32 [N]; 0 marks padding in validation, else 1.
+    record_ids: int64 [N], on the host.
+    """
+
+    images: torch.Tensor
+    fractions: torch.Tensor
+    record_ids: np.ndarray
+    weights: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Plan:
+    """Which records make up a batch: ids and epochs int64 [N], weights float32 [N]."""
+
+    ids: np.ndarray
+    epochs: np.ndarray
+    weights: np.ndarray
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Loaded:
+    """A batch whose bytes are here, and what is to be done to them."""
+
+    plan: Plan
+    samples: Samples
+    parameters: Parameters
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Decoded:
+    """A batch with its images. give: the images NHWC, [N, h, w, C] uint8 or float16, on the host (pinned for a GPU) or
+    on the device; called once, in the thread and stream that will use them."""
+
+    plan: Plan
+    fractions: np.ndarray
+    give: Callable[[], torch.Tensor]
+
+    def to(self, device: torch.device) -> Batch:
+        """On the device, without waiting for the copy."""
+        images = self.give().to(device, non_blocking=True).permute(0, 3, 1, 2)
+        fractions, weights = _move(self.fractions, device), _move(self.plan.weights, device)
+        return Batch(images, fractions, self.plan.ids, weights)
+
+
+def _move(values: np.ndarray, device: torch.device) -> torch.Tensor:
+    tensor = torch.from_numpy(values)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

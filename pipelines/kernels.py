@@ -1,0 +1,143 @@
+"""Augmentation kernels on the CPU: arrays in, arrays out, serial and without the GIL.
+
+Parallelism is over images, by threads that call these: numba's own threading layer must not be entered by several
+callers at once. Arithmetic is float32, in a fixed order (no "fastmath"), so a result does not depend on threads or
+batches. Rows are worked on as planes, a band after the other, because that is what the compiler can vectorise: twice
+the speed of pixel by pixel.
+
+Legend of shapes: H = W side of the tile, h = w side of the image, I bands of the record, C bands of the model.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import numba
+import numpy as np
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _compiled(function: F) -> F:
+    return cast(F, numba.njit(nogil=True, cache=True)(function))
+
+
+@_compiled
+def _gather(flat, base, step, planes_IW):
+    """Pixels at base, base + step, ... of a flattened image as planes of float32."""
+    bands, width = planes_IW.shape
+    if bands == 3:  # one walk over the pixels instead of three
+        red, green, blue = planes_IW[0], planes_IW[1], planes_IW[2]
+        for x in range(width):
+            at = np.uint64(base + x * step)  # unsigned: no code for negative indices
+            red[x] = flat[at]
+            green[x] = flat[at + np.uint64(1)]
+            blue[x] = flat[at + np.uint64(2)]
+        return
+    for i in range(bands):
+        plane = planes_IW[i]
+        for x in range(width):
+            plane[x] = flat[np.uint64(base + i + x * step)]
+
+
+@_compiled
+def _mix(planes_IW, matrix, low, high, out_CW):
+    """An affine map of the bands and a clamp."""
+    bands, width = planes_IW.shape
+    for c in range(matrix.shape[0]):
+        out = out_CW[c]
+        out[:] = matrix[c, bands]
+        for i in range(bands):
+            weight, plane = matrix[c, i], planes_IW[i]
+            for x in range(width):
+                out[x] += weight * plane[x]
+        for x in range(width):
+            out[x] = min(max(out[x], low), high)
+
+
+@_compiled
+def _augmented_row(image_HWI, y, dihedral, matrix, low, high, planes_IW, out_CW):
+    """Row y of the augmented image. The definition of a dihedral is pipelines.augment.apply_dihedral."""
+    size, bands = image_HWI.shape[0], image_HWI.shape[2]
+    down, right = (bands, size * bands) if dihedral & 4 else (size * bands, bands)
+    base = (size - 1 - y if dihedral & 2 else y) * down
+    if dihedral & 1:
+        base, right = base + (size - 1) * right, -right
+    _gather(image_HWI.reshape(-1), base, right, planes_IW)
+    _mix(planes_IW, matrix, low, high, out_CW)
+
+
+@_compiled
+def _store(values_CW, rounded, out_WC):
+    """Planes into pixels: uint8 (rounded half to even; the values lie in its range) or float32 (as they are)."""
+    if rounded:
+        for c in range(values_CW.shape[0]):
+            plane = values_CW[c]
+            for x in range(plane.shape[0]):
+                plane[x] = np.rint(plane[x])
+    if values_CW.shape[0] == 3:
+        red, green, blue = values_CW[0], values_CW[1], values_CW[2]
+        for x in range(out_WC.shape[0]):
+            out_WC[x, 0], out_WC[x, 1], out_WC[x, 2] = red[x], green[x], blue[x]
+        return
+    for c in range(values_CW.shape[0]):
+        for x in range(out_WC.shape[0]):
+            out_WC[x, c] = values_CW[c, x]
+
+
+@_compiled
+def augment(image_HWI, dihedral, matrix, low, high, rounded, out_HWC):
+    """Dihedral and colour in one pass over the pixels, at the tile's own size.
+
+    image_HWI: uint8, uint16, int16 or float32, square, C-order. matrix: float32 [C, I + 1]. low, high: float32 limits
+    of the result. out_HWC: uint8 with ``rounded``, or float32.
+    """
+    size = image_HWI.shape[0]
+    planes_IW = np.empty((image_HWI.shape[2], size), np.float32)
+    row_CW = np.empty((matrix.shape[0], size), np.float32)
+    for y in range(size):
+        _augmented_row(image_HWI, y, dihedral, matrix, low, high, planes_IW, row_CW)
+        _store(row_CW, rounded, out_HWC[y])
+
+
+@_compiled
+def augment_resize(image_HWI, dihedral, matrix, low, high, first, weights, rounded, out_hwC):
+    """Dihedral, colour, and area resize with the taps of :func:`pipelines.resize.area_taps`; else as ``augment``."""
+    height, count = image_HWI.shape[0], matrix.shape[0]
+    size, taps = weights.shape
+    planes_IW = np.empty((image_HWI.shape[2], height), np.float32)
+    whole_HCW = np.empty((height, count, height), np.float32)
+    for y in range(height):
+        _augmented_row(image_HWI, y, dihedral, matrix, low, high, planes_IW, whole_HCW[y])
+    column_CW = np.empty((count, height), np.float32)
+    row_Cw = np.empty((count, size), np.float32)
+    for y in range(size):
+        column_CW[:] = 0
+        for tap in range(taps):
+            # A tap past the edge weighs 0, so it may read any row.
+            weight, source_CW = weights[y, tap], whole_HCW[min(first[y] + tap, height - 1)]
+            for c in range(count):
+                for x in range(height):
+                    column_CW[c, x] += weight * source_CW[c, x]
+        _shrink_row(column_CW, first, weights, row_Cw)
+        _store(row_Cw, rounded, out_hwC[y])
+
+
+@_compiled
+def _shrink_row(column_CW, first, weights, row_Cw):
+    size, taps = weights.shape
+    last = column_CW.shape[1] - 1
+    for c in range(column_CW.shape[0]):
+        for x in range(size):
+            total = np.float32(0)
+            for tap in range(taps):
+                total += weights[x, tap] * column_CW[c, min(first[x] + tap, last)]
+            row_Cw[c, x] = total
+
+
+@_compiled
+def normalise(image_hwC, scale, offset, limit, out_hwC):
+    """float32 [h, w, C] times scale plus offset (float32 [C]), held within +-limit."""
+    for y in range(image_hwC.shape[0]):
+        for x in range(image_hwC.shape[1]):
+            for c in range(image_hwC.shape[2]):
+                out_hwC[y, x, c] = min(max(image_hwC[y, x, c] * scale[c] + offset[c], -limit), limit)
