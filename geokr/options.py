@@ -41,9 +41,9 @@ class AugmentOptions(Options):
     colour_probability: float = Field(default=0.8, ge=0, le=1)
     """Share of the images whose colours are changed."""
     brightness: Range = (0.7, 1.3)
-    """Factor on all values."""
+    """Factor on all values; three 8-bit bands only."""
     contrast: Range = (0.5, 1.5)
-    """Factor on the distance from the dataset's mean."""
+    """Factor on the distance from the dataset's mean; three 8-bit bands only."""
     saturation: Range = (0.5, 1.5)
     """Factor on the distance from grey; three 8-bit bands only."""
     hue: Range = (-0.05, 0.05)
