@@ -17,13 +17,18 @@ from torch import distributed as dist
 from torch.nn.modules.batchnorm import _BatchNorm
 
 
+def _wide(x: Tensor) -> Tensor:
+    """At least float32: half precision is for convolutions, not for statistics."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def _moments(x: Tensor) -> tuple[Tensor, Tensor, int]:
-    """Mean and biased variance over all processes, float32 [C], and the count of values a channel.
+    """Mean and biased variance over all processes, [C], at least float32, and the count of values a channel.
 
     x: [N, C, ...], any floating-point type.
     """
     axes = [0, *range(2, x.ndim)]
-    var, mean = torch.var_mean(x.float(), axes, correction=0)
+    var, mean = torch.var_mean(_wide(x), axes, correction=0)
     count = x.numel() // x.shape[1]
     local = torch.cat([mean.double(), var.double() * count, mean.new_tensor([count], dtype=torch.float64)])
     gathered = [torch.empty_like(local) for _ in range(dist.get_world_size())]
@@ -34,7 +39,7 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor, int]:
     total = counts.sum()
     mean64 = (means * counts).sum(0) / total
     squares64 = squares.sum(0) + (counts * (means - mean64) ** 2).sum(0)
-    return mean64.float(), (squares64 / total).float(), int(total.item())
+    return mean64.to(mean.dtype), (squares64 / total).to(mean.dtype), int(total.item())
 
 
 def _per_channel(values_C: Tensor, like: Tensor) -> Tensor:
@@ -46,7 +51,7 @@ class _SyncedNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, mean_C: Tensor, rstd_C: Tensor, count: int) -> Tensor:
-        normalised = (x.float() - _per_channel(mean_C, x)) * _per_channel(rstd_C, x)
+        normalised = (_wide(x) - _per_channel(mean_C, x)) * _per_channel(rstd_C, x)
         ctx.save_for_backward(normalised, rstd_C)
         ctx.count, ctx.dtype = count, x.dtype
         return normalised
@@ -55,7 +60,7 @@ class _SyncedNorm(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """dx = rstd (g - mean(g) - normalised mean(g normalised)), both means over all processes."""
         normalised, rstd_C = ctx.saved_tensors
-        grad = grads[0].float()
+        grad = _wide(grads[0])
         axes = [0, *range(2, grad.ndim)]
         sums = torch.stack([grad.sum(axes), (grad * normalised).sum(axes)])
         dist.all_reduce(sums)

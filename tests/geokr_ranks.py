@@ -1,0 +1,113 @@
+"""Checks that need several processes; test_geokr_distributed.py runs this file under torchrun.
+
+Every rank computes the expected result by itself, from all ranks' data, with torch's ordinary modules.
+"""
+
+import os
+import signal
+import sys
+
+import numpy as np
+import torch
+from timm.layers.norm_act import BatchNormAct2d
+from torch import nn
+
+from geokr.batchnorm import SyncedMixin, synchronize_batchnorm
+from geokr.distributed import Stopper, World, world_from
+
+
+def norms() -> nn.Sequential:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3), BatchNormAct2d(4), nn.Flatten(), nn.BatchNorm1d(64)
+    )
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
+    return model
+
+
+def check_batchnorm(world: World) -> None:
+    """Forward, backward, running statistics and eval mode equal one process's over the whole batch."""
+    plain, synced = norms().double(), norms().double()
+    keys = list(synced.state_dict())
+    synchronize_batchnorm(synced, "cpu")
+    assert list(synced.state_dict()) == keys
+    assert sum(isinstance(module, SyncedMixin) for module in synced.modules()) == 3
+    assert isinstance(synced[3], BatchNormAct2d)
+    sizes = [3, 5][: world.size]
+    for _ in range(3):
+        images = torch.randn(sum(sizes), 2, 8, 8, dtype=torch.float64) + 5.0
+        weights = torch.randn(sum(sizes), 64, dtype=torch.float64)
+        part = slice(sum(sizes[: world.rank]), sum(sizes[: world.rank + 1]))
+        whole, own = images.clone().requires_grad_(), images[part].clone().requires_grad_()
+        expected, got = plain(whole), synced(own)
+        torch.testing.assert_close(got, expected[part], rtol=1e-9, atol=1e-9)
+        (expected * weights).sum().backward()
+        (got * weights[part]).sum().backward()
+        torch.testing.assert_close(own.grad, whole.grad[part], rtol=1e-8, atol=1e-9)
+    for a, b in zip(plain.parameters(), synced.parameters(), strict=True):
+        torch.testing.assert_close(world.sum(b.grad), a.grad, rtol=1e-8, atol=1e-9)
+    for a, b in zip(plain.buffers(), synced.buffers(), strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-9, atol=1e-9)
+    world.check_replicas(list(synced.buffers()), "a synchronized statistic")
+    plain.eval(), synced.eval()
+    torch.testing.assert_close(synced(images), plain(images), rtol=1e-9, atol=1e-9)
+
+
+def check_precision(world: World) -> None:
+    """float32 values far from zero beside their spread: a variance from a sum of squares would be off by tenths."""
+    torch.manual_seed(1)
+    values = torch.randn(8 * world.size, 3, 5, 5) + 3000.0
+    norm = synchronize_batchnorm(nn.BatchNorm2d(3, momentum=1.0), "cpu")
+    norm(values.chunk(world.size)[world.rank])
+    torch.testing.assert_close(norm.running_var.double(), values.double().var((0, 2, 3)), rtol=1e-4, atol=0)
+
+
+def check_collectives(world: World) -> None:
+    torch.manual_seed(world.rank)
+    norm = nn.BatchNorm2d(3)
+    norm(torch.randn(4, 3, 5, 5) + world.rank)
+    means = [torch.zeros(3) for _ in range(world.size)]
+    torch.distributed.all_gather(means, norm.running_mean.clone())
+    world.average_buffers(norm)
+    torch.testing.assert_close(norm.running_mean, torch.stack(means).mean(0))
+    world.check_replicas(list(norm.buffers()), "a buffer")
+    drifted = torch.ones(5)
+    drifted[2] += world.rank * 1e-7 * 2
+    try:
+        world.check_replicas([torch.zeros(2), drifted], "a weight")
+    except RuntimeError as error:
+        assert "drifted apart" in str(error)
+    else:
+        raise AssertionError("a difference of one bit went unseen")
+
+
+def check_stopper(world: World) -> None:
+    """A signal to one rank stops all of them after the same step."""
+    stopper = Stopper(world)
+    with stopper.listening():
+        for step in range(100):
+            if step == 7 and world.rank == world.size - 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            if stopper.poll():
+                break
+    steps = world.maximum(torch.tensor([step])), world.minimum(torch.tensor([step]))
+    assert steps[0] == steps[1] == torch.tensor([8]), steps
+    assert stopper.signal == signal.SIGTERM
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    with world_from(os.environ, "cpu", 60.0) as world:
+        assert world.size == int(sys.argv[1])
+        np.random.seed(world.rank)
+        check_batchnorm(world)
+        check_precision(world)
+        check_collectives(world)
+        check_stopper(world)
+        if world.main:
+            print("all checks passed")
+
+
+if __name__ == "__main__":
+    main()
