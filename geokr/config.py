@@ -44,6 +44,14 @@ def _mapping_without_duplicates(loader: _StrictLoader, node: yaml.MappingNode) -
 
 
 _StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_duplicates)
+# YAML 1.1, which PyYAML follows, reads on, off, yes and no as truth values; YAML 1.2 reads words, as train.compile
+# wants them. Where a key is a truth value, pydantic takes those words too.
+_BOOL = "tag:yaml.org,2002:bool"
+_StrictLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != _BOOL]
+    for first, resolvers in _StrictLoader.yaml_implicit_resolvers.items()
+}
+_StrictLoader.add_implicit_resolver(_BOOL, re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 # YAML 1.1, which PyYAML follows, wants a dot in a float, so it reads 1e-3 as text; YAML 1.2 does not.
 _StrictLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float",

@@ -40,7 +40,7 @@ def test_one_process_needs_no_group():
 def test_a_gpu_that_is_not_there(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert choose_device("auto", 0) == torch.device("cpu")
-    with pytest.raises(ConfigError, match="train.device=auto"):
+    with pytest.raises(ConfigError, match=r"train\.device=auto"):
         choose_device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

@@ -75,7 +75,7 @@ def test_the_published_schedule_over_a_whole_published_run():
     steps = 10 * 1_431_950 // 8
     rule = teacher(8, teacher_schedule="published")
     assert rule.moves(steps) == 33
-    later = [step for step in range(61_001, steps, 61_000)]
+    later = range(61_001, steps, 61_000)
     assert all(rule.alpha(step) is not None and rule.alpha(step + 1) is None for step in later)
 
 
