@@ -12,7 +12,7 @@ Legend of shapes: N images, H = W side of the tile, h = w side of the image, I b
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,6 @@ import torch
 from nvidia.dali import fn, math, types
 from nvidia.dali.pipeline import Pipeline
 
-from geokr.records import RecordError
 from pipelines import torch_loader
 from pipelines.augment import Parameters
 from pipelines.batch import Decoded, Loaded
@@ -47,6 +46,8 @@ def dihedral_affine(dihedral: np.ndarray, size: int) -> np.ndarray:
 
 def augment_in_graph(images: Any, affine: Any, matrix: Any, transform: Transform) -> Any:
     """Dihedral, colour and clamp as DALI operators; uint8 where nothing else is to be done to them, else float."""
+    if transform.facts.dtype == "uint16":  # which warp_affine does not take; float holds it exactly
+        images = fn.cast(images, dtype=_FLOAT)
     images = fn.warp_affine(images, matrix=affine, interp_type=types.DALIInterpType.INTERP_NN)
     if transform.is_bytes and transform.taps is None:
         return fn.coord_transform(images, MT=matrix, dtype=_BYTE)  # rounds and clamps
@@ -136,11 +137,66 @@ def decode_batches(
     prefetch: int,
 ) -> Iterator[Decoded]:
     """Decodes and augments batch after batch. shape: the records' (H, W, I). where: a record's place, for errors."""
+    depth = max(2, prefetch)  # one batch in DALI's threads while another one is given out
     if device.type != "cuda":
         if codec == "raw":  # nothing to decode
             return torch_loader.decode_batches(batches, team, transform, shape, codec, where, False)
-        return _on_cpu(batches, team, transform, shape, where, count, threads, prefetch)
-    return _on_gpu(batches, transform, shape, codec, where, count, threads, device, prefetch)
+        return _on_cpu(batches, team, transform, shape, where, count, threads, depth)
+    return _on_gpu(batches, transform, shape, codec, where, count, threads, device, depth)
+
+
+class _Feed:
+    """DALI's source: batches that are in the graph wait here for their images.
+
+    DALI asks some batches ahead and passes a source's error on at once. Here an error waits for the batches before
+    it, as in the other loader: what a run sees before it stops does not depend on the prefetch.
+    """
+
+    def __init__(self, batches: Iterator[Loaded], inputs: Callable[[Loaded], tuple[Any, ...]]):
+        self._batches, self._inputs = batches, inputs
+        self.waiting: deque[Loaded] = deque()
+        self._error: BaseException | None = None
+
+    def __call__(self) -> tuple[Any, ...]:
+        try:
+            batch = next(self._batches)
+        except StopIteration:
+            raise
+        except BaseException as error:
+            self._error = error
+            raise StopIteration from error
+        self.waiting.append(batch)
+        return self._inputs(batch)
+
+    def runs(
+        self, pipeline: Pipeline, shape: tuple[int, ...], find_damage: Callable[[Iterable[Loaded]], None]
+    ) -> Iterator[tuple[Loaded, Any]]:
+        """(batch, DALI's output) run after run, every image of the given shape.
+
+        find_damage: called with the batches in which DALI found something wrong; raises an error that says where.
+        """
+        while True:
+            try:
+                (tiles,) = pipeline.run()
+            except StopIteration:
+                if self._error is not None:
+                    raise self._error from None
+                return
+            except RuntimeError:
+                find_damage(self.waiting)
+                raise
+            batch = self.waiting.popleft()
+            if any(tuple(found) != shape for found in tiles.shape()):
+                find_damage([batch])
+                raise RuntimeError(f"DALI gave images of other shapes than {shape}")
+            yield batch, tiles
+
+
+def _check_jpegs(batches: Iterable[Loaded], shape: tuple[int, int, int], where: Callable[[int], str]) -> None:
+    """Raises a RecordError for the first image that does not decode to this shape: DALI does not name it."""
+    for batch in batches:
+        for record_id, data in zip(batch.plan.ids.tolist(), batch.samples.images, strict=True):
+            torch_loader.decode_jpeg(data, shape, lambda record_id=record_id: where(record_id))
 
 
 def _on_cpu(
@@ -151,58 +207,18 @@ def _on_cpu(
     where: Callable[[int], str],
     count: int,
     threads: int,
-    prefetch: int,
+    depth: int,
 ) -> Iterator[Decoded]:
-    waiting: deque[Loaded] = deque()
-
-    def source() -> tuple[Any, ...]:
-        batch = next(batches)
-        waiting.append(batch)
-        return (batch.samples.images,)
-
+    feed = _Feed(batches, lambda batch: (batch.samples.images,))
     pipeline = build(
-        source,
-        count=count,
-        shape=shape,
-        codec="jpeg",
-        transform=None,
-        threads=threads,
-        device_id=None,
-        depth=max(2, prefetch),
+        feed, count=count, shape=shape, codec="jpeg", transform=None, threads=threads, device_id=None, depth=depth
     )
-    for tiles in _runs(pipeline, waiting, shape, where):
-        batch = waiting.popleft()
+    for batch, tiles in feed.runs(pipeline, shape, lambda batches: _check_jpegs(batches, shape, where)):
         batch.samples.release()
-        images = transform.allocate(len(batch.plan.ids))
-        torch_loader.augment_all(team, transform, tiles.__getitem__, batch.parameters, images.numpy())
+        tiles_NHWC = np.asarray(tiles.as_tensor())
+        images = transform.allocate(len(tiles_NHWC))
+        torch_loader.augment_all(team, transform, tiles_NHWC.__getitem__, batch.parameters, images.numpy())
         yield Decoded(batch.plan, batch.samples.fractions, lambda images=images: images)
-
-
-def _runs(
-    pipeline: Pipeline, waiting: deque[Loaded], shape: tuple[int, int, int], where: Callable[[int], str]
-) -> Iterator[np.ndarray]:
-    """Decoded tiles uint8 [N, H, W, 3] of the first waiting batch, run after run."""
-    while True:
-        try:
-            (tiles,) = pipeline.run()
-        except StopIteration:
-            return
-        except RuntimeError as error:
-            _find_damage(waiting, shape, where, error)
-        if any(tuple(tiles[n].shape()) != shape for n in range(len(tiles))):
-            _find_damage(waiting, shape, where, RuntimeError("tiles differ in shape"))
-        yield np.asarray(tiles.as_tensor())
-
-
-def _find_damage(
-    waiting: deque[Loaded], shape: tuple[int, int, int], where: Callable[[int], str], error: RuntimeError
-) -> None:
-    """Raises a RecordError for the image that DALI could not decode, which it does not name."""
-    for batch in waiting:
-        for record_id, data in zip(batch.plan.ids.tolist(), batch.samples.images, strict=True):
-            torch_loader.decode_jpeg(data, shape, lambda record_id=record_id: where(record_id))
-    ids = [record_id for batch in waiting for record_id in batch.plan.ids.tolist()]
-    raise RecordError(f"{where(ids[0])}: DALI failed on this record or one of the {len(ids)} after it: {error}")
 
 
 # ------------------------------------------------------------------------------------------------- GPU
@@ -222,41 +238,33 @@ def _on_gpu(
     count: int,
     threads: int,
     device: torch.device,
-    prefetch: int,
+    depth: int,
 ) -> Iterator[Decoded]:
-    waiting: deque[Loaded] = deque()
-    dtype = transform.facts.dtype
-
-    def source() -> tuple[Any, ...]:
-        batch = next(batches)
-        waiting.append(batch)
+    def inputs(batch: Loaded) -> tuple[Any, ...]:
         images = batch.samples.images
         if codec == "raw":
-            images = [torch_loader.view_raw(data, shape, dtype) for data in images]
+            images = [torch_loader.view_raw(data, shape, transform.facts.dtype) for data in images]
         return graph_inputs(images, batch.parameters, shape[0])
 
+    feed, kept = _Feed(batches, inputs), _Kept()
     device_id = device.index if device.index is not None else torch.cuda.current_device()
     pipeline = build(
-        source,
+        feed,
         count=count,
         shape=shape,
         codec=codec,
         transform=transform,
         threads=threads,
         device_id=device_id,
-        depth=max(2, prefetch),
+        depth=depth,
     )
-    kept = _Kept()
-    while True:
-        try:
-            (tiles,) = pipeline.run()
-        except StopIteration:
-            return
-        except RuntimeError as error:
-            if codec == "jpeg":
-                _find_damage(waiting, shape, where, error)
-            raise
-        batch = waiting.popleft()
+
+    def find_damage(batches: Iterable[Loaded]) -> None:
+        if codec == "jpeg":
+            _check_jpegs(batches, shape, where)
+
+    out_shape = (*shape[:2], len(transform.facts.bands))
+    for batch, tiles in feed.runs(pipeline, out_shape, find_damage):
         batch.samples.release()
         yield Decoded(batch.plan, batch.samples.fractions, lambda tiles=tiles: kept.finished(tiles, transform))
 

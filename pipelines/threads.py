@@ -56,14 +56,15 @@ class Team:
 
 def _serve(jobs: "queue.SimpleQueue[Any]") -> None:
     while (job := jobs.get()) is not None:
-        future, function, arguments = job
-        try:
-            result = function(*arguments)
-        except BaseException as error:
-            future.set_exception(error)
-        else:
-            future.set_result(result)
-        del job, future, arguments  # nothing may live on while this thread waits for its next job
+        _work(*job)
+        del job  # nothing may live on while this thread waits: the job may hold the team's owner
+
+
+def _work(future: "Future[Any]", function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    try:
+        future.set_result(function(*arguments))
+    except BaseException as error:
+        future.set_exception(error)
 
 
 def _stop_team(jobs: "queue.SimpleQueue[Any]", threads: list[threading.Thread]) -> None:

@@ -1,0 +1,98 @@
+"""The graph's augmentation, built for DALI's CPU backend, against the numba kernels; and torch's part after it."""
+
+import numpy as np
+import pytest
+import simplejpeg
+import torch
+
+pytest.importorskip("nvidia.dali")
+
+from pipelines import dali
+from pipelines.augment import BandFacts, Parameters, apply_dihedral
+from pipelines.transform import Transform
+from tests.datasets import make_images
+from tests.test_pipelines_kernels import facts_of, random_matrix
+
+COUNT, SIZE = 16, 24
+
+
+def through_graph(images, parameters, transform, codec):
+    batches = iter([dali.graph_inputs(images, parameters, SIZE)])
+    pipeline = dali.build(
+        lambda: next(batches),
+        count=COUNT,
+        shape=(SIZE, SIZE, len(transform.facts.mean)),
+        codec=codec,
+        transform=transform,
+        threads=1,
+        device_id=None,
+        depth=1,
+    )
+    (out,) = pipeline.run()
+    return dali.finish(torch.from_numpy(np.asarray(out.as_tensor()).copy()), transform)
+
+
+def through_kernels(tiles, parameters, transform):
+    out = transform.allocate(len(tiles))
+    for n, tile in enumerate(tiles):
+        transform(tile, parameters, n, out[n].numpy())
+    return out
+
+
+def parameters_for(facts, scale):
+    rng = np.random.default_rng(0)
+    wanted, bands = len(facts.bands), len(facts.mean)
+    matrices = np.stack([random_matrix(rng, wanted, bands, scale) for _ in range(COUNT)])
+    return Parameters(np.arange(COUNT) % 8, matrices)
+
+
+def assert_close(graph, kernels, facts):
+    assert graph.dtype == kernels.dtype
+    assert graph.shape == kernels.shape
+    if facts.dtype == "uint8":
+        difference = (graph.int() - kernels.int()).abs()
+        assert difference.max() <= 1
+        assert (difference > 0).float().mean() < 0.01  # only what lies at the edge between two levels
+    else:
+        torch.testing.assert_close(graph.float(), kernels.float(), rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("image_size", [SIZE, 17, 8])
+def test_jpegs_within_one_grey_level(image_size):
+    images, _ = make_images(COUNT, SIZE, 3, "uint8", 4, 0)
+    encoded = [np.frombuffer(simplejpeg.encode_jpeg(image), np.uint8) for image in images]
+    facts = facts_of("uint8", 3)
+    transform, parameters = Transform(SIZE, image_size, facts), parameters_for(facts, 30)
+    tiles = [simplejpeg.decode_jpeg(data) for data in encoded]
+    graph = through_graph(encoded, parameters, transform, "jpeg")
+    assert_close(graph, through_kernels(tiles, parameters, transform), facts)
+    assert graph.float().std() > 20  # something is in them
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "int16", "float32"])
+@pytest.mark.parametrize("chosen", [(0, 1, 2, 3, 4), (3, 1)])
+@pytest.mark.parametrize("image_size", [SIZE, 10])
+def test_raw_bands_of_any_depth(dtype, chosen, image_size):
+    images, _ = make_images(COUNT, SIZE, 5, dtype, 4, 0)
+    mean, std = images.mean((0, 1, 2)), images.std((0, 1, 2))
+    facts = BandFacts(dtype, chosen, tuple(mean.tolist()), tuple(std.tolist()))
+    transform, parameters = Transform(SIZE, image_size, facts), parameters_for(facts, float(std.mean()) / 3)
+    graph = through_graph(list(images), parameters, transform, "raw")
+    assert_close(graph, through_kernels(images, parameters, transform), facts)
+
+
+@pytest.mark.parametrize("k", range(8))
+def test_every_symmetry_moves_pixels_exactly(k):
+    rng = np.random.default_rng(k)
+    image = rng.integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
+    facts = facts_of("uint8", 3)
+    parameters = Parameters(np.array([k]), np.eye(3, 4, dtype=np.float32)[None])
+    graph = through_graph([image], parameters, Transform(SIZE, SIZE, facts), "raw")
+    assert (graph[0].numpy() == apply_dihedral(image, k)).all()
+
+
+def test_finish_rounds_ties_to_even_like_the_kernels():
+    facts = facts_of("uint8", 1)
+    tile = np.kron(np.array([[0, 1], [2, 3]]), np.ones((2, 2)))[:, :, None].astype(np.float32) + 0.5
+    out = dali.finish(torch.from_numpy(tile)[None], Transform(4, 2, facts))
+    assert out[0, :, :, 0].tolist() == [[0, 2], [2, 4]]
