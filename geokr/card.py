@@ -4,6 +4,8 @@ import platform
 from importlib import metadata
 from typing import Any
 
+import torch
+
 from geokr import __version__
 from geokr.models import BackboneSpec
 from geokr.records import Band, Manifest
@@ -11,8 +13,8 @@ from geokr.records import Band, Manifest
 
 def versions() -> dict[str, str]:
     """Versions of what computed the weights."""
-    found = {"geokr": __version__, "python": platform.python_version()}
-    for name in ("torch", "timm", "torchvision", "safetensors", "numpy"):
+    found = {"geokr": __version__, "python": platform.python_version(), "torch": torch.__version__}
+    for name in ("timm", "torchvision", "safetensors", "numpy"):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

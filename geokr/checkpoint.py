@@ -78,28 +78,42 @@ def write_text(path: Path, text: str) -> None:
 
 
 def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
-    """Writes ``folder/step-...``, moves ``latest``, removes all but the newest ``keep``. Returns its path."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Writes ``folder/step-...``, moves ``latest``, removes all but the newest ``keep``. Returns its path.
+
+    Raises CheckpointError if it cannot be written; those before it stay.
+    """
     final = folder / f"step-{checkpoint.step:08d}"
     temporary = folder / f".tmp-{final.name}-{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    tensors = {name: tensor.contiguous() for name, tensor in checkpoint.tensors.items()}
-    safetensors.torch.save_file(tensors, temporary / TENSORS)
-    meta = {**checkpoint.meta, "format": FORMAT, "sha256": _sha256(temporary / TENSORS)}
-    (temporary / NUMBERS).write_text(json.dumps({**meta, "digest": _digest(meta)}, indent=1) + "\n", encoding="utf-8")
-    for path in (temporary / TENSORS, temporary / NUMBERS, temporary):
-        _flush(path)
-    if final.exists():  # a damaged one that the run went back behind
-        shutil.rmtree(final)
-    temporary.rename(final)
-    _flush(folder)
-    write_text(folder / LATEST, final.name + "\n")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(temporary, checkpoint)
+        if final.exists():  # a damaged one that the run went back behind
+            shutil.rmtree(final)
+        temporary.rename(final)
+        _flush(folder)
+        write_text(folder / LATEST, final.name + "\n")
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointError(
+            f"{final}: cannot be written ({error}); make room or access, then resume from the checkpoint before it"
+        ) from error
     for old in list_checkpoints(folder)[keep:]:
         shutil.rmtree(old)
     for rest in folder.glob(".tmp-*"):
         shutil.rmtree(rest, ignore_errors=True)
     return final
+
+
+def _write(folder: Path, checkpoint: Checkpoint) -> None:
+    """Both files, flushed to the disk, in a new folder."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    tensors = {name: tensor.contiguous() for name, tensor in checkpoint.tensors.items()}
+    safetensors.torch.save_file(tensors, folder / TENSORS)
+    meta = {**checkpoint.meta, "format": FORMAT, "sha256": _sha256(folder / TENSORS)}
+    (folder / NUMBERS).write_text(json.dumps({**meta, "digest": _digest(meta)}, indent=1) + "\n", encoding="utf-8")
+    for path in (folder / TENSORS, folder / NUMBERS, folder):
+        _flush(path)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

@@ -19,6 +19,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from geokr import checkpoint
@@ -143,7 +144,7 @@ def export(run: str | Path, out: str | Path, form: str | None = None, model: str
             _write_onnx(temporary, spec, state)
         temporary.replace(out)
         write_text(card_path(out), json.dumps(card, indent=1, ensure_ascii=False) + "\n")
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise ConfigError(f"--out {out}: cannot be written ({error})") from error
     finally:
         temporary.unlink(missing_ok=True)

@@ -94,14 +94,30 @@ def test_a_kill_while_saving_leaves_the_one_before(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     for place in ("safetensors.torch.save_file", "geokr.checkpoint._flush", "pathlib.Path.rename"):
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        with monkeypatch.context() as patch:
             patch.setattr(place, killed)
-            checkpoint.save(tmp_path, make(20), keep=2)
+            with pytest.raises(KeyboardInterrupt):
+                checkpoint.save(tmp_path, make(20), keep=2)
         assert checkpoint.load_latest(tmp_path).step == 10
     assert len(calls) == 3
     checkpoint.save(tmp_path, make(20), keep=2)
     assert checkpoint.load_latest(tmp_path).step == 20
     assert not list(tmp_path.glob(".tmp-*"))
+
+
+def test_storage_that_cannot_be_written_is_named_and_loses_nothing(tmp_path, monkeypatch):
+    checkpoint.save(tmp_path, make(10), keep=2)
+
+    def full(*arguments, **keywords):
+        raise OSError(28, "No space left on device")
+
+    for place in ("safetensors.torch.save_file", "pathlib.Path.write_text"):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, full)
+            with pytest.raises(CheckpointError, match=r"step-00000020: cannot be written.*No space left"):
+                checkpoint.save(tmp_path, make(20), keep=2)
+        assert checkpoint.load_latest(tmp_path).step == 10
+        assert not list(tmp_path.glob(".tmp-*"))
 
 
 def test_a_kill_before_latest_moves_still_finds_the_new_one(tmp_path):
