@@ -243,9 +243,9 @@ def _close_stages(*stages: Stage[Any]) -> Callable[[], None]:
 def _decoder(name: str, setting: _Setting, count: int, loaded: Iterator[Loaded], team: Team) -> Iterator[Decoded]:
     dataset = setting.dataset
     if name == "dali":
-        from pipelines import dali  # DALI is optional, and takes a second to import
+        from pipelines import dali_loader  # DALI is optional, and takes a second to import
 
-        return dali.decode_batches(
+        return dali_loader.decode_batches(
             loaded,
             team,
             setting.transform,

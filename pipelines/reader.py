@@ -5,13 +5,8 @@ A read has a deadline: storage that hangs becomes an error with the shard's name
 """
 
 import os
-import threading
 import time
-import weakref
-from collections import OrderedDict
-from collections.abc import Iterator
 from concurrent.futures import FIRST_EXCEPTION, wait
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -23,11 +18,11 @@ from geokr.records import FRAME_OVERHEAD, RecordError
 from pipelines import parse
 from pipelines.dataset import Dataset, Split
 from pipelines.errors import ReadTimeoutError
+from pipelines.files import OpenFiles
 from pipelines.threads import Team
 
 # Files kept open. The usual limit for a process is 1,024, and a batch comes from the 16 or so shards of a group.
 _OPEN_FILES = 128
-_FLAGS = os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -81,7 +76,7 @@ class Reader:
             parse.SHAPE: parse.packed(self._shape),
         }
         self._team = Team(threads, "geokr-read")
-        self._files = _Files(_OPEN_FILES)
+        self._files = OpenFiles(_OPEN_FILES)
         self._buffers: list[np.ndarray] = []
 
     def read(self, ids: np.ndarray) -> Samples:
@@ -251,59 +246,6 @@ def _lay_out(split: Split, ids: np.ndarray) -> _Layout:
     breaks = np.flatnonzero((np.diff(unique) != 1) | (np.diff(shards) != 0)) + 1
     edges = [0, *breaks.tolist(), len(unique)] if len(unique) else [0]
     return _Layout(unique, sizes, places, back, list(pairwise(edges)))
-
-
-class _Files:
-    """Open files, the least recently used closed beyond a limit; one in use is never closed."""
-
-    def __init__(self, limit: int):
-        self._limit = limit
-        self._lock = threading.Lock()
-        self._open: OrderedDict[str, list[int]] = OrderedDict()  # path: [descriptor, users]
-        self._finalizer = weakref.finalize(self, _close_unused, self._open)
-
-    @contextmanager
-    def use(self, path: str) -> Iterator[int]:
-        entry = self._entry(path)
-        try:
-            yield entry[0]
-        finally:
-            with self._lock:
-                entry[1] -= 1
-
-    def _entry(self, path: str) -> list[int]:
-        with self._lock:
-            entry = self._open.get(path)
-            if entry is not None:
-                entry[1] += 1
-                self._open.move_to_end(path)
-                return entry
-        handle = os.open(path, _FLAGS)  # outside the lock: it may hang
-        with self._lock:
-            if path in self._open:  # another thread was first
-                os.close(handle)
-            else:
-                self._open[path] = [handle, 0]
-            entry = self._open[path]
-            entry[1] += 1
-            self._evict()
-            return entry
-
-    def _evict(self) -> None:
-        for path in [path for path, (_, users) in self._open.items() if users == 0]:
-            if len(self._open) <= self._limit:
-                return
-            os.close(self._open.pop(path)[0])
-
-    def close(self) -> None:
-        """Closes what nobody uses; a file whose read hangs stays open with it."""
-        with self._lock:
-            self._finalizer()
-
-
-def _close_unused(files: OrderedDict[str, list[int]]) -> None:
-    for path in [path for path, (_, users) in files.items() if users == 0]:
-        os.close(files.pop(path)[0])
 
 
 __all__ = ["Reader", "Samples"]

@@ -29,7 +29,8 @@ def through_graph(images, parameters, transform, codec):
         depth=1,
     )
     (out,) = pipeline.run()
-    return dali.finish(torch.from_numpy(np.asarray(out.as_tensor()).copy()), transform)
+    tiles = torch.from_numpy(np.asarray(out.as_tensor()).copy())
+    return dali.Finish(transform, tiles.device)(tiles)
 
 
 def through_kernels(tiles, parameters, transform):
@@ -94,5 +95,5 @@ def test_every_symmetry_moves_pixels_exactly(k):
 def test_finish_rounds_ties_to_even_like_the_kernels():
     facts = facts_of("uint8", 1)
     tile = np.kron(np.array([[0, 1], [2, 3]]), np.ones((2, 2)))[:, :, None].astype(np.float32) + 0.5
-    out = dali.finish(torch.from_numpy(tile)[None], Transform(4, 2, facts))
+    out = dali.Finish(Transform(4, 2, facts), torch.device("cpu"))(torch.from_numpy(tile)[None])
     assert out[0, :, :, 0].tolist() == [[0, 2], [2, 4]]
