@@ -6,7 +6,7 @@ this module is what they share: strict YAML, overrides, and errors that name fil
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,7 +35,9 @@ class _StrictLoader(yaml.SafeLoader):
 def _mapping_without_duplicates(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: set[Any] = set()
     for key_node, _ in node.value:
-        key = loader.construct_object(key_node)
+        key = loader.construct_object(key_node, deep=True)
+        if not isinstance(key, Hashable):
+            raise ConfigError(f"line {key_node.start_mark.line + 1}: {key!r} cannot be a key; expected a word")
         if key in seen:
             line = key_node.start_mark.line + 1
             raise ConfigError(f"duplicate key {key!r} in line {line}: keep one of the two")
@@ -45,18 +47,19 @@ def _mapping_without_duplicates(loader: _StrictLoader, node: yaml.MappingNode) -
 
 _StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_duplicates)
 # YAML 1.1, which PyYAML follows, reads on, off, yes and no as truth values; YAML 1.2 reads words, as train.compile
-# wants them. Where a key is a truth value, pydantic takes those words too.
-_BOOL = "tag:yaml.org,2002:bool"
+# wants them. Where a key is a truth value, pydantic takes those words too. Dates stay words as well: no key is one,
+# and the 30th of February would be an error that names no key.
+_BOOL, _DATE = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:timestamp"
 _StrictLoader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != _BOOL]
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in (_BOOL, _DATE)]
     for first, resolvers in _StrictLoader.yaml_implicit_resolvers.items()
 }
 _StrictLoader.add_implicit_resolver(_BOOL, re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 # YAML 1.1, which PyYAML follows, wants a dot in a float, so it reads 1e-3 as text; YAML 1.2 does not.
 _StrictLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"),
-    list("-+0123456789"),
+    re.compile(r"^[-+]?(\d[\d_]*(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
 )
 
 
@@ -72,17 +75,24 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 def parse_yaml(text: str, where: str) -> dict[str, Any]:
     """The mapping in ``text``; ``where`` names its origin in errors."""
-    try:
-        loaded = yaml.load(text, Loader=_StrictLoader)
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{where}: not valid YAML: {error}") from error
+    loaded = _value(text, where)
     if loaded is None:
         return {}
     if not isinstance(loaded, dict):
         raise ConfigError(f"{where}: expected a mapping of keys to values, got {type(loaded).__name__}")
     return loaded
+
+
+def _value(text: str, where: str) -> Any:
+    """What a YAML text holds."""
+    try:
+        return yaml.load(text, Loader=_StrictLoader)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"{where}: not valid YAML: {error}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{where}: not valid YAML: too deeply nested") from error
 
 
 _OVERRIDE = re.compile(r"^([A-Za-z_][A-Za-z0-9_]*(?:\.[A-Za-z_][A-Za-z0-9_]*)*)=(.*)$", re.DOTALL)
@@ -111,10 +121,7 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
         key, text = match.groups()
         if key in parsed:
             raise ConfigError(f"override {key}: given twice; keep one")
-        try:
-            parsed[key] = yaml.load(text, Loader=_StrictLoader)
-        except (yaml.YAMLError, ConfigError) as error:
-            raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from error
+        parsed[key] = _value(text, f"override {override!r}")
     return parsed
 
 

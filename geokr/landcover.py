@@ -90,7 +90,10 @@ def _parse_product(table: dict[str, Any], where: str) -> Product:
     for key in ("name", "nodata", "ignore"):
         if key not in table:
             raise ConfigError(f"{where}: the product table lacks {key!r}")
-    classes = _corine_classes(table) if "raster_order" in table else _plain_classes(table, where)
+    try:
+        classes = _corine_classes(table) if "raster_order" in table else _plain_classes(table, where)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{where}: raster_order: lacks what CORINE's table has: {error!r}") from error
     if len(classes) > MAX_CLASSES:
         raise ConfigError(f"{where}: {len(classes)} classes, at most {MAX_CLASSES} are possible")
     seen: dict[int, str] = {}
@@ -101,18 +104,36 @@ def _parse_product(table: dict[str, Any], where: str) -> Product:
             seen[code] = entry.name
     try:
         pattern = re.compile(table["filename"]) if table.get("filename") else None
-    except re.error as error:
+    except (re.error, TypeError) as error:
         raise ConfigError(f"{where}: filename is not a regular expression: {error}") from error
     return Product(
         name=str(table["name"]),
         title=str(table.get("title", table["name"])),
         classes=tuple(classes),
-        nodata=frozenset(table["nodata"]),
-        ignore=frozenset(table["ignore"]),
+        nodata=frozenset(_codes(table["nodata"], "nodata", where)),
+        ignore=frozenset(_codes(table["ignore"], "ignore", where)),
         filename=pattern,
-        groups={str(key): tuple(value) for key, value in table.get("groups", {}).items()},
+        groups=_groups(table.get("groups") or {}, seen, where),
         licence=table.get("licence"),
     )
+
+
+def _codes(values: Any, key: str, where: str) -> tuple[int, ...]:
+    """A list of raster codes."""
+    lowest, highest = -LOOKUP_OFFSET, LOOKUP_SIZE - LOOKUP_OFFSET - 1
+    if not isinstance(values, list) or not all(type(code) is int and lowest <= code <= highest for code in values):
+        raise ConfigError(f"{where}: {key}: expected a list of whole numbers {lowest}..{highest}, got {values!r}")
+    return tuple(values)
+
+
+def _groups(groups: Any, known: Mapping[int, str], where: str) -> dict[str, tuple[int, ...]]:
+    if not isinstance(groups, dict):
+        raise ConfigError(f"{where}: groups: expected a mapping of names to lists of codes, got {groups!r}")
+    parsed = {str(name): _codes(codes, f"groups: {name}", where) for name, codes in groups.items()}
+    for name, codes in parsed.items():
+        if strangers := [code for code in codes if code not in known]:
+            raise ConfigError(f"{where}: groups: {name}: no class has the code {strangers[0]}")
+    return parsed
 
 
 def _plain_classes(table: dict[str, Any], where: str) -> list[LandCoverClass]:
@@ -121,9 +142,9 @@ def _plain_classes(table: dict[str, Any], where: str) -> list[LandCoverClass]:
         raise ConfigError(f"{where}: expected `classes:`, a mapping of raster codes to {{name: ..., rgb: [...]}}")
     classes = []
     for index, (code, entry) in enumerate(entries.items()):
-        if not isinstance(code, int) or not isinstance(entry, dict) or "name" not in entry:
+        if type(code) is not int or not isinstance(entry, dict) or "name" not in entry:
             raise ConfigError(f"{where}: classes: entry {code!r} needs a whole number as its code and a name")
-        codes = (code, *entry.get("also", ()))
+        codes = _codes([code, *_codes(entry.get("also", []), f"classes: {code}: also", where)], "classes", where)
         classes.append(LandCoverClass(str(entry["name"]), codes, _colour(entry.get("rgb"), index, where)))
     return classes
 
@@ -145,7 +166,7 @@ def _colour(rgb: Any, index: int, where: str) -> tuple[int, int, int]:
 
         r, g, b = colorsys.hsv_to_rgb((index * 0.381966) % 1.0, 0.55, 0.85)
         return round(r * 255), round(g * 255), round(b * 255)
-    if len(rgb) != 3 or not all(isinstance(value, int) and 0 <= value <= 255 for value in rgb):
+    if not (isinstance(rgb, list) and len(rgb) == 3 and all(type(v) is int and 0 <= v <= 255 for v in rgb)):
         raise ConfigError(f"{where}: rgb {rgb!r} is not three whole numbers from 0 to 255")
     return rgb[0], rgb[1], rgb[2]
 
@@ -176,7 +197,7 @@ def build_legend(
     merged: dict[str, LandCoverClass] = {}
     outside: set[int] = set(product.ignore)
     for entry in product.classes:
-        codes = tuple(code for code in entry.codes if code not in product.ignore)
+        codes = tuple(code for code in entry.codes if code not in product.ignore and code not in product.nodata)
         if entry.name in drop:
             outside.update(codes)
             continue

@@ -171,7 +171,7 @@ def decode_record(payload: bytes, where: str = "record") -> Record:
             tile_id=_text(features, "tile_id"),
             date=_text(features, "date") if "date" in features else "",
         )
-    except (example.ExampleError, KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+    except (example.ExampleError, KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise RecordError(f"{where}: not a geokr record ({type(error).__name__}: {error})") from error
     _check_record(record, where)
     return record
@@ -180,6 +180,7 @@ def decode_record(payload: bytes, where: str = "record") -> Record:
 def _check_record(record: Record, where: str) -> None:
     fractions = record.fractions
     checks = {
+        "image": isinstance(record.image, bytes),
         "codec": record.codec in CODECS,
         "dtype": record.dtype in DTYPES,
         "shape": len(record.shape) == 3 and all(0 < n <= 1 << 20 for n in record.shape),
@@ -187,12 +188,12 @@ def _check_record(record: Record, where: str) -> None:
         and fractions.dtype == np.float32
         and bool(np.isfinite(fractions).all() and (fractions >= 0).all() and abs(fractions.sum() - 1) < 1e-4),
         "valid_fraction": 0 < record.valid_fraction <= 1.0001,
-        "lonlat": len(record.lonlat) == 2,
-        "transform": len(record.transform) == 6,
+        "lonlat": len(record.lonlat) == 2 and bool(np.isfinite(record.lonlat).all()),
+        "transform": len(record.transform) == 6 and bool(np.isfinite(record.transform).all()),
     }
     for name, fine in checks.items():
         if not fine:
-            raise RecordError(f"{where}: feature {name!r} holds {getattr(record, name)!r}, which cannot be")
+            raise RecordError(f"{where}: feature {name!r} holds {getattr(record, name)!r:.200}, which cannot be")
     if record.codec == "raw":
         expected = int(np.prod(record.shape, dtype=np.int64)) * np.dtype(record.dtype).itemsize
         if len(record.image) != expected:
@@ -319,10 +320,25 @@ def load_manifest(folder: str | Path) -> Manifest:
         key = ".".join(str(part) for part in item["loc"])
         raise RecordError(f"{path}: {key}: {item['msg']}; the manifest is damaged, pack again") from error
     for name in SPLITS:
-        part = manifest.split(name)
-        if part.records != sum(shard.records for shard in part.shards):
-            raise RecordError(f"{path}: {name}.records does not equal the sum over its shards; pack again")
+        if fault := _split_fault(manifest, name):
+            raise RecordError(f"{path}: {name}: {fault}; the manifest is damaged, pack again")
     return manifest
+
+
+def _split_fault(manifest: Manifest, name: Split) -> str:
+    """What does not fit together in a split, or an empty string."""
+    part = manifest.split(name)
+    names = [shard.name for shard in part.shards]
+    if part.records != sum(shard.records for shard in part.shards):
+        return "records does not equal the sum over its shards"
+    if len(set(names)) != len(names):
+        return "lists a shard twice"
+    if not all(shard.startswith(f"{name}-") for shard in names):
+        return "lists another split's shards"
+    statistics = ((part.mean, manifest.bands), (part.std, manifest.bands), (part.prior, manifest.classes))
+    if part.records and not all(len(v) == len(of) and np.isfinite(v).all() for v, of in statistics):
+        return f"its statistics do not fit {len(manifest.bands)} bands and {len(manifest.classes)} classes"
+    return ""
 
 
 def open_index(folder: str | Path, shard: Shard) -> np.ndarray:
