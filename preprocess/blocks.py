@@ -30,33 +30,54 @@ def is_validation(row: int, cell: int, seed: int, val_fraction: float) -> bool:
     return int.from_bytes(digest, "little") < val_fraction * 2.0**64
 
 
-def touched_cells(
-    longitudes: np.ndarray, latitudes: np.ndarray, margin_m: float, block_m: float
-) -> set[tuple[int, int]]:
-    """Every cell that a quadrilateral touches, given its corners in degrees and a margin for its curved sides.
+def _far_apart(longitudes: np.ndarray, latitudes: np.ndarray) -> float:
+    """The longest way in degrees between neighbours of a lattice of points [P, Q] over the ground."""
+    lon, lat = np.radians(longitudes), np.radians(latitudes)
+    xyz = np.stack([np.cos(lat) * np.cos(lon), np.cos(lat) * np.sin(lon), np.sin(lat)])
+    steps = (np.diff(xyz, axis=1), np.diff(xyz, axis=2))
+    chord = max(float(np.sqrt((step**2).sum(axis=0)).max()) for step in steps)
+    return math.degrees(2 * math.asin(min(1.0, chord / 2)))
 
-    Taken from the corners' bounding box in longitude and latitude, so a cell too many is possible, one too few
-    is not. The box of corners on both sides of the antimeridian is the short one across it.
+
+def _interval(longitudes: np.ndarray) -> tuple[float, float]:
+    """(west, east) of the shortest arc that holds all longitudes; east may exceed 180."""
+    ordered = np.sort(np.ravel(longitudes) % 360)
+    gaps = np.diff(ordered, append=ordered[0] + 360)
+    widest = int(gaps.argmax())
+    west = float(ordered[(widest + 1) % len(ordered)])
+    return west, west + 360 - float(gaps[widest])
+
+
+def touched_cells(longitudes: np.ndarray, latitudes: np.ndarray, block_m: float) -> set[tuple[int, int]]:
+    """Every cell that a part of a tile touches, given by a lattice [P, Q] of points over its footprint, degrees.
+
+    Taken from the points' bounding box in longitude and latitude, so a cell too many is possible, one too few is
+    not. Between two points a side may bulge beyond the box: a great circle of length s by s^2 tan(latitude) / 8 R,
+    and a little more for projections that are not that straight. Within two such lengths of a pole, where a box
+    means nothing, the part counts as touching all cells around the pole.
     """
-    south, north = latitudes.min() - margin_m / METRES_A_DEGREE, latitudes.max() + margin_m / METRES_A_DEGREE
-    west, east = longitudes.min(), longitudes.max()
-    if east - west > 180:
-        shifted = np.where(longitudes < 0, longitudes + 360, longitudes)
-        west, east = shifted.min(), shifted.max()
-    metres = METRES_A_DEGREE * max(1e-9, math.cos(math.radians(min(89.999999, max(abs(south), abs(north))))))
-    west, east = west - margin_m / metres, east + margin_m / metres
+    step = _far_apart(longitudes, latitudes)
+    highest = float(np.abs(latitudes).max())
+    bulge = step**2 * math.pi / 180 / 8 * math.tan(math.radians(min(highest, 89.9)))
+    margin = step / 64 + bulge
+    south, north = float(latitudes.min()) - margin, float(latitudes.max()) + margin
+    around = 90 - highest < 2 * step
+    if around:
+        south, north = (south, 90.0) if north > -south else (-90.0, north)
+    west, east = _interval(longitudes)
+    wider = margin / max(1e-9, math.cos(math.radians(min(89.999999, max(abs(south), abs(north))))))
     cells: set[tuple[int, int]] = set()
-    first, last = (math.floor((latitude + 90) * METRES_A_DEGREE / block_m) for latitude in (south, north))
+    first, last = (math.floor((latitude + 90) * METRES_A_DEGREE / block_m) for latitude in (south, min(90.0, north)))
     for row in range(max(0, first), last + 1):
         count = cells_in_row(row, block_m)
-        left, right = (math.floor((longitude + 180) / 360 * count) for longitude in (west, east))
+        left, right = (math.floor((longitude + 180) / 360 * count) for longitude in (west - wider, east + wider))
+        if around:
+            left, right = 0, count - 1
         cells.update((row, cell % count) for cell in range(left, min(right, left + count - 1) + 1))
     return cells
 
 
-def side_of(
-    longitudes_PP: np.ndarray, latitudes_PP: np.ndarray, margin_m: float, block_m: float, seed: int, val_fraction: float
-) -> int:
+def side_of(longitudes_PP: np.ndarray, latitudes_PP: np.ndarray, block_m: float, seed: int, val_fraction: float) -> int:
     """TRAIN, VAL or BOTH for a tile, given as a lattice of P x P points over its footprint, degrees.
 
     A tile that touches both kinds of block belongs to neither split. Tried on the whole tile's bounding box
@@ -66,7 +87,7 @@ def side_of(
         return TRAIN
 
     def kinds(part: tuple[slice, slice]) -> set[bool]:
-        cells = touched_cells(longitudes_PP[part], latitudes_PP[part], margin_m, block_m)
+        cells = touched_cells(longitudes_PP[part], latitudes_PP[part], block_m)
         return {is_validation(row, cell, seed, val_fraction) for row, cell in cells}
 
     found = kinds((slice(None), slice(None)))

@@ -117,6 +117,9 @@ def chunks(width: int, height: int, size: int, step: int, bytes_a_pixel: float) 
     across = -(-len(columns) // -(-len(columns) // across))  # the same number of parts, evenly filled
     chunk_width = size + (across - 1) * step
     down = int(max(1, min(MAX_CHUNK_TILES // across, (budget / chunk_width - size) // step + 1)))
+    # made once and shared by the chunks below one another, so that a plan stays small
+    parts = [tuple(columns[left : left + across].tolist()) for left in range(0, len(columns), across)]
     for top in range(0, len(rows), down):
-        for left in range(0, len(columns), across):
-            yield Chunk(tuple(columns[left : left + across].tolist()), tuple(rows[top : top + down].tolist()), size)
+        below = tuple(rows[top : top + down].tolist())
+        for part in parts:
+            yield Chunk(part, below, size)

@@ -104,70 +104,53 @@ def float_sums(pixels_HWC):
 
 
 @njit(nogil=True, cache=True)
+def _between(lattice_LL2, x, y, width, height):
+    """A lattice's two coordinates at the centre of pixel (x, y) of a grid of width x height pixels.
+
+    The lattice's nodes lie evenly from the centre of the first pixel to that of the last; one node a pixel is
+    taken as it is, since next to a node that is NaN even a weight of 0 would give NaN.
+    """
+    rows, columns = lattice_LL2.shape[0] - 1, lattice_LL2.shape[1] - 1
+    if rows + 1 == height and columns + 1 == width:
+        return lattice_LL2[y, x, 0], lattice_LL2[y, x, 1]
+    u, v = x * columns / max(width - 1, 1), y * rows / max(height - 1, 1)
+    i, j = min(int(u), columns - 1), min(int(v), rows - 1)
+    u, v = u - i, v - j
+    w00, w01, w10, w11 = (1 - u) * (1 - v), u * (1 - v), (1 - u) * v, u * v
+    a, b, c, d = lattice_LL2[j, i], lattice_LL2[j, i + 1], lattice_LL2[j + 1, i], lattice_LL2[j + 1, i + 1]
+    return (
+        w00 * a[0] + w01 * b[0] + w10 * c[0] + w11 * d[0],
+        w00 * a[1] + w01 * b[1] + w10 * c[1] + w11 * d[1],
+    )
+
+
+@njit(nogil=True, cache=True)
 def gather_labels(
-    labels_HW,
-    nodata,
-    lattice_LL2,
-    spacing,
-    codes_hw,
-    lookup,
-    lookup_offset,
-    first,
-    period,
-    lonlat_LL2,
-    domain,
-    use_domain,
+    labels_HW, nodata, lattice_LL2, codes_hw, lookup, lookup_offset, first, period, lonlat_LL2, domain, use_domain
 ):
     """Fills pixels of ``labels_HW`` (uint8, in place) that are still ``nodata`` from one land-cover sheet.
 
-    lattice_LL2: sheet pixel coordinates (column, row) at every ``spacing``-th corner of the label grid; between
-        them they are interpolated bilinearly, at pixel centres. NaN marks ground the sheet's CRS cannot express.
+    lattice_LL2: sheet pixel coordinates (column, row) at nodes spread over the label grid (see _between). NaN marks
+        ground the sheet's CRS cannot express.
     codes_hw: the sheet's codes from pixel ``first`` = (column, row) on. lookup: class of code + lookup_offset.
     period: columns after which the sheet repeats (360 degrees), 0 if it does not.
-    lonlat_LL2, domain: longitudes and latitudes like the lattice, and (west, south, east, north): with
-        ``use_domain`` only pixels inside are filled; west > east means across the antimeridian.
+    lonlat_LL2, domain: longitudes and latitudes at nodes of their own, and (west, south, east, north): with
+        ``use_domain`` only pixels inside are filled; longitudes count modulo 360.
     """
     height, width = labels_HW.shape
     sheet_height, sheet_width = codes_hw.shape
     for y in range(height):
-        j = y // spacing
-        v = (y + 0.5 - j * spacing) / spacing
         for x in range(width):
             if labels_HW[y, x] != nodata:
                 continue
-            i = x // spacing
-            u = (x + 0.5 - i * spacing) / spacing
-            w00, w01, w10, w11 = (1 - u) * (1 - v), u * (1 - v), (1 - u) * v, u * v
             if use_domain:
-                lon = (
-                    w00 * lonlat_LL2[j, i, 0]
-                    + w01 * lonlat_LL2[j, i + 1, 0]
-                    + w10 * lonlat_LL2[j + 1, i, 0]
-                    + w11 * lonlat_LL2[j + 1, i + 1, 0]
-                )
-                lat = (
-                    w00 * lonlat_LL2[j, i, 1]
-                    + w01 * lonlat_LL2[j, i + 1, 1]
-                    + w10 * lonlat_LL2[j + 1, i, 1]
-                    + w11 * lonlat_LL2[j + 1, i + 1, 1]
-                )
-                east = (lon - domain[0]) % 360.0
-                if not (east < domain[2] - domain[0] and domain[1] <= lat < domain[3]):
+                lon, lat = _between(lonlat_LL2, x, y, width, height)
+                if not ((lon - domain[0]) % 360.0 < domain[2] - domain[0] and domain[1] <= lat < domain[3]):
                     continue
-            column = (
-                w00 * lattice_LL2[j, i, 0]
-                + w01 * lattice_LL2[j, i + 1, 0]
-                + w10 * lattice_LL2[j + 1, i, 0]
-                + w11 * lattice_LL2[j + 1, i + 1, 0]
-            ) - first[0]
-            row = (
-                w00 * lattice_LL2[j, i, 1]
-                + w01 * lattice_LL2[j, i + 1, 1]
-                + w10 * lattice_LL2[j + 1, i, 1]
-                + w11 * lattice_LL2[j + 1, i + 1, 1]
-            ) - first[1]
+            column, row = _between(lattice_LL2, x, y, width, height)
             if not (np.isfinite(column) and np.isfinite(row)):
                 continue
+            column, row = column - first[0], row - first[1]
             if period > 0:
                 column = column % period
             c, r = int(np.floor(column)), int(np.floor(row))
@@ -176,21 +159,19 @@ def gather_labels(
 
 
 @njit(nogil=True, cache=True)
-def tile_histograms(labels_HW, valid_HW, origins_T2, size, kx, ky):
-    """Labels under each tile, int64 [T, 256]: how many sub-pixels of valid scene pixels hold each label value.
+def add_tile_histograms(counts_T256, labels_HW, valid_HW, origins_T2, size, kx, ky, first_row):
+    """Counts the labels under each tile, in place: sub-pixels of valid scene pixels by label value, int64 [T, 256].
 
-    labels_HW: uint8 at kx by ky sub-pixels a scene pixel. valid_HW: uint8 a scene pixel.
-    origins_T2: first (column, row) of each tile in scene pixels of the same window.
+    labels_HW: uint8 at kx by ky sub-pixels a scene pixel, for the scene rows from ``first_row`` on.
+    valid_HW: uint8 a scene pixel, all rows. origins_T2: first (column, row) of each tile in scene pixels.
     """
-    tiles = origins_T2.shape[0]
-    counts = np.zeros((tiles, 256), np.int64)
-    for t in range(tiles):
+    last_row = first_row + labels_HW.shape[0] // ky
+    for t in range(origins_T2.shape[0]):
         left, top = origins_T2[t, 0], origins_T2[t, 1]
-        for y in range(top, top + size):
+        for y in range(max(top, first_row), min(top + size, last_row)):
             for x in range(left, left + size):
                 if not valid_HW[y, x]:
                     continue
-                for sy in range(y * ky, y * ky + ky):
+                for sy in range((y - first_row) * ky, (y - first_row + 1) * ky):
                     for sx in range(x * kx, x * kx + kx):
-                        counts[t, labels_HW[sy, sx]] += 1
-    return counts
+                        counts_T256[t, labels_HW[sy, sx]] += 1

@@ -19,7 +19,7 @@ import numpy as np
 
 from geokr.landcover import LOOKUP_OFFSET, NODATA, UNKNOWN, Legend, Product
 from preprocess import kernels, raster
-from preprocess.blocks import METRES_A_DEGREE
+from preprocess.blocks import EARTH_RADIUS_M
 from preprocess.grid import Grid
 
 WGS84 = "EPSG:4326"
@@ -28,10 +28,19 @@ WGS84 = "EPSG:4326"
 # pixels: UTM to Albers at 30 m stays near 0.003 at 64. Only the surroundings of a pole need spacing 1.
 SPACING = 64
 MAX_ERROR = 0.002
-# Label pixels treated at once; bounds the memory of a lattice at spacing 1.
+# Where a CRS ends, a lattice is refined to this spacing; what then still touches the end has no label. Without an
+# end to it, the fine lattice would ask for many points that fail, and each failure is slow.
+EDGE_SPACING = 8
+# Error in degrees (a centimetre) of the longitude and latitude that choose between overlapping sheets.
+DOMAIN_ERROR = 1e-7
+# Label pixels treated at once; bounds the memory of labels and of a lattice at spacing 1.
 STRIP_PIXELS = 4 << 20
+# A degree of longitude shrinks to nothing at a pole; a geographic map's pixels are sized as if no nearer than this.
+SIZED_LATITUDE = 85.0
 
 Domain = tuple[float, float, float, float]
+Cap = tuple[float, float, float, float]
+EVERYWHERE: Cap = (0.0, 0.0, 1.0, math.pi)
 
 
 class LabelError(ValueError):
@@ -40,11 +49,15 @@ class LabelError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class LabelSheet:
-    """A sheet, the year in its name, and the nominal cell in degrees that its name stands for."""
+    """A sheet, the year in its name, and the nominal cell in degrees that its name stands for.
+
+    cap: a circle on the Earth that holds it: a unit vector to its middle and its radius in radians.
+    """
 
     sheet: raster.Sheet
     year: int | None
     domain: Domain | None
+    cap: Cap = EVERYWHERE
 
 
 def nominal_cell(product: Product, name: str) -> Domain | None:
@@ -66,8 +79,9 @@ def nominal_cell(product: Product, name: str) -> Domain | None:
             return west, latitude, west + width, latitude + 5
         return west, -latitude - 5, west + width, -latitude
     if "band" in named:  # C..X without I and O, 8 degrees each from 80 S, the last one 12
-        south = -80.0 + 8 * "CDEFGHJKLMNPQRSTUVWX".index(named["band"])
-        return west, south, west + 6, 84.0 if named["band"] == "X" else south + 8
+        place = "CDEFGHJKLMNPQRSTUVWX".find(named["band"])
+        south = -80.0 + 8 * place
+        return (west, south, west + 6, 84.0 if named["band"] == "X" else south + 8) if place >= 0 else None
     return None
 
 
@@ -82,7 +96,10 @@ def sheet_year(product: Product, name: str) -> int | None:
 def label_sheets(sheets: Sequence[raster.Sheet], product: Product) -> list[LabelSheet]:
     """Sheets with what their names say, in order of their names (then paths)."""
     ordered = sorted(sheets, key=lambda s: (s.name, s.path))
-    return [LabelSheet(sheet, sheet_year(product, sheet.name), nominal_cell(product, sheet.name)) for sheet in ordered]
+    return [
+        LabelSheet(s, sheet_year(product, s.name), nominal_cell(product, s.name), cap_of(s.grid, s.crs))
+        for s in ordered
+    ]
 
 
 def lookup_of(legend: Legend, sheet: raster.Sheet) -> np.ndarray:
@@ -117,18 +134,41 @@ def sheets_of_nearest_year(sheets: Sequence[LabelSheet], scene_id: str, acquired
 # --------------------------------------------------------------------------------------- pixel sizes, overlap
 
 
+def _on_sphere(lon: np.ndarray, lat: np.ndarray) -> np.ndarray:
+    """Unit vectors [..., 3] of degrees."""
+    lon, lat = np.radians(lon), np.radians(lat)
+    return np.stack([np.cos(lat) * np.cos(lon), np.cos(lat) * np.sin(lon), np.sin(lat)], axis=-1)
+
+
+def cap_of(grid: Grid, crs: str, parts: int = 16) -> Cap:
+    """A circle on the Earth that holds a grid; the whole Earth where its CRS cannot express all of its ground."""
+    points = _on_sphere(*raster.transform_points(crs, WGS84, *grid.xy(*_regular(grid, parts))))
+    middle = points.mean(axis=(0, 1))
+    length = float(np.linalg.norm(middle))
+    if not length > 0.1:  # not a number, or points all around
+        return EVERYWHERE
+    middle = middle / length
+    between = max(float(np.linalg.norm(np.diff(points, axis=axis), axis=-1).max()) for axis in (0, 1))
+    reach = float(np.arccos(np.clip(points @ middle, -1, 1)).max())
+    # no ground of the grid is farther from all points than their neighbours are; chords are under twice an arc / pi
+    return float(middle[0]), float(middle[1]), float(middle[2]), min(math.pi, reach + between * math.pi / 2 + 1e-6)
+
+
+def apart(a: Cap, b: Cap) -> bool:
+    """Whether two caps certainly share no ground."""
+    cosine = a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
+    return math.acos(max(-1.0, min(1.0, cosine))) > a[3] + b[3]
+
+
 def ground_steps(grid: Grid, crs: str, column: float, row: float) -> tuple[float, float]:
     """Length in metres on the ground of one pixel along columns and along rows, at a pixel position."""
     columns = np.array([column - 0.5, column + 0.5, column, column])
     rows = np.array([row, row, row - 0.5, row + 0.5])
-    lon, lat = raster.transform_points(crs, WGS84, *grid.xy(columns, rows))
-    turn = np.cos(np.radians(lat.mean()))
-
-    def length(i: int, j: int) -> float:
-        east = ((lon[j] - lon[i] + 180) % 360 - 180) * turn
-        return float(math.hypot(east, lat[j] - lat[i]) * METRES_A_DEGREE)
-
-    return length(0, 1), length(2, 3)
+    ends = _on_sphere(*raster.transform_points(crs, WGS84, *grid.xy(columns, rows)))
+    # chords, which for pixels are as long as arcs; unlike differences of longitude they hold at a pole
+    return float(np.linalg.norm(ends[1] - ends[0])) * EARTH_RADIUS_M, float(
+        np.linalg.norm(ends[3] - ends[2])
+    ) * EARTH_RADIUS_M
 
 
 def subdivision(scene: Grid, crs: str, sheets: Sequence[LabelSheet]) -> tuple[int, int]:
@@ -145,6 +185,8 @@ def subdivision(scene: Grid, crs: str, sheets: Sequence[LabelSheet]) -> tuple[in
         x, y = raster.transform_points(crs, sheet.crs, np.array([centre_x]), np.array([centre_y]))
         if not np.isfinite(x[0]):
             continue
+        if sheet.geographic:
+            y = np.clip(y, -SIZED_LATITUDE, SIZED_LATITUDE)
         column, row = sheet.grid.pixel(x, y)
         lx, ly = ground_steps(sheet.grid, sheet.crs, float(column[0]), float(row[0]))
         if np.isfinite([lx, ly]).all() and lx > 0 and ly > 0:
@@ -156,16 +198,20 @@ def subdivision(scene: Grid, crs: str, sheets: Sequence[LabelSheet]) -> tuple[in
 def overlapping(scene: Grid, crs: str, sheets: Sequence[LabelSheet]) -> list[LabelSheet]:
     """The sheets that may lie under a scene.
 
-    The scene's outline goes into each sheet's CRS, never the other way: a world map's bounds mean nothing in UTM.
+    The scene's outline goes into each near sheet's CRS, never the other way: a world map's bounds mean nothing in
+    UTM. Nor do points on the other side of the Earth, so sheets that are far away are left out first.
     """
     found = []
     lattices: dict[str, np.ndarray] = {}
+    here = cap_of(scene, crs)
     for entry in sheets:
         sheet = entry.sheet
+        if apart(here, entry.cap):
+            continue
         if sheet.crs not in lattices:
             lattices[sheet.crs] = _points(scene, crs, sheet.crs, sheet.geographic, *_regular(scene, 16))
         column, row = sheet.grid.pixel(lattices[sheet.crs][..., 0], lattices[sheet.crs][..., 1])
-        if np.isfinite(column).any() and any(_pieces(sheet, column, row)):
+        if not np.isfinite(column).all() or _pieces(sheet, column, row):
             found.append(entry)
     return found
 
@@ -179,47 +225,63 @@ def _regular(grid: Grid, parts: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _points(grid: Grid, crs: str, target: str, geographic: bool, columns: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Exact target coordinates [..., 2] of pixel positions; longitudes lie within 180 degrees of one another's
-    middle, so that nothing jumps at the antimeridian."""
+    """Exact target coordinates [..., 2] of pixel positions [P, Q]; longitudes run on over the antimeridian."""
     x, y = raster.transform_points(crs, target, *grid.xy(columns, rows))
-    if geographic and np.isfinite(x).any():
-        # the circular mean: the middle of the points on whichever side of the antimeridian
-        angles = np.radians(x[np.isfinite(x)])
+    known = np.isfinite(x)
+    if geographic and known.all():
+        x = np.unwrap(np.unwrap(x, period=360, axis=1), period=360, axis=0)
+        x = x - 360 * np.round(x.mean() / 360)
+    elif geographic and known.any():
+        # around the circular mean: the middle of the points on whichever side of the antimeridian
+        angles = np.radians(x[known])
         middle = np.degrees(np.arctan2(np.sin(angles).mean(), np.cos(angles).mean()))
         x = middle + (x - middle + 180) % 360 - 180
     return np.stack([x, y], axis=-1)
 
 
-@dataclass(frozen=True, slots=True)
-class Lattice:
-    """Exact coordinates in another CRS at every ``spacing``-th corner of a grid, float64 [rows, columns, 2]."""
+def lattice(grid: Grid, crs: str, target: str, geographic: bool, tolerance: tuple[float, float]) -> np.ndarray:
+    """Exact coordinates in another CRS at nodes of a grid, float64 [rows, columns, 2].
 
-    points: np.ndarray
-    spacing: int
-
-
-def lattice(grid: Grid, crs: str, target: str, geographic: bool, tolerance: tuple[float, float]) -> Lattice:
-    """A lattice whose bilinear interpolation stays within ``tolerance`` (units of the target, per axis).
-
-    The error is measured at the cells' centres, where it is largest, against exact points.
+    The nodes lie evenly from the centre of the first pixel to that of the last, so close that what is interpolated
+    bilinearly between them stays within ``tolerance`` (units of the target, per axis); at worst on every pixel.
+    The error is measured in the middle of the cells and of their sides against the exact points of the next finer
+    lattice, which is the one returned. In the middle alone it would not show: coordinates of one conformal
+    projection in another are harmonic, and there the two curvatures cancel.
     """
-    spacing = SPACING
-    while True:
-        columns = np.arange(-(-grid.width // spacing) + 1) * spacing
-        rows = np.arange(-(-grid.height // spacing) + 1) * spacing
-        points = _points(grid, crs, target, geographic, *np.meshgrid(columns, rows))
-        if spacing == 1:
-            return Lattice(points, spacing)
-        between = (points[1:, 1:] + points[1:, :-1] + points[:-1, 1:] + points[:-1, :-1]) / 4
-        exact = _points(
-            grid, crs, target, geographic, *np.meshgrid(columns[:-1] + spacing / 2, rows[:-1] + spacing / 2)
-        )
-        error = np.abs(between - exact)
+    across, down = _cells(grid.width), _cells(grid.height)
+    coarse = _nodes(grid, crs, target, geographic, across, down)
+    while (spacing := max((grid.width - 1) / across, (grid.height - 1) / down) / 2) > 1:
+        across, down = 2 * across, 2 * down
+        fine = _nodes(grid, crs, target, geographic, across, down)
+        between = _halfway(coarse)
+        error = np.abs(between - fine)
+        if geographic:  # the two lattices may lie a whole turn apart
+            error[..., 0] = np.abs((between[..., 0] - fine[..., 0] + 180) % 360 - 180)
         settled = (error[..., 0] <= tolerance[0]) & (error[..., 1] <= tolerance[1])
-        lost = np.isnan(between).any(-1) & np.isnan(exact).any(-1)
+        lost = np.isnan(between).any(-1) & (np.isnan(fine).any(-1) | (spacing <= EDGE_SPACING))
         if (settled | lost).all():
-            return Lattice(points, spacing)
-        spacing //= 2
+            return fine
+        coarse = fine
+    return _nodes(grid, crs, target, geographic, max(1, grid.width - 1), max(1, grid.height - 1))
+
+
+def _cells(pixels: int) -> int:
+    return max(1, -(-(pixels - 1) // SPACING))
+
+
+def _nodes(grid: Grid, crs: str, target: str, geographic: bool, across: int, down: int) -> np.ndarray:
+    columns = 0.5 + np.arange(across + 1) * ((grid.width - 1) / across)
+    rows = 0.5 + np.arange(down + 1) * ((grid.height - 1) / down)
+    return _points(grid, crs, target, geographic, *np.meshgrid(columns, rows))
+
+
+def _halfway(nodes: np.ndarray) -> np.ndarray:
+    """A lattice with the bilinear values in the middle of sides and cells put between."""
+    finer = np.empty((2 * nodes.shape[0] - 1, 2 * nodes.shape[1] - 1, 2))
+    finer[::2, ::2] = nodes
+    finer[1::2, ::2] = (nodes[:-1] + nodes[1:]) / 2
+    finer[:, 1::2] = (finer[:, :-2:2] + finer[:, 2::2]) / 2
+    return finer
 
 
 def _in_pixels(points: np.ndarray, sheet: raster.Sheet) -> np.ndarray:
@@ -253,35 +315,30 @@ def _pieces(sheet: raster.Sheet, columns: np.ndarray, rows: np.ndarray) -> list[
 def label_grid(grid: Grid, crs: str, sheets: Sequence[LabelSheet], legend: Legend) -> np.ndarray:
     """Label of every pixel of a grid, uint8 [height, width]: class index, IGNORED, or NODATA.
 
-    Raises LabelError listing codes that the product does not have.
+    Raises LabelError listing codes that the product does not have, or for a sheet that cannot be read.
     """
     labels = np.full((grid.height, grid.width), NODATA, np.uint8)
-    strip = max(1, STRIP_PIXELS // grid.width)
-    for top in range(0, grid.height, strip):
-        height = min(strip, grid.height - top)
-        _label_strip(labels[top : top + height], grid.window(0, top, grid.width, height), crs, sheets, legend)
-    return labels
-
-
-def _label_strip(labels: np.ndarray, grid: Grid, crs: str, sheets: Sequence[LabelSheet], legend: Legend) -> None:
-    lattices: dict[str, Lattice] = {}
-    hits: list[tuple[LabelSheet, Lattice, np.ndarray]] = []
+    place = cap_of(grid, crs, parts=4)
+    lattices: dict[str, np.ndarray] = {}
+    hits: list[tuple[LabelSheet, np.ndarray]] = []
     for entry in sheets:
         sheet = entry.sheet
+        if apart(place, entry.cap):
+            continue
         if sheet.crs not in lattices:
             tolerance = _tolerance([other.sheet for other in sheets if other.sheet.crs == sheet.crs])
             lattices[sheet.crs] = lattice(grid, crs, sheet.crs, sheet.geographic, tolerance)
-        here = lattices[sheet.crs]
-        pixels = _in_pixels(here.points, sheet)
+        pixels = _in_pixels(lattices[sheet.crs], sheet)
         if np.isfinite(pixels).any() and _pieces(sheet, pixels[..., 0], pixels[..., 1]):
-            hits.append((entry, here, pixels))
-    choosing = len(hits) > 1 and any(entry.domain is not None for entry, _, _ in hits)
-    if choosing:
-        for entry, here, pixels in hits:
+            hits.append((entry, pixels))
+    if len(hits) > 1 and any(entry.domain is not None for entry, _ in hits):
+        lonlat = lattice(grid, crs, WGS84, True, (DOMAIN_ERROR, DOMAIN_ERROR))
+        for entry, pixels in hits:
             if entry.domain is not None:
-                _gather(labels, entry, here, pixels, grid, crs, legend, entry.domain)
-    for entry, here, pixels in hits:
-        _gather(labels, entry, here, pixels, grid, crs, legend, None)
+                _gather(labels, entry, pixels, legend, lonlat, entry.domain)
+    for entry, pixels in hits:
+        _gather(labels, entry, pixels, legend, None, None)
+    return labels
 
 
 def _tolerance(sheets: Sequence[raster.Sheet]) -> tuple[float, float]:
@@ -295,27 +352,22 @@ def _tolerance(sheets: Sequence[raster.Sheet]) -> tuple[float, float]:
 def _gather(
     labels: np.ndarray,
     entry: LabelSheet,
-    here: Lattice,
     pixels: np.ndarray,
-    grid: Grid,
-    crs: str,
     legend: Legend,
+    lonlat: np.ndarray | None,
     domain: Domain | None,
 ) -> None:
     if not (labels == NODATA).any():
         return
-    if domain is not None:
-        rows, columns = here.points.shape[:2]
-        positions = np.meshgrid(np.arange(columns) * here.spacing, np.arange(rows) * here.spacing)
-        lonlat = _points(grid, crs, WGS84, True, *positions)
-    else:
-        lonlat = np.zeros((1, 1, 2))
     lookup = lookup_of(legend, entry.sheet)
     for window in _pieces(entry.sheet, pixels[..., 0], pixels[..., 1]):
-        codes = raster.read_codes(entry.sheet, window)
+        try:
+            codes = raster.read_codes(entry.sheet, window)
+        except raster.RasterError as error:  # not the scene's fault, so never a reason to leave the scene out
+            raise LabelError(str(error)) from error
         kernels.gather_labels(
-            labels, NODATA, pixels, here.spacing, codes, lookup, LOOKUP_OFFSET,
-            np.array(window[:2], np.float64), _period(entry.sheet), lonlat,
+            labels, NODATA, pixels, codes, lookup, LOOKUP_OFFSET, np.array(window[:2], np.float64),
+            _period(entry.sheet), pixels if lonlat is None else lonlat,
             np.array(domain or (0, 0, 0, 0), np.float64), domain is not None,
         )  # fmt: skip
         if (labels == UNKNOWN).any():
@@ -356,8 +408,12 @@ def tile_labels(
     of each tile in the window. Raises LabelError.
     """
     kx, ky = subdivisions
-    labels = label_grid(window.subdivided(kx, ky), crs, sheets, legend)
-    counts = kernels.tile_histograms(labels, valid_HW, origins_T2, size, kx, ky)
+    counts = np.zeros((len(origins_T2), 256), np.int64)
+    strip = max(1, STRIP_PIXELS // (window.width * kx * ky))
+    for top in range(0, window.height, strip):
+        part = window.window(0, top, window.width, min(strip, window.height - top))
+        labels = label_grid(part.subdivided(kx, ky), crs, sheets, legend)
+        kernels.add_tile_histograms(counts, labels, valid_HW, origins_T2, size, kx, ky, top)
     counted = counts[:, : len(legend.classes)]
     total = counted.sum(axis=1)
     fractions = counted / np.maximum(total, 1)[:, None]

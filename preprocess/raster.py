@@ -4,15 +4,18 @@ Everything that leaves it is plain data, so a task for another process or machin
 """
 
 import hashlib
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import rasterio
+from rasterio._err import CPLE_BaseError
 from rasterio.crs import CRS
 from rasterio.enums import ColorInterp, MaskFlags
 from rasterio.errors import CRSError, RasterioError, RasterioIOError
@@ -31,6 +34,8 @@ SIGNATURES = {
     b"\x00\x00\x00\x0cjP  ": "JP2OpenJPEG",
     b"\xffO\xffQ": "JP2OpenJPEG",  # a bare codestream
 }
+# A 10 m raster around the whole Earth has 4 million columns. Beyond this a header is damaged or made to harm.
+MAX_SIDE = 1 << 23
 SCENE_DTYPES = ("uint8", "uint16", "int16", "float32")
 SHEET_DTYPES = ("uint8", "uint16", "int16")
 
@@ -98,8 +103,11 @@ def _opened(path: str) -> Iterator[Any]:
         raise RasterError(f"{path}: only local files are read; copy it here first", "remote")
     if not Path(path).is_file():
         raise RasterError(f"{path}: there is no such file", "missing")
-    with open(path, "rb") as file:
-        start = file.read(8)
+    try:
+        with open(path, "rb") as file:
+            start = file.read(8)
+    except OSError as error:
+        raise RasterError(f"{path}: cannot be read ({error.strerror})") from error
     driver = next((name for signature, name in SIGNATURES.items() if start.startswith(signature)), None)
     if driver is None:
         raise RasterError(f"{path}: is neither GeoTIFF nor JPEG 2000; convert it with gdal_translate", "format")
@@ -110,18 +118,24 @@ def _opened(path: str) -> Iterator[Any]:
         raise RasterError(
             f"{path}: cannot be read as GeoTIFF or JPEG 2000 ({error}); check that the file is whole"
         ) from error
-    except RasterioError as error:
+    except (RasterioError, CRSError, CPLE_BaseError) as error:
         raise RasterError(f"{path}: {error}") from error
 
 
-def fingerprint(path: str) -> str:
-    """Identifies a file's content cheaply: its size and a hash of its first and last 256 KiB."""
+def fingerprint(path: str, header: tuple[Any, ...]) -> str:
+    """Identifies a raster cheaply: its size, a hash of its first and last 256 KiB, and what its header came to.
+
+    header: what was read, which may come from files beside it (a world file, an .aux.xml) as well.
+    A mask beside it counts with its bytes.
+    """
     size = Path(path).stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with open(path, "rb") as file:
-        digest.update(file.read(256 << 10))
-        file.seek(max(0, size - (256 << 10)))
-        digest.update(file.read())
+    digest = hashlib.sha256(repr((size, *header)).encode())
+    for file in (path, f"{path}.msk"):
+        if os.path.isfile(file):
+            with open(file, "rb") as content:
+                digest.update(content.read(256 << 10))
+                content.seek(max(0, os.path.getsize(file) - (256 << 10)))
+                digest.update(content.read())
     return f"{size}-{digest.hexdigest()[:24]}"
 
 
@@ -135,6 +149,12 @@ def _crs(dataset: Any, path: str) -> str:
 
 
 def _grid(dataset: Any, path: str) -> Grid:
+    if max(dataset.width, dataset.height) > MAX_SIDE:
+        raise RasterError(
+            f"{path}: its header declares {dataset.width} x {dataset.height} pixels, more than {MAX_SIDE} on a side: "
+            "it is damaged, or to be cut into parts first",
+            "size",
+        )
     t = dataset.transform
     try:
         return Grid(dataset.width, dataset.height, (t.a, t.b, t.c, t.d, t.e, t.f))
@@ -147,26 +167,36 @@ def _band_names(dataset: Any) -> tuple[str, ...]:
     names = []
     for number in range(1, dataset.count + 1):
         colour = dataset.colorinterp[number - 1]
-        known = {ColorInterp.red, ColorInterp.green, ColorInterp.blue, ColorInterp.alpha}
+        known = {ColorInterp.red, ColorInterp.green, ColorInterp.blue}
         name = (dataset.descriptions[number - 1] or "").strip() or (colour.name if colour in known else "")
+        name = "alpha" if colour == ColorInterp.alpha else name  # whatever it is called: it is no band to train on
         names.append(name if name and name not in names else f"band_{number}")
     return tuple(names)
 
 
-_DATE_TAGS = ("TIFFTAG_DATETIME", "ACQUISITIONDATETIME", "ACQUISITION_DATE", "DATE_ACQUIRED", "datetime")
-_TAG_DATE = re.compile(r"(19[7-9]\d|20\d\d)[-:/]?(0[1-9]|1[0-2])[-:/]?(0[1-9]|[12]\d|3[01])")
-# in a name the date must stand alone: no digits around it
-_NAME_DATE = re.compile(r"(?<!\d)(19[7-9]\d|20\d\d)(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])(?!\d)")
+_DATE_TAGS = ("ACQUISITIONDATETIME", "ACQUISITION_DATE", "DATE_ACQUIRED", "datetime")
+# The day must stand alone: no digits around it. The scene id of a Landsat name (038034) is none.
+_DATE = re.compile(r"(?<!\d)(19[7-9]\d|20\d\d)([-:/]?)(0[1-9]|1[0-2])\2(0[1-9]|[12]\d|3[01])(?!\d)")
+
+
+def find_date(text: str) -> str:
+    """The first day in a text, ISO, or an empty string: 20200612, 2020-06-12, 2020:06:12 or 2020/06/12."""
+    for match in _DATE.finditer(text):
+        try:
+            return date(int(match[1]), int(match[3]), int(match[4])).isoformat()
+        except ValueError:  # the 30th of February
+            continue
+    return ""
 
 
 def _date(dataset: Any, path: str) -> str:
-    """ISO date of acquisition from the tags, else from the file's name, else empty."""
+    """ISO date of acquisition from the tags that say so, else from the file's name, else empty.
+
+    TIFFTAG_DATETIME comes last: many programs write the day of processing there.
+    """
     tags = {**dataset.tags(), **dataset.tags(ns="IMAGERY")}
-    for tag in _DATE_TAGS:
-        if match := _TAG_DATE.search(str(tags.get(tag, ""))):
-            return "-".join(match.groups())
-    match = _NAME_DATE.search(Path(path).stem)
-    return "-".join(match.groups()) if match else ""
+    texts = [*(str(tags.get(tag, "")) for tag in _DATE_TAGS), Path(path).stem, str(tags.get("TIFFTAG_DATETIME", ""))]
+    return next((found for text in texts if (found := find_date(text))), "")
 
 
 def _wavelengths(dataset: Any) -> tuple[float | None, ...]:
@@ -194,18 +224,19 @@ def read_scene(path: str, scene_id: str, nodata: float | None = None) -> Scene:
         flags = dataset.mask_flag_enums[0]
         masked = MaskFlags.per_dataset in flags or ColorInterp.alpha in dataset.colorinterp
         values = tuple(nodata if value is None else value for value in dataset.nodatavals)
+        crs, grid, names, day = _crs(dataset, path), _grid(dataset, path), _band_names(dataset), _date(dataset, path)
         return Scene(
             path=path,
             scene_id=scene_id,
-            grid=_grid(dataset, path),
-            crs=_crs(dataset, path),
+            grid=grid,
+            crs=crs,
             dtype=dtypes.pop(),
-            band_names=_band_names(dataset),
+            band_names=names,
             wavelengths_nm=_wavelengths(dataset),
             nodata=values,
             masked=masked,
-            date=_date(dataset, path),
-            fingerprint=fingerprint(path),
+            date=day,
+            fingerprint=fingerprint(path, (crs, grid.transform, names, values, masked, day)),
         )
 
 
@@ -217,15 +248,16 @@ def read_sheet(path: str) -> Sheet:
                 f"{path}: {dataset.count} band(s) of {dataset.dtypes[0]}; a land-cover sheet has one band of "
                 f"{', '.join(SHEET_DTYPES)} with class codes"
             )
-        crs = _crs(dataset, path)
+        crs, grid, name = _crs(dataset, path), _grid(dataset, path), Path(path).name
         return Sheet(
             path=path,
-            name=Path(path).name,
-            grid=_grid(dataset, path),
+            name=name,
+            grid=grid,
             crs=crs,
             geographic=dataset.crs.is_geographic,
             nodata=dataset.nodata,
-            fingerprint=fingerprint(path),
+            # the name too: it says which year and which part of the Earth a sheet stands for
+            fingerprint=fingerprint(path, (name, crs, grid.transform, dataset.nodata)),
         )
 
 
@@ -256,15 +288,32 @@ def transform_points(source: str, target: str, x: np.ndarray, y: np.ndarray) -> 
     if source == target:
         return np.array(x, np.float64), np.array(y, np.float64)
     shape = np.shape(x)
+    flat = np.stack([np.ravel(x), np.ravel(y)]).astype(np.float64)
+    expressible = np.isfinite(flat).all(axis=0)
+    if _parsed(source).is_geographic:
+        expressible &= np.abs(flat[1]) <= 90
+    moved = np.full_like(flat, np.nan)
+    with environment():
+        moved[:, expressible] = _transformed(_parsed(source), _parsed(target), flat[:, expressible])
+    moved[:, ~np.isfinite(moved).all(axis=0)] = np.nan
+    return moved[0].reshape(shape), moved[1].reshape(shape)
+
+
+def _transformed(source: CRS, target: CRS, points_2N: np.ndarray) -> np.ndarray:
+    """Points in another CRS, [2, N]. One bad point makes the library refuse all, so those are found by halving."""
+    if points_2N.shape[1] == 0:
+        return points_2N
     try:
-        with environment():
-            tx, ty = warp_points(_parsed(source), _parsed(target), np.ravel(x), np.ravel(y))[:2]
+        return np.array(warp_points(source, target, points_2N[0], points_2N[1])[:2], np.float64)
     except CRSError as error:
-        raise RasterError(f"no way from the CRS {source[:80]} to {target[:80]}: {error}", "no_crs") from error
-    tx, ty = np.array(tx, np.float64).reshape(shape), np.array(ty, np.float64).reshape(shape)
-    lost = ~(np.isfinite(tx) & np.isfinite(ty))
-    tx[lost] = ty[lost] = np.nan
-    return tx, ty
+        raise RasterError(f"no way from the CRS {str(source)[:80]} to {str(target)[:80]}: {error}", "no_crs") from error
+    except CPLE_BaseError:
+        if points_2N.shape[1] == 1:
+            return np.full_like(points_2N, np.nan)
+    half = points_2N.shape[1] // 2
+    return np.concatenate(
+        [_transformed(source, target, points_2N[:, part]) for part in (np.s_[:half], np.s_[half:])], 1
+    )
 
 
 def _parsed(crs: str, _cache: dict[str, CRS] = {}) -> CRS:  # noqa: B006 - the default is the cache

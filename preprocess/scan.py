@@ -21,13 +21,13 @@ from preprocess import blocks, kernels, labels, quality, raster, shards
 from preprocess.grid import Chunk, Grid
 from preprocess.labels import LabelSheet
 from preprocess.options import PackOptions
-from preprocess.raster import Scene
+from preprocess.raster import RasterError, Scene
 
 # One row of a chunk's table: where a tile's frame lies in the spill file, and its place in the global order.
 TABLE = np.dtype([("hash", "<u8"), ("offset", "<u8"), ("length", "<u4"), ("split", "u1")])
 MAX_SAMPLES = 4_000_000
 POINTS = 5  # a side of the lattice over a tile's footprint; odd, so that its middle is the tile's centre
-REASONS = (*quality.REASONS, "unlabelled", "straddles_split")
+REASONS = (*quality.REASONS, "unlabelled", "straddles_split", "unreadable")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,8 +60,9 @@ def sample_strides(width: int, height: int) -> tuple[int, int]:
 def stretch_limits(scene: Scene, bands: tuple[int, ...], options: PackOptions) -> np.ndarray:
     """(low, high) of each band, float64 [C, 2], low < high, in the scene's units.
 
-    Percentiles of a regular sample of pixels that have data and whose mean over bands is above 0, over all bands
-    together (`joint`, and for previews where the mode is `none`) or each by itself (`per_band`).
+    Percentiles of a regular sample of pixels that have data and whose mean over bands is not 0 (the fill of scenes
+    that name no nodata), over all bands together (`joint`, and for previews where the mode is `none`) or each by
+    itself (`per_band`). Negative values, such as decibels, are data.
     """
     stretch = options.stretch
     if stretch.limits is not None:
@@ -87,7 +88,7 @@ def _sample(scene: Scene, bands: tuple[int, ...]) -> np.ndarray:
         window = (0, top, scene.grid.width, min(strip, scene.grid.height - top))
         pixels, valid = read_valid(scene, bands, window)
         values = pixels[:, ::down, ::across].reshape(len(bands), -1).T
-        keep = (valid[::down, ::across].ravel() != 0) & (values.mean(axis=1, dtype=np.float64) > 0)
+        keep = (valid[::down, ::across].ravel() != 0) & (values.mean(axis=1, dtype=np.float64) != 0)
         parts.append(values[keep])
     return np.concatenate(parts)
 
@@ -100,7 +101,10 @@ def read_valid(
     nodata = [scene.nodata[band - 1] for band in bands]
     # a mask or alpha band says which pixels hold data, whatever their values
     has = np.array([value is not None and mask is None for value in nodata])
+    # in the pixels' own precision: a tag of -9999.9 is not what a float32 pixel holds
     values = np.array([0.0 if value is None else value for value in nodata], np.float64)
+    if pixels.dtype == np.float32:
+        values = values.astype(np.float32).astype(np.float64)
     valid = kernels.valid_pixels(pixels, values, has)
     if mask is not None:
         valid &= (mask != 0).astype(np.uint8)
@@ -124,6 +128,14 @@ def band_sums(tile_HWC: np.ndarray) -> np.ndarray:
     return kernels.float_sums(tile_HWC) if tile_HWC.dtype.kind == "f" else kernels.integer_sums(tile_HWC)
 
 
+def scan_or_report(job: Job) -> dict[str, Any]:
+    """:func:`scan_chunk`, or what is wrong with the scene: {number, scene_id, damage}. Nothing is spilled then."""
+    try:
+        return scan_chunk(job)
+    except RasterError as error:
+        return {"number": job.number, "scene_id": job.scene.scene_id, "damage": str(error)}
+
+
 def scan_chunk(job: Job) -> dict[str, Any]:
     """Reads a chunk, judges and labels its tiles, encodes the kept ones, spills them. Returns the commit's content.
 
@@ -143,7 +155,6 @@ def scan_chunk(job: Job) -> dict[str, Any]:
             window, job.scene.crs, job.sheets, job.subdivisions, valid, origins, size, job.legend
         )
     longitudes, latitudes = footprints(window, job.scene.crs, origins, size)
-    margin = max(labels.ground_steps(window, job.scene.crs, width / 2, height / 2))
     tiles = []
     for t, (left, top) in enumerate(origins.tolist()):
         if reasons[t] is not None or tile_labels is None:
@@ -153,11 +164,12 @@ def scan_chunk(job: Job) -> dict[str, Any]:
             reasons[t] = "unlabelled"
             continue
         split = job.options.split
-        side = blocks.side_of(longitudes[t], latitudes[t], margin, split.block_m, job.options.seed, split.val_fraction)
+        side = blocks.side_of(longitudes[t], latitudes[t], split.block_m, job.options.seed, split.val_fraction)
         if side == blocks.BOTH:
             reasons[t] = "straddles_split"
             continue
-        lonlat = longitudes[t][POINTS // 2, POINTS // 2], latitudes[t][POINTS // 2, POINTS // 2]
+        middle = longitudes[t][POINTS // 2, POINTS // 2], latitudes[t][POINTS // 2, POINTS // 2]
+        lonlat = ((middle[0] + 180) % 360 - 180, middle[1])  # a scene in degrees may run beyond 180
         place = window.window(left, top, size, size)
         tile_HWC = np.ascontiguousarray(image[top : top + size, left : left + size])
         record = _record(job, tile_HWC, tile_labels.fractions[t], share, place, lonlat, (left + column, top + row))
@@ -268,7 +280,7 @@ def _sums(tiles: list[Kept]) -> dict[str, Any]:
     """Totals over tiles of one split: tiles, pixels, band sums and sums of squares, and sums of fractions."""
     if not tiles:
         return {"tiles": 0}
-    total = np.sum([tile.sums for tile in tiles], axis=0)
+    total = np.sum([tile.sums.astype(object) for tile in tiles], axis=0)  # Python's integers have no limit
     return {
         "tiles": len(tiles),
         "pixels": sum(tile.record.shape[0] * tile.record.shape[1] for tile in tiles),
