@@ -4,10 +4,12 @@ The work is safe to repeat (see preprocess.scan), so an engine may run a task tw
 """
 
 import multiprocessing
+import multiprocessing.connection
 import os
 import signal
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
@@ -28,15 +30,24 @@ def _worker_start() -> None:
     # Processes are the parallelism: numeric libraries must not start threads of their own in each.
     for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"):
         os.environ[variable] = "1"
+    threading.Thread(target=_end_with_caller, daemon=True).start()
+
+
+def _end_with_caller() -> None:
+    """A caller that is killed outright cannot end its processes; without this they would wait for work for ever."""
+    caller = multiprocessing.parent_process()
+    assert caller is not None, "runs in a worker"
+    multiprocessing.connection.wait([caller.sentinel])
+    os._exit(1)
 
 
 def run_all(
     function: Callable[[Any], Any], tasks: Sequence[Any], workers: int, describe: Callable[[Any], str]
-) -> Iterator[Any]:
+) -> Generator[Any, None, None]:
     """Results of ``function(task)`` in whatever order they finish; the first error stops everything.
 
-    workers: processes; 0 runs in the caller. A process that dies (killed, out of memory) is replaced and its tasks
-    are given again, once; a second death raises WorkerLost naming the tasks in hand.
+    workers: processes; 0 runs in the caller. Where a process dies (killed, out of memory) the tasks in hand are
+    given again to new ones; a task that was in hand at two deaths raises WorkerLost, which names it.
     """
     if workers == 0 or not tasks:
         yield from map(function, tasks)
@@ -44,18 +55,18 @@ def run_all(
     # spawn: a forked child would inherit GDAL's and Numba's state in the middle of whatever they were doing
     context = multiprocessing.get_context("spawn")
     waiting = deque(tasks)
-    for attempt in (1, 2):
+    deaths: Counter[int] = Counter()
+    while waiting:
         pool = ProcessPoolExecutor(min(workers, len(waiting)), context, initializer=_worker_start)
         pending: dict[Future[Any], Any] = {}
         try:
             yield from _drain(pool, function, waiting, pending, 3 * workers)
-            return
         except BrokenProcessPool as error:
-            if attempt == 2:
-                hands = ", ".join(sorted({describe(task) for task in pending.values()}))
+            deaths.update(id(task) for task in pending.values())
+            if twice := {describe(task) for task in pending.values() if deaths[id(task)] > 1}:
                 raise WorkerLost(
-                    f"a worker process died twice; it was working on one of: {hands}. Most often memory ran out: "
-                    "try fewer workers (workers=1). The same command goes on from here"
+                    f"a worker process died twice; it was working on one of: {', '.join(sorted(twice))}. Most often "
+                    "memory ran out: try fewer workers (workers=1). The same command goes on from here"
                 ) from error
             waiting.extendleft(pending.values())
         finally:

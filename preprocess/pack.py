@@ -25,6 +25,7 @@ from geokr.config import differences
 from geokr.records import ClassInfo, Manifest, SceneInfo, Shard, Split, SplitInfo, Tile
 from preprocess import blocks, engine, scan, shards
 from preprocess.plan import Plan, PlanError, SceneTask, identity_json
+from preprocess.raster import RasterError
 
 WORK = ".work"
 Progress = Callable[[str, int, int], None]  # (phase, done, of)
@@ -51,24 +52,61 @@ def pack(plan: Plan, out: Path, progress: Progress) -> Packed:
     """
     start = time.monotonic()
     workers = engine.default_workers() if plan.options.workers is None else plan.options.workers
-    if (finished := _finished(plan, out)) is not None:
-        shutil.rmtree(out / WORK, ignore_errors=True)
-        return Packed(finished, written=False, seconds=time.monotonic() - start)
-    work = _open_work(plan, out)
+    manifest = _finished(plan, out)
+    if manifest is not None:
+        return Packed(manifest, written=False, seconds=time.monotonic() - start)
+    check_writable(out)
+    work = out / WORK
     with _lock(work):
-        limits = _phase_limits(plan, work, workers, progress)
-        commits = _phase_scan(plan, work, limits, workers, progress)
-        manifest_shards = _phase_gather(plan, out, commits, workers, progress)
-        manifest = _manifest(plan, limits, commits, manifest_shards)
-        shards.write_whole(out / records.MANIFEST, records.dump_manifest(manifest))
-    shutil.rmtree(work)
+        manifest = _finished(plan, out)  # another process may have come first
+        if manifest is None:
+            _open_work(plan, out, work)
+            manifest = _make(plan, out, work, workers, progress)
+        shutil.rmtree(work)
     return Packed(manifest, written=True, seconds=time.monotonic() - start)
+
+
+def _make(plan: Plan, out: Path, work: Path, workers: int, progress: Progress) -> Manifest:
+    damaged = _Damaged(plan)
+    limits = _phase_limits(plan, work, damaged, workers, progress)
+    commits = _phase_scan(plan, work, limits, damaged, workers, progress)
+    finished = _phase_gather(plan, out, commits, workers, progress)
+    manifest = _manifest(plan, limits, commits, damaged, finished)
+    shards.write_whole(out / records.MANIFEST, records.dump_manifest(manifest), work)
+    return manifest
+
+
+class _Damaged:
+    """Scenes that opened but could not be read through. Raises PackError when they become too many."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.scenes: dict[str, str] = {}
+        self.before = len(plan.rejected)
+        self.total = len(plan.tasks) + self.before
+        self.allowed = plan.options.max_bad_fraction
+
+    def add(self, scene_id: str, message: str) -> None:
+        self.scenes[scene_id] = message
+        if len(self.scenes) + self.before > self.allowed * self.total:
+            raise PackError(
+                f"{len(self.scenes) + self.before} of {self.total} scenes cannot be used "
+                f"(max_bad_fraction={self.allowed:g}):\n" + "\n".join(f"  {line}" for line in self.scenes.values())
+            )
 
 
 # ------------------------------------------------------------------------------------------------ the folder
 
 
+def check_writable(out: Path) -> None:
+    """Raises PackError if ``out`` is not a folder, or cannot be made or written, before any work is done."""
+    there = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists() or path.is_symlink())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        what = "is not a folder" if not there.is_dir() else "is not writable"
+        raise PackError(f"--out {out}: {there} {what}; choose another folder")
+
+
 def _finished(plan: Plan, out: Path) -> Manifest | None:
+    """The manifest of a folder that holds this very dataset, whole as far as sizes and indexes tell."""
     if not (out / records.MANIFEST).exists():
         return None
     manifest = records.load_manifest(out)
@@ -80,6 +118,10 @@ def _finished(plan: Plan, out: Path) -> Manifest | None:
         "land_cover": {str(i): value for i, value in enumerate(manifest.land_cover_fingerprints)},
     }
     _same_or_error(old, new, out, "a dataset made")
+    records.check_folder(out, manifest)
+    for name in records.SPLITS:
+        for shard in manifest.split(name).shards:
+            records.open_index(out, shard)
     return manifest
 
 
@@ -93,37 +135,46 @@ def _same_or_error(old: dict[str, Any], new: dict[str, Any], out: Path, what: st
         )
 
 
-def _open_work(plan: Plan, out: Path) -> Path:
-    work = out / WORK
-    try:
-        (work / "spill").mkdir(parents=True, exist_ok=True)
-        (work / "shards").mkdir(exist_ok=True)
-    except OSError as error:
-        raise PackError(f"--out {out}: cannot be written ({error.strerror}); choose another folder") from error
+def _open_work(plan: Plan, out: Path, work: Path) -> None:
     foreign = [path.name for path in out.iterdir() if path.name != WORK and not _ours(path.name)]
     if foreign:
         raise PlanError(f"--out {out}: is not empty ({', '.join(sorted(foreign)[:5])}); choose a new folder")
     identity = work / "plan.json"
     if identity.exists():
         _same_or_error(json.loads(identity.read_bytes()), plan.identity(), out, "an unfinished run")
+    elif shards_there := sorted(out.glob("*.tfrecord")):
+        raise PlanError(f"--out {out}: holds {shards_there[0].name} but no manifest; remove it or choose a new folder")
     else:
         shards.write_whole(identity, identity_json(plan))
-    return work
+    for folder in (work / "spill", work / "shards"):
+        folder.mkdir(exist_ok=True)
+        for left in folder.glob(".*.tmp"):  # of a process that was killed
+            left.unlink(missing_ok=True)
 
 
 def _ours(name: str) -> bool:
-    return name.endswith((".tfrecord", ".idx", ".tmp", ".log")) or name == records.MANIFEST
+    return name.endswith((".tfrecord", ".idx", ".log"))
 
 
 @contextlib.contextmanager
 def _lock(work: Path) -> Iterator[None]:
     """Only one process packs into a folder. The system drops the lock of a process that dies."""
-    with open(work / "lock", "w") as file:
+    path = work / "lock"
+    while True:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            work.mkdir(parents=True, exist_ok=True)
+            file = open(path, "w")  # noqa: SIM115 - closed below
         except OSError as error:
-            raise PackError(f"{work.parent}: another process is packing into it; wait for it or stop it") from error
-        yield
+            raise PackError(f"--out {work.parent}: cannot be written ({error.strerror})") from error
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise PackError(f"{work.parent}: another process is packing into it; wait for it or stop it") from error
+            # whoever held it may have finished and removed the folder between the opening and the lock
+            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                yield
+                return
 
 
 def _commit(path: Path) -> dict[str, Any] | None:
@@ -144,13 +195,18 @@ class _LimitsJob:
     path: str
 
 
-def _limits_of(job: _LimitsJob) -> tuple[str, list[list[float]]]:
-    limits = scan.stretch_limits(job.task.scene, job.task.bands, job.options).tolist()
+def _limits_of(job: _LimitsJob) -> tuple[str, list[list[float]] | str]:
+    """(scene id, its limits or what is wrong with it)."""
+    try:
+        limits = scan.stretch_limits(job.task.scene, job.task.bands, job.options).tolist()
+    except RasterError as error:
+        return job.task.scene.scene_id, str(error)
     shards.write_whole(Path(job.path), json.dumps(limits).encode())
     return job.task.scene.scene_id, limits
 
 
-def _phase_limits(plan: Plan, work: Path, workers: int, progress: Progress) -> dict[str, np.ndarray]:
+def _phase_limits(plan: Plan, work: Path, damaged: _Damaged, workers: int, progress: Progress) -> dict[str, np.ndarray]:
+    """Limits of every scene that could be read, by scene id."""
     limits: dict[str, np.ndarray] = {}
     jobs = []
     for number, task in enumerate(plan.tasks):
@@ -159,28 +215,35 @@ def _phase_limits(plan: Plan, work: Path, workers: int, progress: Progress) -> d
             limits[task.scene.scene_id] = np.array(done)
         elif task.chunks:
             jobs.append(_LimitsJob(replace(task, chunks=(), sheets=()), plan.options, str(path)))
-    progress("stretch limits", 0, len(jobs))
-    for scene_id, value in engine.run_all(_limits_of, jobs, workers, lambda job: job.task.scene.path):
-        limits[scene_id] = np.array(value)
-        progress("stretch limits", len(limits), len(limits))
+    done = len(limits)
+    progress("stretch limits", done, done + len(jobs))
+    with contextlib.closing(engine.run_all(_limits_of, jobs, workers, lambda job: job.task.scene.path)) as results:
+        for number, (scene_id, value) in enumerate(results, 1):
+            if isinstance(value, str):
+                damaged.add(scene_id, value)
+            else:
+                limits[scene_id] = np.array(value)
+            progress("stretch limits", done + number, done + len(jobs))
     return limits
 
 
 def _jobs(plan: Plan, work: Path, limits: dict[str, np.ndarray]) -> Iterator[scan.Job]:
     number = 0
     for task in plan.tasks:
+        here = limits.get(task.scene.scene_id)
         for chunk in task.chunks:
-            yield scan.Job(
-                number, task.scene, task.bands, task.sheets, task.subdivisions, chunk,
-                limits[task.scene.scene_id], plan.legend, plan.options, str(work / "spill"),
-            )  # fmt: skip
+            if here is not None:
+                yield scan.Job(
+                    number, task.scene, task.bands, task.sheets, task.subdivisions, chunk,
+                    here, plan.legend, plan.options, str(work / "spill"),
+                )  # fmt: skip
             number += 1
 
 
 def _phase_scan(
-    plan: Plan, work: Path, limits: dict[str, np.ndarray], workers: int, progress: Progress
+    plan: Plan, work: Path, limits: dict[str, np.ndarray], damaged: _Damaged, workers: int, progress: Progress
 ) -> list[dict[str, Any]]:
-    """Commits of all chunks, in order of their numbers."""
+    """Commits of all chunks of sound scenes, in order of their numbers."""
     commits: dict[int, dict[str, Any]] = {}
     todo, done = [], 0
     for job in _jobs(plan, work, limits):
@@ -193,11 +256,15 @@ def _phase_scan(
             todo.append(job)
     progress("tiles", done, plan.tiles)
     sizes = {job.number: job.chunk.tiles for job in todo}
-    for commit in engine.run_all(scan.scan_chunk, todo, workers, lambda job: job.scene.path):
-        commits[commit["number"]] = commit
-        done += sizes[commit["number"]]
-        progress("tiles", done, plan.tiles)
-    return [commits[number] for number in sorted(commits)]
+    with contextlib.closing(engine.run_all(scan.scan_or_report, todo, workers, lambda job: job.scene.path)) as results:
+        for commit in results:
+            if "damage" in commit:
+                damaged.add(commit["scene_id"], commit["damage"])
+            else:
+                commits[commit["number"]] = commit
+            done += sizes[commit["number"]]
+            progress("tiles", done, plan.tiles)
+    return [commits[n] for n in sorted(commits) if commits[n]["scene_id"] not in damaged.scenes]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -214,9 +281,10 @@ class _ShardJob:
 
 def _gather(job: _ShardJob) -> dict[str, Any]:
     out = Path(job.out)
-    shard = shards.write_shard(out, job.split, job.number, _frames(job, out / WORK / "spill"))
+    work = out / WORK
+    shard = shards.write_shard(out, job.split, job.number, _frames(job, work / "spill"), work)
     entry = shard.model_dump()
-    shards.write_whole(out / WORK / "shards" / f"{shard.name}.json", json.dumps(entry).encode())
+    shards.write_whole(work / "shards" / f"{shard.name}.json", json.dumps(entry).encode())
     return entry
 
 
@@ -263,10 +331,12 @@ def _phase_gather(
             todo.append(job)
     done = sum(shard.records for shard in finished)
     progress("shards", done, kept)
-    for entry in engine.run_all(_gather, todo, workers, lambda job: f"shard {job.split}-{job.number:05d}"):
-        finished.append(Shard.model_validate(entry))
-        done += entry["records"]
-        progress("shards", done, kept)
+    name_of = lambda job: f"shard {job.split}-{job.number:05d}"  # noqa: E731
+    with contextlib.closing(engine.run_all(_gather, todo, workers, name_of)) as results:
+        for entry in results:
+            finished.append(Shard.model_validate(entry))
+            done += entry["records"]
+            progress("shards", done, kept)
     return sorted(finished, key=lambda shard: shard.name)
 
 
@@ -334,15 +404,20 @@ def _split_info(plan: Plan, commits: list[dict[str, Any]], side: int, parts: tup
 
 
 def _manifest(
-    plan: Plan, limits: dict[str, np.ndarray], commits: list[dict[str, Any]], finished: list[Shard]
+    plan: Plan,
+    limits: dict[str, np.ndarray],
+    commits: list[dict[str, Any]],
+    damaged: _Damaged,
+    finished: list[Shard],
 ) -> Manifest:
     kept: Counter[str] = Counter()
     for commit in commits:
         kept[commit["scene_id"]] += commit["kept"]
     rejected = total_rejected(commits)
+    rejected["unreadable"] = sum(task.tiles for task in plan.tasks if task.scene.scene_id in damaged.scenes)
     counts = {
         "scenes": len(plan.tasks),
-        "scenes_rejected": len(plan.rejected),
+        "scenes_rejected": len(plan.rejected) + len(damaged.scenes),
         "scenes_without_land_cover": sum(not task.sheets for task in plan.tasks),
         "positions": plan.tiles,
         "kept": sum(kept.values()),
@@ -355,7 +430,7 @@ def _manifest(
             fingerprint=task.scene.fingerprint,
             date=task.scene.date,
             stretch_limits=tuple((low, high) for low, high in limits[task.scene.scene_id].tolist())
-            if stretched and task.scene.scene_id in limits
+            if stretched and task.scene.scene_id in limits and task.scene.scene_id not in damaged.scenes
             else None,
             kept=kept[task.scene.scene_id],
         )

@@ -26,7 +26,7 @@ from preprocess import report
 from preprocess.engine import WorkerLost
 from preprocess.labels import LabelError
 from preprocess.options import PackOptions
-from preprocess.pack import Packed, PackError, pack
+from preprocess.pack import Packed, PackError, check_writable, pack
 from preprocess.plan import Plan, PlanError, make_plan
 from preprocess.raster import RasterError
 
@@ -92,13 +92,14 @@ def run(arguments: Sequence[str]) -> int:
     others, overrides = config.split_overrides(arguments)
     chosen = parser().parse_args(others)
     options = config.load(PackOptions, chosen.config, overrides)
+    if not chosen.dry_run:
+        check_writable(chosen.out)
     plan = make_plan(chosen.scenes, chosen.land_cover, chosen.product, options)
     if chosen.dry_run:
         print(describe(plan))
         return 0
     for scene_id, reason in plan.rejected.items():
         print(f"left out: {scene_id} ({reason})", file=sys.stderr)
-    chosen.out.mkdir(parents=True, exist_ok=True)
     bars = Bars()
     try:
         packed: Packed = pack(plan, chosen.out, bars)
@@ -127,7 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get("GEOKR_TRACEBACK"):
             raise
         print(f"error: {error}", file=sys.stderr)
-        if isinstance(error, OSError):
+        if isinstance(error, OSError) and not isinstance(error, RasterError):
             print("what is finished is kept; the same command goes on from here", file=sys.stderr)
         return 1
 

@@ -4,8 +4,10 @@ A plan is a pure function of the inputs, the configuration and the seed. It read
 """
 
 import glob
+import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,7 +81,10 @@ def find_files(patterns: Sequence[str], what: str) -> list[str]:
         if pattern.startswith("@"):
             found.update(_listed(pattern[1:], what))
             continue
-        matches = [path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)]
+        # a file whose name holds brackets is no pattern
+        matches = (
+            [pattern] if os.path.isfile(pattern) else list(filter(os.path.isfile, glob.iglob(pattern, recursive=True)))
+        )
         if not matches:
             hint = "a folder: add /*.tif to it" if os.path.isdir(pattern) else "nothing matches"
             raise PlanError(f"{what} {pattern!r}: {hint} (current folder: {os.getcwd()})")
@@ -93,24 +98,26 @@ def _listed(path: str, what: str) -> list[str]:
     except OSError as error:
         raise PlanError(f"{what} @{path}: the list cannot be read ({error})") from error
     base = Path(path).resolve().parent
-    listed = [str(base / line) for line in lines if line and not line.startswith("#")]
+    listed = [os.path.abspath(base / line) for line in lines if line and not line.startswith("#")]
     if missing := [file for file in listed if not os.path.isfile(file)]:
         raise PlanError(f"{what} @{path}: {len(missing)} of its files do not exist, the first is {missing[0]}")
     return listed
 
 
 def scene_ids(paths: Sequence[str]) -> dict[str, str]:
-    """Path to scene id: the file's name without ending, with as many folders before it as make it unique."""
-    ids = {path: Path(path).stem for path in paths}
-    depth = 1
+    """Path to scene id: the file's name without ending, with as many folders before it as make it unique.
+
+    Names in one folder that differ in nothing but the ending keep it.
+    """
+    bare = Counter(os.path.splitext(path)[0] for path in paths)
+    names = {path: Path(path).name if bare[os.path.splitext(path)[0]] > 1 else Path(path).stem for path in paths}
+    ids, depth = dict(names), 0
     while len(set(ids.values())) < len(ids):
-        doubled = {name for name in ids.values() if list(ids.values()).count(name) > 1}
-        for path, name in ids.items():
-            if name in doubled:
-                ids[path] = "/".join((*Path(path).parts[-1 - depth : -1], Path(path).stem))
         depth += 1
-        if depth > 64:  # same stem, same folder: only the endings differ
-            return {path: Path(path).name for path in paths}
+        counts = Counter(ids.values())
+        for path, name in ids.items():
+            if counts[name] > 1:
+                ids[path] = "/".join((*Path(path).parts[-1 - depth : -1], names[path]))
     return ids
 
 
@@ -129,8 +136,19 @@ def make_plan(scene_patterns: Sequence[str], sheet_patterns: Sequence[str], prod
         _check_band_names(scenes, bands, options)
         dtype = _tile_dtype(scenes[0], len(bands), options)
         tasks = _scene_tasks(scenes, sheets, options)
-    config = {"product": table.name, **options.model_dump(mode="json", exclude={"workers"})}
+    config = {
+        "product": table.name,
+        "product_table": table_digest(table, legend),
+        **options.model_dump(mode="json", exclude={"workers"}),
+    }
     return Plan(options, table, legend, bands, dtype, tasks, tuple(sheets), rejected, config)
+
+
+def table_digest(product: Product, legend: Legend) -> str:
+    """Identifies what a product's table comes to: another meaning of a code makes another dataset."""
+    digest = hashlib.sha256(legend.lookup.tobytes())
+    digest.update(repr((product.title, legend.classes, product.filename and product.filename.pattern)).encode())
+    return digest.hexdigest()[:24]
 
 
 def make_legend(product: Product, options: PackOptions) -> Legend:
@@ -224,12 +242,12 @@ def _scene_tasks(scenes: Sequence[Scene], sheets: Sequence[LabelSheet], options:
     tasks = []
     for scene in scenes:
         numbers = tuple(band.number for band in _choose_bands(scene, options))
+        _check_positions(scene, options)
         under = labels.overlapping(scene.grid, scene.crs, sheets)
         under = labels.sheets_of_nearest_year(under, scene.scene_id, scene.date)
         kx, ky = labels.subdivision(scene.grid, scene.crs, under)
         _check_block(scene, options)
-        # source pixels, their 8-bit preview and mask, and the label pixels
-        bytes_a_pixel = len(numbers) * (_itemsize(scene.dtype) * 2 + 1) + 1 + kx * ky
+        bytes_a_pixel = len(numbers) * (_itemsize(scene.dtype) * 2 + 1) + 1  # source, its preview, and a mask
         tile = options.tile
         cut = tuple(chunks(scene.grid.width, scene.grid.height, tile.size, tile.step, bytes_a_pixel))
         tasks.append(SceneTask(scene, numbers, tuple(under), (kx, ky), cut if under else ()))
@@ -248,6 +266,21 @@ def _scene_tasks(scenes: Sequence[Scene], sheets: Sequence[LabelSheet], options:
 
 def _itemsize(dtype: str) -> int:
     return {"uint8": 1, "uint16": 2, "int16": 2, "float32": 4}[dtype]
+
+
+# A plan keeps some tens of bytes a tile, so this is a few GB; and 20 TB of raw 256 px tiles.
+MAX_POSITIONS = 1 << 27
+
+
+def _check_positions(scene: Scene, options: PackOptions) -> None:
+    tile = options.tile
+    across, down = (len(range(0, n - tile.size + 1, tile.step)) for n in (scene.grid.width, scene.grid.height))
+    if across * down > MAX_POSITIONS:
+        raise PlanError(
+            f"{scene.path}: {across * down} tiles of {tile.size} px every {tile.step} px in "
+            f"{scene.grid.width} x {scene.grid.height} pixels, at most {MAX_POSITIONS} are possible: "
+            "use a larger tile.step, or cut the scene; if that is not its size, its header is damaged"
+        )
 
 
 def _check_block(scene: Scene, options: PackOptions) -> None:

@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -28,32 +28,38 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file that appears under its name only when all of it is on disk; replaces an older one at once."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def whole_file(path: Path, scratch: Path | None = None) -> Iterator[BinaryIO]:
+    """A file that appears under its name only when all of it is on disk; replaces an older one at once.
+
+    scratch: folder on the same disk for the unfinished file, by default its own. OSError names ``path``.
+    """
+    temporary = (scratch or path.parent) / f".{path.name}.{os.getpid()}.tmp"
     try:
         with open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:  # "no space left" alone does not say where
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
 
 
-def write_whole(path: Path, data: bytes) -> None:
+def write_whole(path: Path, data: bytes, scratch: Path | None = None) -> None:
     """``data`` as a whole file."""
-    with whole_file(path) as file:
+    with whole_file(path, scratch) as file:
         file.write(data)
 
 
-def write_shard(folder: Path, split: Split, number: int, frames: Iterable[bytes]) -> Shard:
+def write_shard(folder: Path, split: Split, number: int, frames: Iterable[bytes], scratch: Path | None = None) -> Shard:
     """Writes ``split-number.tfrecord`` and its index from whole frames; returns their entry in the manifest."""
     name = f"{split}-{number:05d}.tfrecord"
     digest = hashlib.sha256()
     lines, at = [], 0
-    with whole_file(folder / name) as file:
+    with whole_file(folder / name, scratch) as file:
         for frame in frames:
             file.write(frame)
             digest.update(frame)
@@ -67,7 +73,7 @@ def write_shard(folder: Path, split: Split, number: int, frames: Iterable[bytes]
         sha256=digest.hexdigest(),
         index_sha256=hashlib.sha256(index).hexdigest(),
     )
-    write_whole(folder / shard.index_name, index)
+    write_whole(folder / shard.index_name, index, scratch)
     return shard
 
 
