@@ -37,7 +37,7 @@ def decode_batches(
         if codec == "raw":  # nothing to decode
             return torch_loader.decode_batches(batches, team, transform, shape, codec, where, False)
         return _on_cpu(batches, team, transform, shape, where, count, threads, depth)
-    return _on_gpu(batches, transform, shape, codec, where, count, threads, device, depth)
+    return _in_graph(batches, transform, shape, codec, where, count, threads, device, depth)
 
 
 class _Feed:
@@ -116,7 +116,7 @@ def _on_cpu(
         yield Decoded(batch.plan, batch.samples.fractions, lambda images=images: images)
 
 
-def _on_gpu(
+def _in_graph(
     batches: Iterator[Loaded],
     transform: Transform,
     shape: tuple[int, int, int],
@@ -127,6 +127,8 @@ def _on_gpu(
     device: torch.device,
     depth: int,
 ) -> Iterator[Decoded]:
+    """Everything in DALI's graph on the device, but for what :class:`pipelines.dali.Finish` does."""
+
     def inputs(batch: Loaded) -> tuple[Any, ...]:
         images = batch.samples.images
         if codec == "raw":
@@ -134,7 +136,6 @@ def _on_gpu(
         return graph_inputs(images, batch.parameters, shape[0])
 
     feed, kept = _Feed(batches, inputs), _Kept(Finish(transform, device))
-    device_id = device.index if device.index is not None else torch.cuda.current_device()
     pipeline = build(
         feed,
         count=count,
@@ -142,7 +143,7 @@ def _on_gpu(
         codec=codec,
         transform=transform,
         threads=threads,
-        device_id=device_id,
+        device_id=_device_id(device),
         depth=depth,
     )
 
@@ -154,6 +155,13 @@ def _on_gpu(
     for batch, tiles in feed.runs(pipeline, out_shape, find_damage):
         batch.samples.release()
         yield Decoded(batch.plan, batch.samples.fractions, lambda tiles=tiles: kept.finished(tiles))
+
+
+def _device_id(device: torch.device) -> int | None:
+    """DALI's number of a GPU; None for its CPU backend, on which the tests run the graph."""
+    if device.type == "cpu":
+        return None
+    return device.index if device.index is not None else torch.cuda.current_device()
 
 
 class _Kept:

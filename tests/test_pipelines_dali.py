@@ -7,10 +7,13 @@ import torch
 
 pytest.importorskip("nvidia.dali")
 
-from pipelines import dali
+from geokr.options import AugmentOptions, DataOptions
+from pipelines import dali, dali_loader
 from pipelines.augment import BandFacts, Parameters, apply_dihedral
+from pipelines.dataset import Dataset
+from pipelines.loaders import train_batches, val_batches
 from pipelines.transform import Transform
-from tests.datasets import make_images
+from tests.datasets import make_dataset, make_images
 from tests.test_pipelines_kernels import facts_of, random_matrix
 
 COUNT, SIZE = 16, 24
@@ -97,3 +100,42 @@ def test_finish_rounds_ties_to_even_like_the_kernels():
     tile = np.kron(np.array([[0, 1], [2, 3]]), np.ones((2, 2)))[:, :, None].astype(np.float32) + 0.5
     out = dali.Finish(Transform(4, 2, facts), torch.device("cpu"))(torch.from_numpy(tile)[None])
     assert out[0, :, :, 0].tolist() == [[0, 2], [2, 4]]
+
+
+class NoEvent:
+    """In place of a CUDA event, where there is no device: nothing is ever finished, so everything is kept."""
+
+    def record(self):
+        pass
+
+    def query(self):
+        return False
+
+
+@pytest.mark.parametrize("kind", [{}, {"codec": "raw", "bands": 4, "dtype": "uint16"}], ids=["jpeg", "raw"])
+@pytest.mark.parametrize("image_size", [24, 17])
+def test_the_device_path_on_the_cpu_backend(kind, image_size, tmp_path, monkeypatch):
+    """Source, graph and what follows it, as a GPU would run them, against the plain loader's batches."""
+    dataset = Dataset.open(make_dataset(tmp_path / "data", size=24, val=5, **kind))
+    arguments = {"seed": 1, "image_size": image_size}
+    options = {name: DataOptions(loader=name, global_batch=8, threads=1) for name in ("torch", "dali")}
+    with train_batches(dataset, options["torch"], AugmentOptions(), **arguments) as plain:
+        expected = [next(plain) for _ in range(12)]
+    with val_batches(dataset, options["torch"], batch=2, image_size=image_size) as plain:
+        held_out = list(plain)
+
+    def in_graph(batches, team, transform, shape, codec, where, *, count, threads, device, prefetch):
+        return dali_loader._in_graph(batches, transform, shape, codec, where, count, threads, device, prefetch)
+
+    monkeypatch.setattr(dali_loader, "decode_batches", in_graph)
+    monkeypatch.setattr(torch.cuda, "Event", NoEvent)
+    with train_batches(dataset, options["dali"], AugmentOptions(), **arguments) as graph:
+        got = [next(graph) for _ in range(12)]
+    with val_batches(dataset, options["dali"], batch=2, image_size=image_size) as graph:
+        got_held_out = list(graph)
+    for batch, other in zip(got + got_held_out, expected + held_out, strict=True):
+        assert (batch.record_ids == other.record_ids).all()
+        assert torch.equal(batch.fractions, other.fractions)
+        assert torch.equal(batch.weights, other.weights)
+        assert batch.images.is_contiguous(memory_format=torch.channels_last)
+        assert_close(batch.images, other.images, dataset.band_facts())
