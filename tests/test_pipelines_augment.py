@@ -62,6 +62,13 @@ def test_factors_are_uniform_over_their_range(name, limits):
     assert within(np.histogram(factor, 20, limits)[0], 2000, 50)
 
 
+@pytest.mark.parametrize("name", ["brightness", "contrast"])
+def test_factors_do_not_depend_on_whether_colour_changes(name):
+    colour = drawn(AugmentOptions(**{**STILL, name: (0.5, 1.5), "colour_probability": 0.5})).colour
+    factor = colour[colour[:, 0, 0] != 1, 0, 0]
+    assert within(np.histogram(factor, 20, (0.5, 1.5))[0], len(factor) / 20, 50)
+
+
 def test_draws_are_independent_of_one_another():
     """Geometry, whether colour changes, and the factors are uncorrelated."""
     options = AugmentOptions(saturation=(1, 1), hue=(0, 0), colour_probability=1)

@@ -91,7 +91,9 @@ def test_reads_what_the_contract_reads(fixture, split, request):
         for n, record_id in enumerate(ids):
             assert samples.images[n].tobytes() == expected[record_id].image
             assert (samples.fractions[n] == expected[record_id].fractions).all()
+        memory = samples._buffer
         samples.release()
+        assert reader.read(ids)._buffer is memory
     assert reader.read(np.zeros(0, np.int64)).images == []
     reader.close()
 
@@ -403,6 +405,17 @@ def test_the_fast_walk_agrees_with_the_reference_on_damaged_bytes():
     spans, fine = parse.find_features(sound, np.array([[0, len(sound)]]))
     assert fine[0]
     assert sound[slice(*spans[0, parse.SHAPE])].tobytes() == parse.packed((200, 5, 1)) == b"\xc8\x01\x05\x01"
+
+
+def test_a_last_feature_that_runs_over_the_payload_by_one_byte():
+    """Every inner length is one too large, the outermost is right: the byte after the payload is another record's."""
+    parts = [entry(b"codec", 1, tag(1, b"raw")), entry(b"dtype", 1, tag(1, b"uint8"))]
+    parts += [entry(b"fractions", 2, tag(1, b"\0\0\x80\x3f")), entry(b"image", 1, tag(1, b"pixels"))]
+    body = b"".join([*parts, entry(b"shape", 3, tag(1, b"\x01\x01\x06\x07"))])
+    whole, cut = tag(1, body), tag(1, body[:-1])
+    assert parse.find_features(np.frombuffer(whole, np.uint8), np.array([[0, len(whole)]]))[1][0]
+    data = np.frombuffer(cut + b"\x07", np.uint8)
+    assert not parse.find_features(data, np.array([[0, len(cut)]]))[1][0]
 
 
 def test_random_bytes_do_no_harm():
