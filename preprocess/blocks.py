@@ -30,7 +30,7 @@ def is_validation(row: int, cell: int, seed: int, val_fraction: float) -> bool:
     return int.from_bytes(digest, "little") < val_fraction * 2.0**64
 
 
-def _far_apart(longitudes: np.ndarray, latitudes: np.ndarray) -> float:
+def far_apart(longitudes: np.ndarray, latitudes: np.ndarray) -> float:
     """The longest way in degrees between neighbours of a lattice of points [P, Q] over the ground."""
     lon, lat = np.radians(longitudes), np.radians(latitudes)
     xyz = np.stack([np.cos(lat) * np.cos(lon), np.cos(lat) * np.sin(lon), np.sin(lat)])
@@ -41,6 +41,9 @@ def _far_apart(longitudes: np.ndarray, latitudes: np.ndarray) -> float:
 
 def _interval(longitudes: np.ndarray) -> tuple[float, float]:
     """(west, east) of the shortest arc that holds all longitudes; east may exceed 180."""
+    west, east = float(longitudes.min()), float(longitudes.max())
+    if east - west < 180:
+        return west, east
     ordered = np.sort(np.ravel(longitudes) % 360)
     gaps = np.diff(ordered, append=ordered[0] + 360)
     widest = int(gaps.argmax())
@@ -48,15 +51,15 @@ def _interval(longitudes: np.ndarray) -> tuple[float, float]:
     return west, west + 360 - float(gaps[widest])
 
 
-def touched_cells(longitudes: np.ndarray, latitudes: np.ndarray, block_m: float) -> set[tuple[int, int]]:
+def touched_cells(longitudes: np.ndarray, latitudes: np.ndarray, step: float, block_m: float) -> set[tuple[int, int]]:
     """Every cell that a part of a tile touches, given by a lattice [P, Q] of points over its footprint, degrees.
 
+    step: at least the way between neighbouring points (:func:`far_apart`).
     Taken from the points' bounding box in longitude and latitude, so a cell too many is possible, one too few is
     not. Between two points a side may bulge beyond the box: a great circle of length s by s^2 tan(latitude) / 8 R,
     and a little more for projections that are not that straight. Within two such lengths of a pole, where a box
     means nothing, the part counts as touching all cells around the pole.
     """
-    step = _far_apart(longitudes, latitudes)
     highest = float(np.abs(latitudes).max())
     bulge = step**2 * math.pi / 180 / 8 * math.tan(math.radians(min(highest, 89.9)))
     margin = step / 64 + bulge
@@ -86,8 +89,10 @@ def side_of(longitudes_PP: np.ndarray, latitudes_PP: np.ndarray, block_m: float,
     if val_fraction == 0:
         return TRAIN
 
+    step = far_apart(longitudes_PP, latitudes_PP)
+
     def kinds(part: tuple[slice, slice]) -> set[bool]:
-        cells = touched_cells(longitudes_PP[part], latitudes_PP[part], block_m)
+        cells = touched_cells(longitudes_PP[part], latitudes_PP[part], step, block_m)
         return {is_validation(row, cell, seed, val_fraction) for row, cell in cells}
 
     found = kinds((slice(None), slice(None)))
