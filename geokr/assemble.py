@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from geokr import losses
 from geokr.batchnorm import synchronize_batchnorm
-from geokr.compiling import Forward, compile_forward, forward_flops, wanted
+from geokr.compiling import Forward, compile_forward, wanted
 from geokr.config import ConfigError
 from geokr.distributed import World
 from geokr.models import BackboneSpec, LandCoverModel, Normalise, build_model
@@ -77,23 +77,16 @@ def _synchronize(options: PretrainOptions, world: World, at_once: int) -> bool:
 
 def _compile(
     options: PretrainOptions,
-    world: World,
+    device: torch.device,
     spec: BackboneSpec,
     models: list[LandCoverModel],
     at_once: int,
-    steps: int,
     autocast: Callable[[], AbstractContextManager],
 ) -> list[Forward]:
     """Each model's forward pass, compiled where the configuration says so and it works."""
-
-    def run_flops() -> float:
-        forward = forward_flops(models[0], (spec.bands, spec.image_size, spec.image_size))
-        passes = 3 + (options.method.consistency != "none")  # a backward pass costs two forward ones
-        return passes * forward * steps * at_once * options.train.accumulate
-
-    if not wanted(options.train.compile, world.device, run_flops):
+    if not wanted(options.train.compile, device):
         return list(models)
-    images = torch.zeros(at_once, spec.bands, spec.image_size, spec.image_size, device=world.device)
+    images = torch.zeros(at_once, spec.bands, spec.image_size, spec.image_size, device=device)
     if options.train.channels_last:
         images = images.contiguous(memory_format=torch.channels_last)
     return [compile_forward(options.train.compile, model, images, autocast) for model in models]
@@ -143,7 +136,7 @@ def build_learner(
     if restore is not None:
         restore(student, teacher, optimizer, scaler)
     autocast = _autocast(options.train.precision, world.device)
-    student_forward, teacher_forward = _compile(options, world, spec, [student, teacher], at_once, steps, autocast)
+    student_forward, teacher_forward = _compile(options, world.device, spec, [student, teacher], at_once, autocast)
     learner = Learner(
         student=student,
         teacher=teacher,
