@@ -1,0 +1,32 @@
+# What a developer runs. The environment is .venv (bash launch/test.sh makes it), or the Python that PYTHON names.
+PYTHON ?= $(shell [ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)
+
+.PHONY: help lint format test bench docs
+
+help:
+	@echo 'make lint    ruff, formatting and types'
+	@echo 'make format  puts imports and layout right'
+	@echo 'make test    every test'
+	@echo 'make bench   packing and training throughput, as tables and JSON under out/bench'
+	@echo 'make docs    docs/configuration.md from the options'
+
+lint:
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m pyright
+	$(PYTHON) docs/make_reference.py --check
+
+format:
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+
+test:
+	bash launch/test.sh
+
+bench:
+	mkdir -p out/bench
+	$(PYTHON) benchmarks/packing.py --json out/bench/packing.json
+	$(PYTHON) benchmarks/throughput.py --stage all --json out/bench/throughput.json
+
+docs:
+	$(PYTHON) docs/make_reference.py

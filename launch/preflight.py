@@ -1,0 +1,60 @@
+"""Looks at a run's configuration and records before any process starts; it takes a second, for it loads no torch.
+
+    python launch/preflight.py --config FILE [key=value ...]
+
+Exit status 0 if training can begin; 1 with what is wrong, and for missing records the command that makes them.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if __package__ in (None, ""):  # run as a file: the folder on the path must be the project's, not this one
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from geokr.config import ConfigError, load, split_overrides
+from geokr.options import PretrainOptions
+from geokr.records import MANIFEST, RecordError, check_folder, load_manifest
+
+HOW_TO = """
+Records are made once from your scenes and a land-cover map:
+
+    python preprocess/pack_records.py --scenes 'scenes/*.tif' --land-cover 'landcover/*.tif' \\
+        --product globeland30 --out {out} --config configs/pack_globeland30.yaml
+
+then
+
+    bash launch/pretrain_8gpu.sh data.records={out}
+
+docs/data.md tells how to prepare both. No data at hand? bash launch/quickstart.sh makes its own."""
+
+
+def problem(config: str | None, overrides: Sequence[str]) -> str | None:
+    """What keeps this run from starting, or None."""
+    try:
+        records = load(PretrainOptions, config, overrides).data.records
+    except ConfigError as error:
+        return str(error)
+    if records is None:
+        return "no records to train on: data.records is not set\n" + HOW_TO.format(out="out/records")
+    try:
+        check_folder(records, load_manifest(records))
+    except RecordError as error:
+        missing = not (Path(records) / MANIFEST).exists()
+        return f"{error}\n{HOW_TO.format(out=records)}" if missing else str(error)
+    return None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="preflight.py", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--config", metavar="FILE")
+    others, overrides = split_overrides(sys.argv[1:] if arguments is None else arguments)
+    found = problem(parser.parse_args(others).config, overrides)
+    if found is not None:
+        print(f"error: {found}", file=sys.stderr)
+    return 0 if found is None else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
