@@ -25,9 +25,9 @@ from preprocess.grid import Grid
 WGS84 = "EPSG:4326"
 
 # Bilinear interpolation of exact points at this spacing, halved until its error is below MAX_ERROR land-cover
-# pixels: UTM to Albers at 30 m stays near 0.003 at 64. Only the surroundings of a pole need spacing 1.
+# pixels: UTM to Albers at 30 m settles at 16. Only the surroundings of a pole need spacing 1.
 SPACING = 64
-MAX_ERROR = 0.002
+MAX_ERROR = 1e-4
 # Where a CRS ends, a lattice is refined to this spacing; what then still touches the end has no label. Without an
 # end to it, the fine lattice would ask for many points that fail, and each failure is slow.
 EDGE_SPACING = 8
@@ -171,15 +171,27 @@ def ground_steps(grid: Grid, crs: str, column: float, row: float) -> tuple[float
     ) * EARTH_RADIUS_M
 
 
+def middle_of(grid: Grid, crs: str) -> tuple[float, float]:
+    """(column, row) of a grid's middle, or of the nearest place to it whose pixel lies on the Earth."""
+    columns, rows = _regular(grid, 16)
+    known = np.ones(columns.shape, bool)
+    for dx, dy in ((-0.5, 0), (0.5, 0), (0, -0.5), (0, 0.5)):
+        known &= np.isfinite(raster.transform_points(crs, WGS84, *grid.xy(columns + dx, rows + dy))[0])
+    away = np.where(known, np.hypot(columns - grid.width / 2, rows - grid.height / 2), np.inf)
+    nearest = int(away.argmin())
+    return float(columns.flat[nearest]), float(rows.flat[nearest])
+
+
 def subdivision(scene: Grid, crs: str, sheets: Sequence[LabelSheet]) -> tuple[int, int]:
     """(kx, ky): label pixels a scene pixel along its columns and rows, by the finest of the sheets.
 
-    Sizes are compared on the ground at the scene's centre. A ratio within a hundredth of a whole number counts
+    Sizes are compared on the ground at the scene's middle. A ratio within a hundredth of a whole number counts
     as that number, since projections stretch lengths by up to that.
     """
-    sx, sy = ground_steps(scene, crs, scene.width / 2, scene.height / 2)
+    middle = middle_of(scene, crs)
+    sx, sy = ground_steps(scene, crs, *middle)
     kx = ky = 1
-    centre_x, centre_y = scene.xy(scene.width / 2, scene.height / 2)
+    centre_x, centre_y = scene.xy(*middle)
     for entry in sheets:
         sheet = entry.sheet
         x, y = raster.transform_points(crs, sheet.crs, np.array([centre_x]), np.array([centre_y]))
@@ -189,7 +201,7 @@ def subdivision(scene: Grid, crs: str, sheets: Sequence[LabelSheet]) -> tuple[in
             y = np.clip(y, -SIZED_LATITUDE, SIZED_LATITUDE)
         column, row = sheet.grid.pixel(x, y)
         lx, ly = ground_steps(sheet.grid, sheet.crs, float(column[0]), float(row[0]))
-        if np.isfinite([lx, ly]).all() and lx > 0 and ly > 0:
+        if np.isfinite([sx, sy, lx, ly]).all() and lx > 0 and ly > 0:
             kx = max(kx, math.ceil(sx / lx - 0.01))
             ky = max(ky, math.ceil(sy / ly - 0.01))
     return kx, ky

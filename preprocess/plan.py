@@ -284,7 +284,7 @@ def _check_positions(scene: Scene, options: PackOptions) -> None:
 
 
 def _check_block(scene: Scene, options: PackOptions) -> None:
-    steps = labels.ground_steps(scene.grid, scene.crs, scene.grid.width / 2, scene.grid.height / 2)
+    steps = labels.ground_steps(scene.grid, scene.crs, *labels.middle_of(scene.grid, scene.crs))
     side = max(steps) * options.tile.size
     if options.split.val_fraction > 0 and options.split.block_m < 2 * side:
         raise PlanError(

@@ -17,7 +17,7 @@ import yaml
 from affine import Affine
 from rasterio.warp import transform as warp_points
 
-from geokr import records
+from geokr import config, records
 from geokr.records import Manifest, Record
 from preprocess import pack_records, shards
 from preprocess.options import PackOptions
@@ -81,10 +81,9 @@ def patches(seed: int, height: int, width: int, codes: Sequence[int], side: int 
 
 
 def pack_quietly(scenes: Sequence[Path | str], sheets: Sequence[Path | str], product: str, out: Path, *overrides: str):
-    """Packs in this process without a console; returns preprocess.pack.Packed."""
-    from geokr import config
-
-    options = config.load(PackOptions, None, overrides)
+    """Packs in this process without a console; returns preprocess.pack.Packed. Of equal keys the last counts."""
+    last = {override.split("=")[0]: override for override in overrides}
+    options = config.load(PackOptions, None, last.values())
     plan = make_plan([str(p) for p in scenes], [str(p) for p in sheets], product, options)
     return pack(plan, out, lambda phase, done, total: None)
 
