@@ -19,6 +19,10 @@ from torch import distributed as dist
 from geokr.config import ConfigError
 
 
+class ReplicaError(RuntimeError):
+    """Processes that should hold the same weights do not."""
+
+
 @dataclass(frozen=True, slots=True)
 class World:
     """This process among the run's processes, and the device it computes on."""
@@ -72,12 +76,12 @@ class World:
             buffer.copy_(part.view_as(buffer))
 
     def check_replicas(self, tensors: Sequence[Tensor], what: str) -> None:
-        """Raises RuntimeError if any tensor's bits differ between processes (a sum over them does)."""
+        """Raises ReplicaError if any tensor's bits differ between processes (a sum over them does)."""
         if self.size == 1 or not tensors:
             return
         sums = torch.stack([_bits(tensor).sum(dtype=torch.int64) for tensor in tensors])
         if not torch.equal(self.minimum(sums.clone()), self.maximum(sums.clone())):
-            raise RuntimeError(
+            raise ReplicaError(
                 f"{what} differs between processes: the replicas have drifted apart, which hardware faults and "
                 "mixed library versions can cause. Start again from the last checkpoint."
             )
@@ -112,6 +116,7 @@ def world_from(environment: Mapping[str, str], device: str, timeout_s: float) ->
     chosen = choose_device(device, local_rank)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
+        torch.backends.cudnn.benchmark = True  # shapes never change in a run, so the search pays once
     world = World(chosen, rank, size, local_rank, local_size)
     if size == 1:
         yield world

@@ -23,7 +23,8 @@ def identity(options: PretrainOptions, *, image_size: int, bands: tuple[str, ...
     }
     sections["model"]["bands"] = list(bands)
     data = {"image_size": image_size, "global_batch": options.data.global_batch, "dataset": dataset}
-    return {"run": {"seed": options.run.seed}, "data": data, **sections}
+    train = {"clip_norm": options.train.clip_norm}
+    return {"run": {"seed": options.run.seed}, "data": data, **sections, "train": train}
 
 
 def check_identity(found: Mapping[str, Any], current: Mapping[str, Any], where: str) -> None:

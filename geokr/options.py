@@ -131,7 +131,7 @@ class TrainOptions(Options):
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Of the forward and backward pass; weights, losses and statistics stay fp32. `fp16` scales the loss."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile. `auto`: where it works, else without it and with a word."""
+    """torch.compile. `auto`: on CUDA where it works, else without it and with a word; on a CPU it is slower."""
     channels_last: bool = True
     """Memory format of images and convolutions."""
     accumulate: int = Field(default=1, ge=1)

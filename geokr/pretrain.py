@@ -21,7 +21,7 @@ from geokr import card
 from geokr.assemble import build_learner
 from geokr.checkpoint import Checkpoint
 from geokr.config import ConfigError, load, split_overrides
-from geokr.distributed import Stopper, World, set_threads, world_from
+from geokr.distributed import ReplicaError, Stopper, World, set_threads, world_from
 from geokr.facts import Facts, gather_facts, make_plan
 from geokr.identity import identity
 from geokr.metrics import Window
@@ -260,7 +260,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with world_from(os.environ, train.device, train.collective_timeout_s) as world, logging_redirect_tqdm([log]):
             return pretrain(options, world, set_threads(train.threads, world.local_size))
     except Exception as error:
-        known = isinstance(error, (ValueError, OSError)) or _out_of_memory(error)  # TimeoutError is an OSError
+        known = isinstance(error, (ValueError, OSError, ReplicaError)) or _out_of_memory(
+            error
+        )  # TimeoutError is an OSError
         if not known or os.environ.get("GEOKR_TRACEBACK") == "1":
             raise
         print(f"[process {rank}] " * (rank > 0) + f"error: {_explain(error, options)}", file=sys.stderr)

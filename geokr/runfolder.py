@@ -130,7 +130,7 @@ def save_checkpoint(
 ) -> None:
     """One checkpoint of the whole state, written by process 0 while the others wait.
 
-    Raises RuntimeError if the replicas differ, LossError if a weight is not a finite number: nothing is saved then.
+    Raises ReplicaError if the replicas differ, LossError if a weight is not a finite number: nothing is saved then.
     """
     moments, numbers = state.optimizer_state(learner.optimizer, learner.student)
     models = state.model_tensors("student", learner.student) | state.model_tensors("teacher", learner.teacher)

@@ -14,7 +14,9 @@ from timm.layers.norm_act import BatchNormAct2d
 from torch import nn
 
 from geokr.batchnorm import SyncedMixin, synchronize_batchnorm
-from geokr.distributed import Stopper, World, world_from
+from geokr.distributed import ReplicaError, Stopper, World, world_from
+from geokr.train import Learner, train_step
+from tests import geokr_toy as toy
 
 
 def norms() -> nn.Sequential:
@@ -75,7 +77,7 @@ def check_collectives(world: World) -> None:
     world.check_replicas(list(norm.buffers()), "a buffer")
     drifted = torch.ones(5)
     drifted[2] += world.rank * 1e-7 * 2
-    with pytest.raises(RuntimeError, match="drifted apart"):
+    with pytest.raises(ReplicaError, match="drifted apart"):
         world.check_replicas([torch.zeros(2), drifted], "a weight")
 
 
@@ -93,6 +95,43 @@ def check_stopper(world: World) -> None:
     assert stopper.signal == signal.SIGTERM
 
 
+def compare_with_one_process(world: World, *overrides: str) -> Learner:
+    """Three steps on this world's share of each batch give the weights of three steps on whole batches."""
+    parts = 2
+    chosen = toy.options(*overrides, f"train.accumulate={parts}", "optim.name=sgd", "optim.lr=0.05", "optim.warmup=0")
+    shared = toy.learner(chosen, world=world)
+    alone = toy.learner(toy.options(*overrides, "optim.name=sgd", "optim.lr=0.05", "optim.warmup=0"))
+    share = 8 // world.size // parts
+    for step in (1, 2, 3):
+        ids = np.arange((step - 1) * 8, step * 8).reshape(parts, world.size, share)
+        train_step(shared, (toy.make_batch(part[world.rank]) for part in ids), step)
+        train_step(alone, [toy.make_batch(ids.ravel())], step)
+    for mine, theirs in ((shared.student, alone.student), (shared.teacher, alone.teacher)):
+        world.check_replicas(list(mine.parameters()), "a weight")
+        for a, b in zip(mine.parameters(), theirs.parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-5)
+    return shared
+
+
+def check_accumulation(world: World) -> None:
+    """Without batch norm, cutting a batch into processes and parts changes nothing but the rounding."""
+    compare_with_one_process(world, "model.backbone=test_vit")
+
+
+def check_local_statistics(world: World) -> None:
+    """With each process's own batch norm the teacher takes the mean of all running statistics."""
+    learner = toy.learner(toy.options("model.sync_batchnorm=off"), world=world)
+    assert learner.local_statistics
+    for step in (1, 2):
+        ids = np.arange((step - 1) * 8, step * 8).reshape(world.size, -1)[world.rank]
+        train_step(learner, [toy.make_batch(ids)], step)
+    world.check_replicas(list(learner.teacher.state_dict().values()), "the teacher")
+    world.check_replicas(list(learner.student.state_dict().values()), "the student")
+    mean = learner.student.backbone.bn1.running_mean
+    assert mean.abs().sum() > 0
+    assert not torch.equal(mean, learner.teacher.backbone.bn1.running_mean)
+
+
 def main() -> None:
     torch.set_num_threads(1)
     with world_from(os.environ, "cpu", 60.0) as world:
@@ -101,6 +140,8 @@ def main() -> None:
         check_batchnorm(world)
         check_precision(world)
         check_collectives(world)
+        check_accumulation(world)
+        check_local_statistics(world)
         check_stopper(world)
         if world.main:
             print("all checks passed")
