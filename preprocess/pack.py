@@ -52,18 +52,19 @@ def pack(plan: Plan, out: Path, progress: Progress) -> Packed:
     """
     start = time.monotonic()
     workers = engine.default_workers() if plan.options.workers is None else plan.options.workers
-    manifest = _finished(plan, out)
-    if manifest is not None:
+    manifest, work = _finished(plan, out), out / WORK
+    if manifest is not None and not work.exists():
         return Packed(manifest, written=False, seconds=time.monotonic() - start)
     check_writable(out)
-    work = out / WORK
     with _lock(work):
-        manifest = _finished(plan, out)  # another process may have come first
+        # another process may have come first, or one died between the manifest and clearing up
+        manifest = _finished(plan, out)
+        written = manifest is None
         if manifest is None:
             _open_work(plan, out, work)
             manifest = _make(plan, out, work, workers, progress)
         shutil.rmtree(work)
-    return Packed(manifest, written=True, seconds=time.monotonic() - start)
+    return Packed(manifest, written, seconds=time.monotonic() - start)
 
 
 def _make(plan: Plan, out: Path, work: Path, workers: int, progress: Progress) -> Manifest:
