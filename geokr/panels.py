@@ -66,7 +66,7 @@ def _bars(axes, panel: Panel, colours: np.ndarray) -> None:
     axes.set_yticklabels(ROWS, fontsize=8)
     axes.tick_params(length=0, colors=GREY)
     axes.spines[:].set_visible(False)
-    axes.text(1, -0.55, f"KL {panel.divergence:.2f}", ha="right", va="bottom", fontsize=7, color=GREY)
+    axes.text(1, -0.55, f"teacher: KL {panel.divergence:.2f}", ha="right", va="bottom", fontsize=7, color=GREY)
 
 
 def draw_panels(panels: Sequence[Panel], classes: Sequence[ClassInfo], title: str) -> np.ndarray:
