@@ -47,7 +47,7 @@ step "3/6 scenes and land cover to records"
 
 step "4/6 pretraining"
 "$PY" -m geokr.pretrain --config configs/smoke.yaml data.records="$OUT/records" run.dir="$OUT/run" \
-  data.image_size=64 train.max_steps=300
+  data.image_size=64 train.max_steps=250
 
 step "5/6 export"
 "$PY" -m geokr.export --run "$OUT/run" --out "$OUT/backbone.safetensors"

@@ -7,6 +7,7 @@ FOLDER holds records/, run/ and backbone.safetensors.
 
 import argparse
 import json
+import os
 import statistics
 import sys
 from collections.abc import Sequence
@@ -41,6 +42,7 @@ def last_validation(metrics: Sequence[dict[str, Any]], path: Path) -> dict[str, 
 
 def rows(folder: Path, manifest: Manifest, metrics: Sequence[dict[str, Any]], seconds: int | None) -> list[tuple]:
     """(what, value) pairs; a pair of None is an empty line."""
+    python = os.path.relpath(sys.executable)
     run, last = folder / "run", last_validation(metrics, folder / "run" / "metrics.jsonl")
     rates = [line["img_per_s"] for line in metrics if line.get("img_per_s")]
     card = json.loads((folder / "backbone.safetensors.json").read_text(encoding="utf-8"))
@@ -57,7 +59,7 @@ def rows(folder: Path, manifest: Manifest, metrics: Sequence[dict[str, Any]], se
         (None, None),
         ("records", folder / "records"),
         ("run", run),
-        ("TensorBoard", f"{run / 'tensorboard'}  (python -m tensorboard.main --logdir {run / 'tensorboard'})"),
+        ("TensorBoard", f"{run / 'tensorboard'}  ({python} -m tensorboard.main --logdir {run / 'tensorboard'})"),
         ("weights", folder / "backbone.safetensors"),
         ("card", folder / "backbone.safetensors.json"),
     ]

@@ -38,6 +38,7 @@ case "$*" in
     ;;
   "-m pytest"* | "-m torch.distributed.run"* | "-m geokr."* | preprocess/*)
     printf '%s\\n' "OMP=${OMP_NUM_THREADS:-}" "$@" >>"$NOTES"
+    echo "own store: ${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-no}"
     echo done
     [[ -z "${FAIL_AT:-}" || "$*" != *"$FAIL_AT"* ]] || exit 7
     exit "${STATUS:-0}"
@@ -175,6 +176,7 @@ def test_without_a_gpu_it_says_so_and_trains_on_the_cpu(machine, records):
     assert done.returncode == 2  # the parser of arguments, not torchrun
     done = machine.pretrain(f"data.records={records}", "model.bands=[red, green]", CORES="6")
     assert done.returncode == 0
+    assert "own store: 1" in done.stdout  # without it a restart finds the addresses of dead processes
     assert "no GPU here: training on the CPU with 6 process(es) over gloo" in done.stderr
     assert machine.notes == [
         "OMP=1",
