@@ -7,7 +7,7 @@ machine needs no GDAL. ``geokr.load_backbone`` is resolved when it is first used
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["load_backbone"]
+__all__ = ["load_backbone"]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:

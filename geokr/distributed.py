@@ -4,6 +4,9 @@ Rank and world size come from torchrun's variables, which only the composition r
 operation returns at once and no process group exists, so that the same code serves one process and many.
 """
 
+# pyright: reportPrivateImportUsage=false
+# torch.distributed does not list Store, PrefixStore and rendezvous among its exports, though its documentation does.
+
 import contextlib
 import os
 import signal
@@ -15,6 +18,8 @@ from types import FrameType
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store  # torch.distributed has both, untyped
+from torch.distributed.rendezvous import rendezvous
 
 from geokr.config import ConfigError
 
@@ -107,6 +112,16 @@ def choose_device(name: str, local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+def _store(environment: Mapping[str, str], timeout_s: float) -> Store:
+    """Where processes find each other, under a name of its own for each restart.
+
+    torchrun's store outlives a restart: without that the new processes read the addresses of the dead ones, and
+    fail to connect or wait until the timeout (seen with torch 2.15, --standalone, one of two processes killed).
+    """
+    store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
+    return PrefixStore(f"geokr/{environment.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
 @contextlib.contextmanager
 def world_from(environment: Mapping[str, str], device: str, timeout_s: float) -> Iterator[World]:
     """The world that torchrun's variables describe, its process group open inside the block."""
@@ -123,6 +138,9 @@ def world_from(environment: Mapping[str, str], device: str, timeout_s: float) ->
         return
     dist.init_process_group(
         "nccl" if chosen.type == "cuda" else "gloo",
+        store=_store(environment, timeout_s),
+        rank=rank,
+        world_size=size,
         timeout=timedelta(seconds=timeout_s),
         device_id=chosen if chosen.type == "cuda" else None,
     )
