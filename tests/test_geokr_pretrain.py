@@ -155,6 +155,34 @@ def test_two_processes_train_as_one(records, whole, tmp_path):
     assert run(records, tmp_path, "train.max_steps=14") == 0, "goes on with another number of processes"
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the workers in /proc")
+def test_a_killed_process_is_replaced_and_the_run_goes_on_to_the_same_bits(records, tmp_path):
+    """torchrun starts all processes again after one died; they go on from the last checkpoint."""
+    last = ("train.max_steps=60", "checkpoint.every_steps=1", "validation.every_steps=60")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with (tmp_path / "log").open("w+") as log:
+        process = subprocess.Popen(
+            [*command, "-m", "geokr.pretrain", *keys(records, tmp_path / "killed", *last)],
+            cwd=ROOT,
+            env=environment,
+            stderr=log,
+        )
+        deadline = time.monotonic() + 120
+        while not list_checkpoints(tmp_path / "killed" / "checkpoints"):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(workers[-1]), signal.SIGKILL)
+        assert process.wait(180) == 0
+        log.seek(0)
+        assert "resuming" in log.read()
+    done = torchrun(2, "-m", "geokr.pretrain", *keys(records, tmp_path / "straight", *last))
+    assert done.returncode == 0, done.stderr
+    assert same_tensors(tmp_path / "killed", tmp_path / "straight")
+
+
 REFUSED = {
     "model.bands=[red,ultra]": "no band 'ultra'.*it has red, green, blue",
     "data.image_size=64": "larger than the dataset's tiles of 32 px",
