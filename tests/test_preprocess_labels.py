@@ -15,7 +15,7 @@ from rasterio.warp import transform as warp_points
 
 from geokr import records
 from geokr.landcover import build_legend, load_product
-from preprocess import labels, raster
+from preprocess import kernels, labels, raster
 from preprocess.grid import Grid
 from preprocess.labels import LabelError
 from preprocess.plan import PlanError
@@ -220,10 +220,13 @@ def test_above_60_degrees_a_sheet_is_12_degrees_wide(tmp_path):
 
 def test_a_sheet_on_the_other_side_of_the_earth_does_no_harm(tmp_path):
     far = [
-        cover(tmp_path, "n10_45_2020lc030.tif", "EPSG:32610", -123.0, 47.0),
+        cover(tmp_path, "n47_45_2020lc030.tif", "EPSG:32647", 99.0, 47.0),
         cover(tmp_path, "s60_40_2020lc030.tif", "EPSG:32760", 177.0, -42.0),
     ]
     near = cover(tmp_path, "n31_45_2020lc030.tif")
+    grid = Grid(90, 70, at(UTM31, 4.0, 47.0, 30, 90, 70))
+    under = labels.overlapping(grid, UTM31, entries([*far, near], "globeland30"))
+    assert [entry.sheet.name for entry in under] == [near.name]
     check(
         tmp_path,
         [scene(tmp_path, at(UTM31, 4.0, 47.0, 30, 90, 70))],
@@ -529,6 +532,36 @@ def test_polar_scenes_under_fine_land_cover(tmp_path):
     names = np.array([entry.name for entry in legend.classes])
     assert (names[np.minimum(found, len(names) - 1)] == other).mean() > 0.9995
     assert (found < len(names)).all()
+
+
+LATTICES = {
+    "polar in Mercator": ("EPSG:3413", "EPSG:3857", -40.0, 82.0, 1000.0),
+    "polar in UTM": ("EPSG:3413", "EPSG:32624", -40.0, 80.0, 500.0),
+    "polar in degrees": ("EPSG:3031", "EPSG:4326", 30.0, -84.0, 100.0),
+    "UTM in the next zone": (UTM31, "EPSG:32632", 5.9, 60.0, 100.0),
+    "UTM in Albers": (UTM31, ALBERS, 4.0, 47.0, 100.0),
+    "around the pole": ("EPSG:3413", "EPSG:4326", 0.0, 90.0, 1000.0),
+}
+
+
+@pytest.mark.parametrize("case", LATTICES)
+@pytest.mark.parametrize("size", [(200, 150), (1, 40), (7, 1), (129, 130)])
+def test_a_lattice_keeps_its_tolerance_at_every_pixel(case, size):
+    """Not in the middle of its cells alone, where the errors of harmonic coordinates cancel."""
+    crs, target, lon, lat, pixel = LATTICES[case]
+    grid = Grid(*size, at(crs, lon, lat, pixel, *size))
+    degrees = target == "EPSG:4326"
+    tolerance = 1e-5 if degrees else 1.0
+    nodes = labels.lattice(grid, crs, target, degrees, (tolerance, tolerance))
+    columns, rows = np.meshgrid(np.arange(size[0]), np.arange(size[1]))
+    a, b, c, d, e, f = grid.transform
+    x, y = a * (columns + 0.5) + b * (rows + 0.5) + c, d * (columns + 0.5) + e * (rows + 0.5) + f
+    exact = np.array(warp_points(crs, target, x.ravel(), y.ravel())[:2])
+    found = np.array([kernels._between(nodes, i, j, *size) for i, j in zip(columns.flat, rows.flat, strict=True)]).T
+    error = np.abs(found - exact)
+    if degrees:
+        error[0] = np.abs((found[0] - exact[0] + 180) % 360 - 180)
+    assert error.max() <= tolerance
 
 
 def test_a_map_pixel_at_the_pole_does_not_shrink_to_nothing(tmp_path):
