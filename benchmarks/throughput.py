@@ -5,7 +5,8 @@
     read     bytes in random order: preadv and checksums; beside it DALI's own reader, which checks none
     decode   JPEG to pixels: DALI fed from memory, DALI's own reader and decoder, simplejpeg in threads
     loader   training batches with every augmentation, by DALI and by the plain torch loader
-    step     forward, teacher, losses, backward, optimizer on one random batch; and a step of the published kind
+    step     forward, teacher, losses, backward, optimizer on one random batch; and steps of the published
+             kind and of careful eager PyTorch
     end2end  the same step on the loader's batches
 
 Alone it makes 2,048 seeded tiles of 256 px in the user's cache folder. Cases of a stage take turns, each warmed up;
@@ -37,6 +38,7 @@ from pipelines.reader import Reader
 from pipelines.threads import Team
 
 STAGES = ("read", "decode", "loader", "step", "end2end")
+PUBLISHED, TUNED = "synthetic, published kind", "synthetic, tuned eager"
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,7 +258,7 @@ def _drain(setting: Setting, batches: Any) -> Callable[[], Any]:
 
 def step_cases(setting: Setting, stack: ExitStack, stages: set[str]) -> Iterator[Case]:
     """Steps on one random batch and, for end2end, on the loader's."""
-    from benchmarks.bench_steps import geokr_step, published_step
+    from benchmarks.bench_steps import geokr_step, published_step, tuned_eager_step
 
     manifest, batch = setting.dataset.manifest, setting.options.data.global_batch
     step, chosen = geokr_step(setting.options, manifest, setting.image_size, setting.device)
@@ -273,10 +275,10 @@ def step_cases(setting: Setting, stack: ExitStack, stages: set[str]) -> Iterator
 
     yield Case("step", "synthetic", steps(step, random), nothing)
     if "step" in stages:
-        peer = published_step(
-            setting.options.model.backbone, len(manifest.bands), len(manifest.classes), setting.device
-        )
-        yield Case("step", "synthetic, published kind", steps(peer, random), nothing)
+        backbone, sizes = setting.options.model.backbone, (len(manifest.bands), len(manifest.classes))
+        yield Case("step", PUBLISHED, steps(published_step(backbone, *sizes, setting.device), random), nothing)
+        tuned = tuned_eager_step(backbone, *sizes, setting.device, setting.options.train.precision)
+        yield Case("step", TUNED, steps(tuned, random), nothing)
     if "end2end" in stages:
         name = resolve_loader(setting.options.data.loader)
         batches = _batches(setting, stack, name, batch)
@@ -298,7 +300,8 @@ def ratios_of(results: list[dict[str, Any]]) -> dict[str, float]:
         "decode external_source/tfrecord": (rate.get(("decode", "dali external_source")), tfrecord),
         "loader/decode": (best, decoder),
         "loader dali/torch": (loaders.get("dali"), loaders.get("torch")),
-        "step/published": (step, rate.get(("step", "synthetic, published kind"))),
+        "step/published": (step, rate.get(("step", PUBLISHED))),
+        "step/tuned eager": (step, rate.get(("step", TUNED))),
         "loader/step": (best, step),
         "end2end/step": (end2end[0] if end2end else None, step),
     }

@@ -7,14 +7,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
+import torch
 
-from benchmarks import bench_tiles, throughput
+from benchmarks import bench_steps, bench_tiles, throughput
 from geokr import records
+from geokr.losses import kl_supervision
 from pipelines.dataset import Dataset
 from pipelines.reader import Reader
+from pipelines.synthetic import random_batch
 from tests.datasets import make_dataset
 
 ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
 
 
 def test_its_own_tiles_are_a_sound_dataset(tmp_path, monkeypatch):
@@ -31,6 +36,29 @@ def test_its_own_tiles_are_a_sound_dataset(tmp_path, monkeypatch):
     (folder / records.MANIFEST).unlink()
     bench_tiles.make_tiles(20)  # made anew, the same
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_tuned_eager_step_learns(precision):
+    batch = random_batch(count=8, bands=3, image_size=32, classes=5, device=CPU, seed=0, uint8=True)
+    models, make = [], timm.create_model
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timm, "create_model", lambda *args, **more: models.append(make(*args, **more)) or models[-1])
+        step = bench_steps.tuned_eager_step("test_resnet", 3, 5, CPU, precision)
+    student, teacher = models
+    start = [p.detach().clone() for p in teacher.parameters()]
+
+    def loss():
+        images = (batch.images.float() - 117) / 58
+        return kl_supervision(student(images), batch.fractions).item()
+
+    before = loss()
+    step(batch)
+    for first, moved, target in zip(start, teacher.parameters(), student.parameters(), strict=True):
+        torch.testing.assert_close(moved, first.lerp(target, 0.004))
+    for _ in range(30):
+        step(batch)
+    assert loss() < before / 2
 
 
 @pytest.mark.parametrize(("codec", "stage"), [("jpeg", "decode"), ("raw", "loader")])
