@@ -10,6 +10,7 @@ operation returns at once and no process group exists, so that the same code ser
 import contextlib
 import os
 import signal
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -158,16 +159,22 @@ def set_threads(threads: int | None, local_size: int) -> int:
     return chosen
 
 
+_IMPATIENT_S = 1.0  # after a signal, a Ctrl-C later than this is a person who does not want to wait
+
+
 class Stopper:
     """A request to stop (SIGTERM, Ctrl-C), on which all processes agree at a step boundary.
 
     The handler sets a flag and no more. ``poll`` once a step says whether to stop after it. With several processes
     the flags meet in an operation on the CPU that runs beside the next step, so nobody waits for it: the answer is
-    one step old and the same everywhere. A second signal raises KeyboardInterrupt at once.
+    one step old and the same everywhere. A Ctrl-C that comes a second or more after the first signal raises
+    KeyboardInterrupt at once; the same signal sooner, or SIGTERM again, is a launcher passing on what the terminal or
+    the scheduler has sent already.
     """
 
     def __init__(self, world: World, timeout_s: float = 600.0) -> None:
         self.signal: int = 0
+        self._since = 0.0
         self._world = world
         self._group: dist.ProcessGroup | None = None
         self._pending: tuple[dist.Work, Tensor] | None = None
@@ -177,9 +184,11 @@ class Stopper:
             self._group = group
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.signal:
+        now = time.monotonic()
+        if not self.signal:
+            self.signal, self._since = number, now
+        elif number == signal.SIGINT and now - self._since > _IMPATIENT_S:
             raise KeyboardInterrupt
-        self.signal = number
 
     @contextlib.contextmanager
     def listening(self) -> Iterator["Stopper"]:

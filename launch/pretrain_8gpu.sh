@@ -47,6 +47,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((share > 0 ? share : 1))}
 # torchrun's own store outlives a restart, and new processes would find the addresses of dead ones in it: they hang or
 # fail (pytorch/pytorch#135712). With a store of their own a killed process costs one restart.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
-# --standalone: a rendezvous of its own on a free port of this machine, so that several runs do not meet
-exec "$PY" -m torch.distributed.run --standalone --nproc-per-node "$processes" --max-restarts "${RESTARTS:-1}" \
+# --standalone: a rendezvous of its own on a free port of this machine, so that several runs do not meet.
+# supervise.py: a stop ends in a checkpoint, a torchrun that hangs or dies leaves no process behind.
+exec "$PY" "$ROOT/launch/supervise.py" -- "$PY" -m torch.distributed.run --standalone --nproc-per-node "$processes" --max-restarts "${RESTARTS:-1}" \
   -m geokr.pretrain "$@"

@@ -1,6 +1,7 @@
 """Several processes. What needs them runs in geokr_ranks.py under torchrun, on gloo."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -8,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from geokr import distributed
 from geokr.config import ConfigError
-from geokr.distributed import World, choose_device, set_threads, world_from
+from geokr.distributed import Stopper, World, choose_device, set_threads, world_from
 
 ROOT = Path(__file__).parents[1]
 
@@ -64,3 +66,19 @@ def test_threads_are_a_share_of_the_cores(monkeypatch):
 def test_a_world_writes_from_its_first_process_only():
     assert World(torch.device("cpu"), rank=0, size=4).main
     assert not World(torch.device("cpu"), rank=3, size=4).main
+
+
+def test_a_signal_passed_on_twice_is_one_and_a_later_ctrl_c_is_impatience(monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(distributed.time, "monotonic", lambda: clock[0])
+    stopper = Stopper(World(torch.device("cpu")))
+    with stopper.listening():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)  # the terminal's, then torchrun's
+        signal.raise_signal(signal.SIGTERM)
+        clock[0] += 5.0
+        signal.raise_signal(signal.SIGTERM)  # the scheduler's reminder
+        assert stopper.signal == signal.SIGINT
+        assert stopper.poll()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
