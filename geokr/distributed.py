@@ -86,7 +86,8 @@ class World:
         if self.size == 1 or not tensors:
             return
         sums = torch.stack([_bits(tensor).sum(dtype=torch.int64) for tensor in tensors])
-        if not torch.equal(self.minimum(sums.clone()), self.maximum(sums.clone())):
+        low, high = self.minimum(torch.stack([sums, -sums]))  # one operation for both: the largest is -min(-x)
+        if not torch.equal(low, -high):
             raise ReplicaError(
                 f"{what} differs between processes: the replicas have drifted apart, which hardware faults and "
                 "mixed library versions can cause. Start again from the last checkpoint."

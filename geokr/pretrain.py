@@ -92,9 +92,13 @@ def _train(
         meta |= {"validation": recorder.validation, "versions": card.versions(), "world_size": world.size}
         save_checkpoint(folder, learner, window, step=step, keep=options.checkpoint.keep, meta=meta)
 
+    def tick(step: int) -> None:
+        folder.saver.poll()  # a checkpoint that could not be written ends the run at the next step
+        recorder.tick(step)
+
     hooks = Hooks(
-        tick=recorder.tick,
-        record=recorder.record,
+        tick=tick,
+        record=lambda line: recorder.record({**line, "save_s": folder.saver.take_held()}),
         validate=_validation(options, dataset, facts, learner),
         panel=lambda step, batch: recorder.panel(learner, step, batch),
         save=save,
@@ -115,8 +119,9 @@ def _train(
         ) as batches,
     ):
         finished = fit(learner, iter(batches), make_plan(options, facts.steps), hooks, stopper, window, start)
+        folder.settle()
     if finished:
-        _conclude(options, recorder.validation, time.perf_counter() - begin)
+        _conclude(options, recorder.validation, time.perf_counter() - begin, folder.saver.held_s)
         return 0
     log.warning("stopped by signal %d; a checkpoint is written, the same command goes on from it", stopper.signal)
     return 128 + stopper.signal
@@ -210,8 +215,9 @@ def _announce(
     )
 
 
-def _conclude(options: PretrainOptions, figures: Mapping[str, float], seconds: float) -> None:
-    log.info("finished in %s", clock_text(seconds))
+def _conclude(options: PretrainOptions, figures: Mapping[str, float], seconds: float, held_s: float) -> None:
+    share = 100 * held_s / seconds
+    log.info("finished in %s; checkpoints held it up for %.1f s (%.1f %%)", clock_text(seconds), held_s, share)
     if figures:
         log.info(
             "KL(land cover || teacher) on held-out blocks: %.4f, %.0f %% of the constant histogram's %.4f",

@@ -23,6 +23,7 @@ from geokr.distributed import World
 from geokr.identity import check_identity
 from geokr.metrics import LossError, Window
 from geokr.options import PretrainOptions
+from geokr.saver import Saver
 from geokr.train import Learner
 
 log = logging.getLogger(__name__)
@@ -34,6 +35,7 @@ class RunFolder:
     def __init__(self, path: str | Path, world: World) -> None:
         self.path = Path(path)
         self.world = world
+        self.saver = Saver(self.checkpoints)
         self._lock = None
         if world.main:
             self._open()
@@ -56,7 +58,19 @@ class RunFolder:
         except OSError as error:  # storage without locks
             log.warning("%s: its storage knows no locks (%s); take care that one run writes it", self.path, error)
 
+    def settle(self) -> None:
+        """Waits, on every process, until the last checkpoint is on the disk. Raises CheckpointError if it is not."""
+        with self.saver.holding():
+            self.saver.wait()
+            self.world.barrier()
+
     def close(self) -> None:
+        """Lets the folder go once nothing is being written to it any more."""
+        try:
+            self.saver.wait()
+        except Exception as error:  # another error ends the run, and this one must not take its place
+            log.error("%s", error)
+        self.saver.close()
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
@@ -128,27 +142,27 @@ def save_checkpoint(
     keep: int,
     meta: Mapping[str, Any],
 ) -> None:
-    """One checkpoint of the whole state, written by process 0 while the others wait.
+    """One checkpoint of the whole state: taken now, written by a thread of process 0 while training goes on.
 
     Raises ReplicaError if the replicas differ, LossError if a weight is not a finite number: nothing is saved then.
+    Raises CheckpointError if the one before could not be written.
     """
-    moments, numbers = state.optimizer_state(learner.optimizer, learner.student)
-    models = state.model_tensors("student", learner.student) | state.model_tensors("teacher", learner.teacher)
-    learner.world.check_replicas(list(models.values()), "a weight or running statistic")
-    if not state.all_finite(models | moments):
-        raise LossError(
-            f"after step {step} a weight is not a finite number, though the loss was; nothing was saved. Lower "
-            "optim.lr, set train.clip_norm, or use train.precision=bf16 or fp32"
-        )
-    numbers_of_window = window.state()
-    if learner.world.main:
-        full = {
-            **meta,
-            "step": step,
-            "optimizer": numbers,
-            "scaler": state.scaler_numbers(learner.scaler),
-            "window": numbers_of_window,
-        }
-        tensors = {name: tensor.cpu() for name, tensor in (models | moments).items()}
-        checkpoint.save(folder.checkpoints, Checkpoint(tensors, full), keep)
-    learner.world.barrier()
+    with folder.saver.holding():
+        moments, numbers = state.optimizer_state(learner.optimizer, learner.student)
+        models = state.model_tensors("student", learner.student) | state.model_tensors("teacher", learner.teacher)
+        learner.world.check_replicas(list(models.values()), "a weight or running statistic")
+        if not state.all_finite(models | moments):
+            raise LossError(
+                f"after step {step} a weight is not a finite number, though the loss was; nothing was saved. Lower "
+                "optim.lr, set train.clip_norm, or use train.precision=bf16 or fp32"
+            )
+        numbers_of_window = window.state()
+        if learner.world.main:
+            full = {
+                **meta,
+                "step": step,
+                "optimizer": numbers,
+                "scaler": state.scaler_numbers(learner.scaler),
+                "window": numbers_of_window,
+            }
+            folder.saver.save(models | moments, full, keep)

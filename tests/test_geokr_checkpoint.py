@@ -202,3 +202,7 @@ def test_finite_or_not():
     assert not state.all_finite(good | {"b": torch.tensor([1.0, float("nan")])})
     assert not state.all_finite(good | {"b": torch.tensor(float("inf"))})
     assert state.all_finite({})
+    huge = torch.full((8,), 3e38)
+    assert not huge.sum().isfinite()
+    assert state.all_finite({"sums to more than float32 holds": huge, "c": torch.full((9,), 6e4).half()})
+    assert not state.all_finite({"a": huge, "b": torch.tensor([1.0, -float("inf"), float("inf")])})

@@ -61,12 +61,14 @@ def same_tensors(a: Path, b: Path) -> bool:
 
 def test_a_run_leaves_what_it_promises(whole):
     lines = read_metrics(whole / "metrics.jsonl")
-    base = {"step", "samples", "loss", "loss/supervision", "loss/consistency", "lr", "img_per_s", "data_wait"}
+    base = {"step", "samples", "loss", "loss/supervision", "loss/consistency", "lr"}
+    base |= {"img_per_s", "data_wait", "save_s"}
     figures = {"val/kl", "val/kl_student", "val/kl_prior", "val/mae", "val/mae_student", "val/top1", "val/top1_student"}
     assert [line["step"] for line in lines] == [4, 6, 8, 12]
     assert set(lines[0]) == base
     assert set(lines[-1]) == set(lines[1]) == base | figures
     assert lines[-1]["samples"] == 96
+    assert [line["save_s"] > 0 for line in lines] == [False, True, False, True], "on the line after a checkpoint"
     assert lines[-1]["loss/supervision"] < lines[0]["loss/supervision"]
     assert [path.name for path in list_checkpoints(whole / "checkpoints")] == ["step-00000012", "step-00000010"]
     assert load(PretrainOptions, whole / "config.yaml").train.max_steps == 12
@@ -150,7 +152,7 @@ def test_two_processes_train_as_one(records, whole, tmp_path):
     one, two = read_metrics(whole / "metrics.jsonl"), read_metrics(tmp_path / "metrics.jsonl")
     assert [line["step"] for line in one] == [line["step"] for line in two]
     for a, b in zip(one, two, strict=True):
-        for key in set(a) - {"img_per_s", "data_wait"}:
+        for key in set(a) - {"img_per_s", "data_wait", "save_s"}:
             assert a[key] == pytest.approx(b[key], rel=2e-3, abs=1e-4), (a["step"], key)
     assert run(records, tmp_path, "train.max_steps=14") == 0, "goes on with another number of processes"
 
