@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parallel import DistributedDataParallel
 
 from geokr import losses
 from geokr.batchnorm import synchronize_batchnorm
 from geokr.compiling import Forward, compile_forward, wanted
 from geokr.config import ConfigError
+from geokr.ddp import wrap
 from geokr.distributed import World
 from geokr.models import BackboneSpec, LandCoverModel, Normalise, build_model
 from geokr.optim import build_optimizer
@@ -92,20 +92,6 @@ def _compile(
     return [compile_forward(options.train.compile, model, images, autocast) for model in models]
 
 
-def _wrap(forward: Forward, world: World, accumulate: int) -> Forward:
-    """The student's forward pass, its gradients averaged over processes; as it is where there is only one."""
-    if world.size == 1:
-        return forward
-    assert isinstance(forward, nn.Module)
-    return DistributedDataParallel(
-        forward,
-        device_ids=[world.device.index] if world.device.type == "cuda" else None,
-        broadcast_buffers=False,
-        gradient_as_bucket_view=True,
-        static_graph=accumulate == 1,  # a first step without exchange cannot record the order of a static graph
-    )
-
-
 def build_learner(
     options: PretrainOptions,
     spec: BackboneSpec,
@@ -140,7 +126,7 @@ def build_learner(
     learner = Learner(
         student=student,
         teacher=teacher,
-        student_forward=_wrap(student_forward, world, options.train.accumulate),
+        student_forward=wrap(student_forward, world, options.train, steps),
         teacher_forward=teacher_forward,
         normalise=Normalise(mean, std, world.device),
         autocast=autocast,

@@ -23,7 +23,9 @@ def identity(options: PretrainOptions, *, image_size: int, bands: tuple[str, ...
     }
     sections["model"]["bands"] = list(bands)
     data = {"image_size": image_size, "global_batch": options.data.global_batch, "dataset": dataset}
-    train = {"clip_norm": options.train.clip_norm}
+    train: dict[str, Any] = {"clip_norm": options.train.clip_norm}
+    if options.train.ddp_compression == "powersgd":  # the others round; this one leaves out
+        train["ddp_compression"] = "powersgd"
     return {"run": {"seed": options.run.seed}, "data": data, **sections, "train": train}
 
 

@@ -142,6 +142,10 @@ class TrainOptions(Options):
     """CPU threads of torch in each process; null for a share of the cores."""
     collective_timeout_s: float = Field(default=600.0, gt=0)
     """A collective operation that takes longer than this stops every process."""
+    ddp_compression: Literal["none", "bf16", "fp16", "powersgd"] = "none"
+    """How gradients travel between processes: whole, in half precision, or (`powersgd`) as matrices of rank 2."""
+    ddp_bucket_mb: float | None = Field(default=None, gt=0)
+    """MB of gradients sent at once; null for torch's 25, with a first bucket of 1."""
 
 
 class ValidationOptions(Options):
@@ -192,4 +196,9 @@ class PretrainOptions(Options):
     def _consistent(self) -> Self:
         if (self.train.max_steps is None) == (self.train.epochs is None):
             raise ValueError("give exactly one of train.max_steps and train.epochs")
+        if self.train.ddp_compression == "powersgd" and self.train.precision == "fp16":
+            raise ValueError(
+                "train.ddp_compression=powersgd with train.precision=fp16: one overflow would stay in what PowerSGD "
+                "carries from step to step. Use train.precision=bf16, or train.ddp_compression=fp16"
+            )
         return self
