@@ -3,7 +3,7 @@
 Parallelism is over images, by threads that call these: numba's own threading layer must not be entered by several
 callers at once. Arithmetic is float32, in a fixed order (no "fastmath"), so a result does not depend on threads or
 batches. Rows are worked on as planes, a band after the other, because that is what the compiler can vectorise: twice
-the speed of pixel by pixel.
+the speed of pixel by pixel. What most datasets need has a faster kernel of its own in pipelines.kernels_rgb.
 
 Legend of shapes: H = W side of the tile, h = w side of the image, I bands of the record, C bands of the model.
 """
@@ -17,11 +17,11 @@ import numpy as np
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def _compiled(function: F) -> F:
+def compiled(function: F) -> F:
     return cast(F, numba.njit(nogil=True, cache=True)(function))
 
 
-@_compiled
+@compiled
 def _gather(flat, base, step, planes_IW):
     """Pixels at base, base + step, ... of a flattened image as planes of float32."""
     bands, width = planes_IW.shape
@@ -39,7 +39,7 @@ def _gather(flat, base, step, planes_IW):
             plane[x] = flat[np.uint64(base + i + x * step)]
 
 
-@_compiled
+@compiled
 def _mix(planes_IW, matrix, low, high, out_CW):
     """An affine map of the bands and a clamp."""
     bands, width = planes_IW.shape
@@ -54,7 +54,7 @@ def _mix(planes_IW, matrix, low, high, out_CW):
             out[x] = min(max(out[x], low), high)
 
 
-@_compiled
+@compiled
 def _augmented_row(image_HWI, y, dihedral, matrix, low, high, planes_IW, out_CW):
     """Row y of the augmented image. The definition of a dihedral is pipelines.augment.apply_dihedral."""
     size, bands = image_HWI.shape[0], image_HWI.shape[2]
@@ -66,7 +66,7 @@ def _augmented_row(image_HWI, y, dihedral, matrix, low, high, planes_IW, out_CW)
     _mix(planes_IW, matrix, low, high, out_CW)
 
 
-@_compiled
+@compiled
 def _store(values_CW, rounded, out_WC):
     """Planes into pixels: uint8 (rounded half to even; the values lie in its range) or float32 (as they are)."""
     if rounded:
@@ -84,7 +84,7 @@ def _store(values_CW, rounded, out_WC):
             out_WC[x, c] = values_CW[c, x]
 
 
-@_compiled
+@compiled
 def augment(image_HWI, dihedral, matrix, low, high, rounded, out_HWC):
     """Dihedral and colour in one pass over the pixels, at the tile's own size.
 
@@ -99,7 +99,7 @@ def augment(image_HWI, dihedral, matrix, low, high, rounded, out_HWC):
         _store(row_CW, rounded, out_HWC[y])
 
 
-@_compiled
+@compiled
 def augment_resize(image_HWI, dihedral, matrix, low, high, first, weights, rounded, out_hwC):
     """Dihedral, colour, and area resize with the taps of :func:`pipelines.resize.area_taps`; else as ``augment``."""
     height, count = image_HWI.shape[0], matrix.shape[0]
@@ -122,7 +122,7 @@ def augment_resize(image_HWI, dihedral, matrix, low, high, first, weights, round
         _store(row_Cw, rounded, out_hwC[y])
 
 
-@_compiled
+@compiled
 def _shrink_row(column_CW, first, weights, row_Cw):
     size, taps = weights.shape
     last = column_CW.shape[1] - 1
@@ -134,7 +134,7 @@ def _shrink_row(column_CW, first, weights, row_Cw):
             row_Cw[c, x] = total
 
 
-@_compiled
+@compiled
 def normalise(image_hwC, scale, offset, limit, out_hwC):
     """float32 [h, w, C] times scale plus offset (float32 [C]), held within +-limit."""
     for y in range(image_hwC.shape[0]):

@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from pipelines import kernels
+from pipelines import kernels, kernels_rgb
 from pipelines.augment import BandFacts, Parameters
 from pipelines.errors import PipelineError
 from pipelines.resize import AreaTaps, area_taps
@@ -74,7 +74,9 @@ class Transform:
     def _run(self, image_HWI: np.ndarray, parameters: Parameters, n: int, out_hwC: np.ndarray) -> None:
         low, high = (np.float32(limit) for limit in self.facts.limits())
         dihedral, matrix = int(parameters.dihedral[n]), parameters.colour[n]
-        if self.taps is None:
+        if self.taps is None and self.is_bytes and matrix.shape == (3, 4):
+            kernels_rgb.augment_rgb(image_HWI, dihedral, matrix, out_hwC)
+        elif self.taps is None:
             kernels.augment(image_HWI, dihedral, matrix, low, high, self.is_bytes, out_hwC)
         else:
             first, weights = self.taps.first, self.taps.weights

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from pipelines import kernels, kernels_rgb
 from pipelines.augment import LIMITS, BandFacts, Parameters, apply_dihedral
 from pipelines.errors import PipelineError
 from pipelines.resize import area_matrix, area_taps
@@ -69,6 +70,18 @@ def test_bytes_follow_the_oracle(k, out):
     rng = np.random.default_rng(100 * k + out)
     image, matrix = random_image(rng, "uint8", 3), random_matrix(rng, 3, 3, 30)
     assert_rounded(run(image, k, matrix, facts_of("uint8", 3), out), oracle(image, k, matrix, "uint8", out))
+
+
+@pytest.mark.parametrize("size", [1, 7, 31, 32, 33, 64, 100])
+def test_the_kernel_of_the_common_case_is_the_general_one(size):
+    rng = np.random.default_rng(size)
+    zero, top = np.float32(0), np.float32(255)
+    for k in range(8):
+        image, matrix = random_image(rng, "uint8", 3, size), random_matrix(rng, 3, 3, 60)
+        general, common = np.zeros((2, size, size, 3), np.uint8)
+        kernels.augment(image, k, matrix, zero, top, True, general)
+        kernels_rgb.augment_rgb(image, k, matrix, common)
+        assert (common == general).all(), k
 
 
 @pytest.mark.parametrize("bands", [1, 2, 4, 7])
@@ -161,12 +174,13 @@ def test_larger_than_the_tile_is_refused():
         area_matrix(4, 5)
 
 
-def test_threads_share_the_kernels_safely():
+@pytest.mark.parametrize("size", [64, 48])
+def test_threads_share_the_kernels_safely(size):
     rng = np.random.default_rng(3)
     images = [random_image(rng, "uint8", 3, 64) for _ in range(40)]
     matrices = np.stack([random_matrix(rng, 3, 3, 20) for _ in images])
     dihedral = rng.integers(0, 8, len(images))
-    transform = Transform(64, 48, facts_of("uint8", 3))
+    transform = Transform(64, size, facts_of("uint8", 3))
     alone, shared = (transform.allocate(len(images)).numpy() for _ in range(2))
     parameters = Parameters(dihedral, matrices)
     for n, image in enumerate(images):
