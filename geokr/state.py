@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from geokr.apex_optim import counts_in_groups
 from geokr.checkpoint import CheckpointError
 
 Scaler = torch.amp.GradScaler
@@ -44,13 +45,27 @@ def load_optimizer(
     order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     tree["state"] = {i: by_name[names[p]] for i, p in enumerate(order) if names[p] in by_name}
     for group, steps in zip(tree["param_groups"], numbers["group_steps"], strict=True):
-        if steps:
-            group["step"] = steps
+        states = [tree["state"][i] for i in group["params"] if i in tree["state"]]
+        _place_steps(group, states, steps, in_group=counts_in_groups(optimizer))
     optimizer.load_state_dict(tree)
     for parameter in order:  # kernels want moments laid out as their weights, channels-last for convolutions
         for kind, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor) and value.shape == parameter.shape and value.ndim > 0:
                 optimizer.state[parameter][kind] = torch.empty_like(parameter).copy_(value)
+
+
+def _place_steps(group: dict[str, Any], states: list[dict[str, Tensor]], steps: int, *, in_group: bool) -> None:
+    """Puts a group's step counts where the optimizer keeps them, wherever the one that saved them did.
+
+    steps: of the group, 0 where its parameters counted, or nothing did (SGD).
+    """
+    if in_group:
+        found = [int(state.pop("step")) for state in states if "step" in state]
+        if count := max([steps, *found]):
+            group["step"] = count
+    elif steps:
+        for state in states:
+            state["step"] = torch.tensor(float(steps))
 
 
 def model_tensors(prefix: str, model: nn.Module) -> dict[str, Tensor]:

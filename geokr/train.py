@@ -76,7 +76,7 @@ def train_step(learner: Learner, batches: Iterable[Batch], step: int) -> tuple[T
     """
     torch.manual_seed(step_seed(learner.seed, step, learner.world.rank))
     set_learning_rate(learner.optimizer, learner.learning_rate(step))
-    learner.optimizer.zero_grad(set_to_none=True)
+    learner.optimizer.zero_grad()  # to None, which apex's takes no argument for
     sums = torch.zeros(3, device=learner.world.device)
     ids = []
     for index, batch in enumerate(batches, start=1):

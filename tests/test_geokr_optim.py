@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import timm
 import torch
+from timm.optim import lamb as timm_lamb
 from torch import nn
 
 from geokr import optim as geokr_optim
-from geokr.config import ConfigError, build
+from geokr.config import build
 from geokr.lamb import Lamb
 from geokr.options import OptimOptions
 
@@ -124,9 +125,91 @@ def test_fused_falls_back_aloud(monkeypatch, caplog):
     assert "falling back to foreach" in caplog.text
 
 
-@pytest.mark.parametrize("name", ["adamw", "lamb"])
-def test_apex_without_apex_says_what_to_do(name):
-    for device in (CPU, torch.device("cuda")):
-        with pytest.raises(ConfigError, match="NVIDIA's apex from its source") as caught:
-            geokr_optim.build_optimizer(small(), options(name=name, implementation="apex"), device)
-        assert "unrelated" in str(caught.value)
+def pair(shapes=((6, 4, 3, 3), (5, 7), (6,), (5,))):
+    """The same parameters twice, those of one axis in a group without weight decay."""
+    drawn = torch.Generator().manual_seed(5)
+    starts = [torch.randn(shape, generator=drawn) for shape in shapes]
+    made = []
+    for _ in range(2):
+        weights = [nn.Parameter(start.clone()) for start in starts]
+        decayed = {"params": [w for w in weights if w.ndim > 1], "weight_decay": 0.1}
+        made.append((weights, [decayed, {"params": [w for w in weights if w.ndim == 1], "weight_decay": 0.0}]))
+    return made
+
+
+def drive(weights, optimizer, steps, lr=0.02):
+    for step in steps:
+        drawn = torch.Generator().manual_seed(step)
+        geokr_optim.set_learning_rate(optimizer, lr / step)
+        for weight in weights:
+            weight.grad = torch.randn(weight.shape, generator=drawn)
+        optimizer.step()
+
+
+def test_lamb_against_timms():
+    """In float32, with groups and a rate that changes."""
+    (ours, groups), (theirs, reference) = pair()
+    drive(ours, Lamb(groups, eps=1e-6), range(1, 9))
+    drive(theirs, timm_lamb.Lamb(reference, eps=1e-6, max_grad_norm=None), range(1, 9))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-5, atol=1e-6)
+
+
+def test_lamb_for_a_cuda_graph_is_lamb():
+    """Counts and rate in tensors: the same steps, and states that load into each other."""
+    (ours, groups), (theirs, reference) = pair()
+    device = Lamb(groups, lr=torch.tensor(0.5), capturable=True)
+    host = Lamb(reference, lr=0.5)
+    drive(ours, device, range(1, 5))
+    drive(theirs, host, range(1, 5))
+    assert len({id(device.state[weight]["step"]) for weight in ours[:2]}) == 1
+    assert device.state[ours[0]]["step"].dtype == torch.float32
+    saved, theirs_saved = device.state_dict()["state"], host.state_dict()["state"]
+    device.load_state_dict({**device.state_dict(), "state": theirs_saved})
+    host.load_state_dict({**host.state_dict(), "state": saved})
+    drive(ours, device, range(5, 8))
+    drive(theirs, host, range(5, 8))
+    assert float(device.state[ours[0]]["step"]) == host.state[theirs[0]]["step"] == 7.0
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "sgd", "lamb"])
+def test_a_rate_on_the_device_is_filled_in_place(name):
+    """What a CUDA graph reads must stay where it is; the steps are those of a rate on the host."""
+    made = []
+    for capturable in (True, False):
+        model = small()
+        optimizer, _ = geokr_optim.build_optimizer(model, options(name=name), CPU, capturable=capturable)
+        rates = [group["lr"] for group in optimizer.param_groups]
+        drive(list(model.parameters()), optimizer, range(1, 5))
+        if capturable:
+            now = [group["lr"] for group in optimizer.param_groups]
+            assert all(isinstance(a, torch.Tensor) and a is b for a, b in zip(rates, now, strict=True))
+        assert [float(group["lr"]) for group in optimizer.param_groups] == pytest.approx([0.005, 0.005])
+        made.append(model)
+    for a, b in zip(made[0].parameters(), made[1].parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "waits"), [("adamw", False), ("adam", False), ("sgd", False), ("lamb", True)])
+def test_who_waits_for_the_device_to_know_of_an_overflow(name, waits, monkeypatch):
+    """torch's fused kernels take the scaler's verdict as a tensor; others have it read on the host each step."""
+    read = []
+    whole = torch.amp.GradScaler._maybe_opt_step
+    monkeypatch.setattr(torch.amp.GradScaler, "_maybe_opt_step", lambda *a, **k: read.append(1) or whole(*a, **k))
+    model = small()
+    optimizer, _ = geokr_optim.build_optimizer(model, options(name=name), CPU)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    before = [p.detach().clone() for p in model.parameters()]
+    for poison in (True, False):
+        scaler.scale(model(torch.ones(2, 3, 8, 8)).square().sum()).backward()
+        if poison:
+            next(model.parameters()).grad[0] = float("inf")
+        scaler.step(optimizer)
+        scaler.update()
+        moved = [not torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True)]
+        assert any(moved) != poison
+        optimizer.zero_grad()
+    assert bool(read) == waits
+    assert scaler.get_scale() == 2.0
