@@ -67,6 +67,8 @@ def kind(annotation: Any) -> str:
         return f"list of ({kind(parts[0])})" if " or " in kind(parts[0]) else f"list of {kind(parts[0])}"
     if origin is tuple:
         return "[" + ", ".join(kind(part) for part in parts) + "]"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "{" + ", ".join(annotation.model_fields) + "}"
     if origin is dict:
         return f"mapping of {kind(parts[0])} to {kind(parts[1])}"
     raise TypeError(f"no words for the type {annotation}: add them to docs/make_reference.py")

@@ -70,7 +70,8 @@ def statistics(manifest: Manifest, bands: tuple[Band, ...], normalisation: str) 
 def gather_facts(options: PretrainOptions, manifest: Manifest) -> Facts:
     """Resolves what the configuration leaves to the dataset. Raises ConfigError for what does not fit it."""
     if manifest.train.records == 0:
-        raise ConfigError(f"data.records={options.data.records}: the dataset has no training records; pack more scenes")
+        names = ", ".join(source.shown for source in options.data.sources)
+        raise ConfigError(f"data.records={names}: the dataset has no training records; pack more scenes")
     size = options.data.image_size or manifest.tile.size
     if size > manifest.tile.size:
         raise ConfigError(

@@ -1,10 +1,10 @@
 """The configuration of a pretraining run, section by section. Every key's meaning is the text under it."""
 
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
-from geokr.config import Options
+from geokr.config import Options, suggestion
 
 Range = tuple[float, float]
 
@@ -16,9 +16,61 @@ class RunOptions(Options):
     """Decides initial weights, the order of samples and every augmentation."""
 
 
-class DataOptions(Options):
-    records: str | None = None
+class RecordsSource(Options):
+    """A dataset among those of a run."""
+
+    path: str = Field(min_length=1)
     """Folder that pack_records.py wrote."""
+    weight: float | None = Field(default=None, gt=0)
+    """Share of the samples that come from it, in relation to the others' weights."""
+
+    @property
+    def folder(self) -> str:
+        """The path of a folder on this machine."""
+        return self.path.removeprefix("file://")
+
+    @property
+    def shown(self) -> str:
+        """The path in messages."""
+        return self.folder
+
+
+def _listed(value: Any) -> Any:
+    """A list's items as RecordsSource; ValueError names the item that cannot be one."""
+    if not isinstance(value, list | tuple):
+        if value is None or isinstance(value, str):
+            return value
+        raise ValueError("expected a folder or URL, or a list of them, or of {path: ..., weight: ...}")
+    if not value:
+        raise ValueError("an empty list: name a dataset")
+    sources = tuple(_source(item, number) for number, item in enumerate(value, 1))
+    paths = [source.path.rstrip("/") for source in sources]
+    if twice := sorted({path for path in paths if paths.count(path) > 1}):
+        raise ValueError(f"{twice[0]!r} stands twice: name it once, with a larger weight")
+    return sources
+
+
+def _source(item: Any, number: int) -> RecordsSource:
+    if isinstance(item, RecordsSource):
+        return item
+    known = list(RecordsSource.model_fields)
+    if not isinstance(item, str | dict) or (isinstance(item, dict) and "path" not in item):
+        raise ValueError(f"item {number}: expected a folder or URL, or {{path: ..., weight: ...}}; got {item!r}")
+    tree = {"path": item} if isinstance(item, str) else item
+    for key in tree:
+        if key not in known:
+            raise ValueError(f"item {number}: unknown key {key!r}{suggestion(str(key), known)}; it has {known}")
+    try:
+        return RecordsSource.model_validate(tree)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        raise ValueError(f"item {number}: {fault['loc'][0]}: {fault['msg']}; got {fault['input']!r}") from None
+
+
+class DataOptions(Options):
+    records: str | tuple[RecordsSource, ...] | None = None
+    """Folder that pack_records.py wrote, or a list of such, each alone or as `{path: ..., weight: ...}`. Weights are
+    shares of the samples; without them each record counts once."""
     image_size: int | None = Field(default=None, ge=8)
     """Side of the images the model sees; null for the tiles' own. Smaller: the whole tile is resized by area."""
     global_batch: int = Field(default=256, ge=2)
@@ -31,6 +83,15 @@ class DataOptions(Options):
     """Batches that are prepared ahead."""
     read_timeout_s: float = Field(default=120.0, gt=0)
     """A read that takes longer than this stops the run with the shard's name."""
+
+    _list_of_sources = field_validator("records", mode="before")(_listed)
+
+    @property
+    def sources(self) -> tuple[RecordsSource, ...]:
+        """The datasets of the run; none where data.records is not set."""
+        if self.records is None:
+            return ()
+        return (RecordsSource(path=self.records),) if isinstance(self.records, str) else self.records
 
 
 class AugmentOptions(Options):

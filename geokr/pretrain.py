@@ -37,14 +37,14 @@ log = logging.getLogger("geokr")
 
 def pretrain(options: PretrainOptions, world: World, threads: int) -> int:
     """One run, from its beginning or its last checkpoint to its end. Returns the exit status."""
-    from pipelines.dataset import Dataset
+    from pipelines.dataset import open_records
 
     if options.data.records is None:
         raise ConfigError(
             "data.records is not set: give the folder of a dataset, made with python preprocess/pack_records.py "
             "--scenes ... --land-cover ... --product ... --out FOLDER"
         )
-    dataset = Dataset.open(options.data.records)
+    dataset = open_records(options.data, options.model.bands)
     facts = gather_facts(options, dataset.manifest)
     who = identity(options, image_size=facts.spec.image_size, bands=facts.band_names, dataset=facts.dataset_hash)
     with contextlib.closing(RunFolder(options.run.dir, world)) as folder:
@@ -63,6 +63,7 @@ def pretrain(options: PretrainOptions, world: World, threads: int) -> int:
             restore=None if found is None else lambda *parts: restore(found, *parts),
         )
         _announce(options, facts, learner, chosen, threads)
+        _announce_mixture(options, dataset.shares)
         return _train(options, dataset, facts, who, folder, learner, found)
 
 
@@ -213,6 +214,12 @@ def _announce(
         "on" if chosen["compiled"] else "off",
         "all processes" if chosen["synchronized"] else "each process's images",
     )
+
+
+def _announce_mixture(options: PretrainOptions, shares: Sequence[int]) -> None:
+    for source, share in zip(options.data.sources, shares, strict=True):
+        if len(shares) > 1:
+            log.info("%.4g %% of the samples from %s", 100 * share / sum(shares), source.shown)
 
 
 def _conclude(options: PretrainOptions, figures: Mapping[str, float], seconds: float, held_s: float) -> None:

@@ -15,7 +15,9 @@ if __package__ in (None, ""):  # run as a file: the folder on the path must be t
 
 from geokr.config import ConfigError, load, split_overrides
 from geokr.options import PretrainOptions
-from geokr.records import MANIFEST, RecordError, check_folder, load_manifest
+from geokr.records import MANIFEST, Manifest, RecordError, check_folder, load_manifest
+from pipelines.errors import PipelineError
+from pipelines.mixture import lay_out, shares_of
 
 HOW_TO = """
 Records are made once from your scenes and a land-cover map:
@@ -33,17 +35,27 @@ docs/data.md tells how to prepare both. No data at hand? bash launch/quickstart.
 def problem(config: str | None, overrides: Sequence[str]) -> str | None:
     """What keeps this run from starting, or None."""
     try:
-        records = load(PretrainOptions, config, overrides).data.records
-    except ConfigError as error:
+        options = load(PretrainOptions, config, overrides)
+        sources = options.data.sources
+        if not sources:
+            return "no records to train on: data.records is not set\n" + HOW_TO.format(out="out/records")
+        manifests = [_manifest(source.folder) for source in sources]
+        lay_out(sources, manifests, options.model.bands)
+        shares_of(sources, manifests)
+    except (ConfigError, RecordError, PipelineError) as error:
         return str(error)
-    if records is None:
-        return "no records to train on: data.records is not set\n" + HOW_TO.format(out="out/records")
-    try:
-        check_folder(records, load_manifest(records))
-    except RecordError as error:
-        missing = not (Path(records) / MANIFEST).exists()
-        return f"{error}\n{HOW_TO.format(out=records)}" if missing else str(error)
     return None
+
+
+def _manifest(folder: str) -> Manifest:
+    """A dataset's manifest. Raises RecordError, with the command that makes records where there are none."""
+    try:
+        manifest = load_manifest(folder)
+        check_folder(folder, manifest)
+    except RecordError as error:
+        missing = not (Path(folder) / MANIFEST).exists()
+        raise RecordError(f"{error}\n{HOW_TO.format(out=folder)}" if missing else str(error)) from error
+    return manifest
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

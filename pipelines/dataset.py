@@ -1,5 +1,10 @@
-"""An opened dataset: its manifest and where each record lies. Opening checks everything but the payloads."""
+"""Opened datasets: their manifest and where each record lies. Opening checks everything but the payloads.
 
+A run reads one dataset or a mixture of several. Record ids count through all shards of a split, one dataset after
+another, and everything after this module sees one dataset only.
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -7,19 +12,44 @@ from typing import Self
 import numpy as np
 
 from geokr import records
-from geokr.records import RecordError
+from geokr.options import DataOptions, RecordsSource
+from geokr.records import Manifest, RecordError
 from pipelines.augment import BandFacts
+from pipelines.errors import PipelineError
+from pipelines.mixture import Picks, combine, lay_out, shares_of
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Origin:
+    """Where a dataset's shards are, and the form of its records.
+
+    shape: (H, W, bands) of its records. pick: places of the images' bands among them, None for all as they are.
+    """
+
+    folder: Path
+    shape: tuple[int, int, int]
+    pick: Picks = None
+
+    def path(self, shard: records.Shard) -> Path:
+        """The shard's file on this machine."""
+        return self.folder / shard.name
+
+    def label(self, shard: records.Shard) -> str:
+        """The shard's name in messages."""
+        return str(self.folder / shard.name)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Split:
     """The records of one split; a record's id is its number in shard order.
 
-    first_ids: int64 [shards + 1]. offsets, sizes: int64 [records], bytes of the whole frame in its shard.
+    origins: one a dataset. origin_of: int64 [shards]. first_ids: int64 [shards + 1].
+    offsets, sizes: int64 [records], bytes of the whole frame in its shard.
     """
 
     name: str
-    folder: Path
+    origins: tuple[Origin, ...]
+    origin_of: np.ndarray
     shards: tuple[records.Shard, ...]
     first_ids: np.ndarray
     offsets: np.ndarray
@@ -34,48 +64,116 @@ class Split:
         """Records of each shard."""
         return tuple(shard.records for shard in self.shards)
 
+    @property
+    def origin_shard_records(self) -> list[tuple[int, ...]]:
+        """Records of each shard, dataset by dataset."""
+        sizes = np.array(self.shard_records, np.int64)
+        return [tuple(sizes[self.origin_of == number].tolist()) for number in range(len(self.origins))]
+
+    @property
+    def folder(self) -> Path:
+        """The folder of a split that comes from one dataset."""
+        (origin,) = self.origins
+        return origin.folder
+
     def shard_of(self, ids: np.ndarray) -> np.ndarray:
         """Shard numbers of record ids, int64."""
         return np.searchsorted(self.first_ids, ids, "right") - 1
+
+    def origin(self, shard: int) -> Origin:
+        """The dataset that a shard belongs to."""
+        return self.origins[int(self.origin_of[shard])]
+
+    def path(self, shard: int) -> Path:
+        """A shard's file on this machine."""
+        return self.origin(shard).path(self.shards[shard])
+
+    def label(self, shard: int) -> str:
+        """A shard's name in messages."""
+        return self.origin(shard).label(self.shards[shard])
 
     def where(self, record_id: int) -> str:
         """A record's place, for people: shard, number in it, byte."""
         shard = int(self.shard_of(np.array([record_id]))[0])
         number = record_id - int(self.first_ids[shard])
-        return f"{self.folder / self.shards[shard].name}: record {number} at byte {int(self.offsets[record_id])}"
+        return f"{self.label(shard)}: record {number} at byte {int(self.offsets[record_id])}"
+
+    def first(self, count: int) -> np.ndarray:
+        """The ids of ``count`` records, int64: the first ones of each dataset, in proportion to its records."""
+        ends = np.cumsum([sum(sizes) for sizes in self.origin_shard_records])
+        starts = np.concatenate([[0], ends[:-1]])
+        # Rounded cumulated quotas: each is within one record of its share, and they sum to the count.
+        quotas = np.diff((ends * count + self.records // 2) // max(1, self.records), prepend=0)
+        return np.concatenate(
+            [np.arange(start, start + quota, dtype=np.int64) for start, quota in zip(starts, quotas, strict=True)]
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Dataset:
-    """A folder that pack_records.py wrote."""
+    """One dataset, or a mixture that looks like one. shares: whole numbers, samples taken from each."""
 
-    folder: Path
-    manifest: records.Manifest
+    name: str
+    manifest: Manifest
     train: Split
     val: Split
+    shares: tuple[int, ...] = (1,)
 
     @classmethod
     def open(cls, folder: str | Path) -> Self:
-        """Reads manifest and indexes. Raises RecordError: no dataset, missing, surplus or changed files."""
+        """Reads manifest and indexes of a folder that pack_records.py wrote.
+
+        Raises RecordError: no dataset, missing, surplus or changed files.
+        """
         folder = Path(folder)
         manifest = records.load_manifest(folder)
         _check_manifest(folder, manifest)
         records.check_folder(folder, manifest)
-        return cls(folder, manifest, _open_split(folder, manifest, "train"), _open_split(folder, manifest, "val"))
+        origin = Origin(folder, _shape(manifest))
+        train, val = (_open_split(origin, manifest, name) for name in records.SPLITS)
+        return cls(str(folder), manifest, train, val)
+
+    @classmethod
+    def mix(cls, sources: Sequence[RecordsSource], datasets: Sequence[Self], bands: Sequence[str] | None) -> Self:
+        """The mixture of some datasets by the sources' weights. bands: model.bands.
+
+        Raises PipelineError where the datasets do not agree or the weights cannot be.
+        """
+        manifests = [dataset.manifest for dataset in datasets]
+        chosen, picks = lay_out(sources, manifests, bands)
+        shares = shares_of(sources, manifests)
+        train, val = (_joined(name, [getattr(dataset, name) for dataset in datasets], picks) for name in records.SPLITS)
+        name = ", ".join(dataset.name for dataset in datasets)
+        return cls(name, combine(manifests, chosen, picks, shares), train, val, shares)
 
     @property
     def tile_shape(self) -> tuple[int, int, int]:
-        """(height, width, bands) of every record's image."""
-        return self.manifest.tile.size, self.manifest.tile.size, len(self.manifest.bands)
+        """(height, width, bands) of every image as it comes out of the reader."""
+        return _shape(self.manifest)
 
     def band_facts(self, bands: tuple[int, ...] | None = None) -> BandFacts:
-        """What augmentation needs; ``bands`` are indices into the record's bands, None for all of them."""
+        """What augmentation needs; ``bands`` are indices into the images' bands, None for all of them."""
         train = self.manifest.train
         chosen = tuple(range(len(self.manifest.bands))) if bands is None else tuple(bands)
         return BandFacts(self.manifest.tile.dtype, chosen, train.mean, train.std)
 
 
-def _check_manifest(folder: Path, manifest: records.Manifest) -> None:
+def open_records(options: DataOptions, bands: Sequence[str] | None = None) -> Dataset:
+    """The dataset or mixture that data.records names. bands: model.bands, the ones that datasets must share.
+
+    Raises PipelineError where data.records is not set or datasets do not fit together, and as Dataset.open.
+    """
+    if not options.sources:
+        raise PipelineError("data.records is not set: name the folder of a dataset")
+    datasets = [Dataset.open(source.folder) for source in options.sources]
+    return datasets[0] if len(datasets) == 1 else Dataset.mix(options.sources, datasets, bands)
+
+
+def _shape(manifest: Manifest) -> tuple[int, int, int]:
+    return manifest.tile.size, manifest.tile.size, len(manifest.bands)
+
+
+def _check_manifest(folder: Path, manifest: Manifest) -> None:
     path, tile, bands = folder / records.MANIFEST, manifest.tile, len(manifest.bands)
     if tile.size < 1 or not bands:
         raise RecordError(f"{path}: tiles of side {tile.size} with {bands} bands cannot be; pack again")
@@ -90,9 +188,28 @@ def _check_manifest(folder: Path, manifest: records.Manifest) -> None:
             raise RecordError(f"{path}: {name}: statistics do not fit {bands} bands and its classes; pack again")
 
 
-def _open_split(folder: Path, manifest: records.Manifest, name: records.Split) -> Split:
+def _open_split(origin: Origin, manifest: Manifest, name: records.Split) -> Split:
     shards = manifest.split(name).shards
-    spans = [records.open_index(folder, shard) for shard in shards]
+    spans = [records.open_index(origin.folder, shard) for shard in shards]
     every = np.concatenate(spans) if spans else np.zeros((0, 2), np.int64)
     first_ids = np.concatenate([[0], np.cumsum([len(span) for span in spans], dtype=np.int64)]).astype(np.int64)
-    return Split(name, folder, shards, first_ids, np.ascontiguousarray(every[:, 0]), np.ascontiguousarray(every[:, 1]))
+    offsets, sizes = np.ascontiguousarray(every[:, 0]), np.ascontiguousarray(every[:, 1])
+    return Split(name, (origin,), np.zeros(len(shards), np.int64), shards, first_ids, offsets, sizes)
+
+
+def _joined(name: str, parts: Sequence[Split], picks: Sequence[Picks]) -> Split:
+    """The splits of several datasets, one after another."""
+    origins = tuple(
+        Origin(part.origins[0].folder, part.origins[0].shape, pick) for part, pick in zip(parts, picks, strict=True)
+    )
+    counts = [len(part.shards) for part in parts]
+    records_of = [shard.records for part in parts for shard in part.shards]
+    return Split(
+        name,
+        origins,
+        np.repeat(np.arange(len(parts)), counts),
+        tuple(shard for part in parts for shard in part.shards),
+        np.cumsum([0, *records_of]),
+        np.concatenate([part.offsets for part in parts]),
+        np.concatenate([part.sizes for part in parts]),
+    )

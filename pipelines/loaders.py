@@ -17,6 +17,7 @@ from pipelines import augment, synthetic
 from pipelines.batch import Batch, Decoded, Loaded, Plan
 from pipelines.dataset import Dataset, Split
 from pipelines.errors import PipelineError
+from pipelines.interleave import MixedOrder
 from pipelines.order import Order, Share
 from pipelines.reader import Reader
 from pipelines.threads import Stage, Team
@@ -94,7 +95,7 @@ def train_batches(
     facts = setting.transform.facts
     if options.loader == "synthetic":
         return _synthetic(setting, share.micro_batch, seed + rank)
-    order = Order(dataset.train.shard_records, seed)
+    order = _order(dataset, seed)
 
     def parameters(plan: Plan) -> augment.Parameters:
         return augment.draw(augmentation, facts, seed, plan.epochs, plan.ids)
@@ -115,7 +116,7 @@ def val_batches(
     bands: tuple[int, ...] | None = None,
     local_ranks: int | None = None,
 ) -> Loader:
-    """Every validation record (or the first ``max_samples``) once over all ranks, as packed, without augmentation.
+    """Every validation record (or ``max_samples``: the first of each dataset) once over all ranks, as packed.
 
     Every rank gets the same number of batches of the same shape, at most ``batch`` samples; what pads them has
     weight 0. Raises as :func:`train_batches`, and PipelineError if there are no validation records.
@@ -127,20 +128,26 @@ def val_batches(
     count = min(dataset.val.records, max_samples or dataset.val.records)
     if not count:
         raise PipelineError(
-            f"{dataset.folder}: no validation records: pack with split.val_fraction above 0, "
+            f"{dataset.name}: no validation records: pack with split.val_fraction above 0, "
             "or a split.block_m small enough that some blocks are held out"
         )
     if options.loader == "synthetic":
         setting = _with_real_loader(setting)
     share = min(batch, -(-count // world_size))
-    plans = _val_plans(count, share, rank, world_size)
+    plans = _val_plans(dataset.val.first(count), share, rank, world_size)
     return _compose(setting, share, plans, lambda plan: augment.identity(len(plan.ids), facts))
 
 
 # ----------------------------------------------------------------------------------------------- plans
 
 
-def _train_plans(order: Order, share: Share, position: int) -> Iterator[Plan]:
+def _order(dataset: Dataset, seed: int) -> Order | MixedOrder:
+    if len(dataset.shares) == 1:
+        return Order(dataset.train.shard_records, seed)
+    return MixedOrder(dataset.train.origin_shard_records, dataset.shares, seed)
+
+
+def _train_plans(order: Order | MixedOrder, share: Share, position: int) -> Iterator[Plan]:
     weights = np.ones(share.micro_batch, np.float32)
     while True:
         for start in share.starts(position):
@@ -148,11 +155,11 @@ def _train_plans(order: Order, share: Share, position: int) -> Iterator[Plan]:
         position += share.global_batch
 
 
-def _val_plans(count: int, share: int, rank: int, world_size: int) -> Iterator[Plan]:
-    for start in range(0, count, share * world_size):
+def _val_plans(ids: np.ndarray, share: int, rank: int, world_size: int) -> Iterator[Plan]:
+    for start in range(0, len(ids), share * world_size):
         positions = start + rank * share + np.arange(share)
-        weights = (positions < count).astype(np.float32)
-        yield Plan(np.minimum(positions, count - 1), np.zeros(share, np.int64), weights)
+        weights = (positions < len(ids)).astype(np.float32)
+        yield Plan(ids[np.minimum(positions, len(ids) - 1)], np.zeros(share, np.int64), weights)
 
 
 # ---------------------------------------------------------------------------------------------- set-up

@@ -25,6 +25,7 @@ class Stream(enum.IntEnum):
     RECORDS = 2
     AUGMENT = 3
     SYNTHETIC = 4
+    MIXTURE = 5
 
 
 def philox4x32(key: tuple[int, int], counter_N4: np.ndarray) -> np.ndarray:

@@ -16,7 +16,7 @@ import numpy as np
 from geokr import records
 from geokr.records import FRAME_OVERHEAD, RecordError
 from pipelines import parse
-from pipelines.dataset import Dataset, Split
+from pipelines.dataset import Dataset, Origin, Split
 from pipelines.errors import ReadTimeoutError
 from pipelines.files import OpenFiles
 from pipelines.threads import Team
@@ -51,10 +51,39 @@ class _Part:
 
 
 @dataclass(frozen=True, slots=True)
+class _Form:
+    """What the records of one dataset must say of themselves, and which of their bands are wanted (None: all)."""
+
+    expected: dict[int, bytes]
+    shape: tuple[int, int, int]
+    dtype: str
+    raw_bytes: int | None
+    pick: tuple[int, ...] | None
+
+    @classmethod
+    def of(cls, tile: records.Tile, origin: Origin) -> "_Form":
+        expected = {
+            parse.CODEC: tile.codec.encode(),
+            parse.DTYPE: tile.dtype.encode(),
+            parse.SHAPE: parse.packed(origin.shape),
+        }
+        raw_bytes = int(np.prod(origin.shape)) * np.dtype(tile.dtype).itemsize
+        return cls(expected, origin.shape, tile.dtype, raw_bytes if tile.codec == "raw" else None, origin.pick)
+
+    def wanted(self, image: np.ndarray) -> np.ndarray:
+        """The image's bytes with the wanted bands only (a copy where some are not)."""
+        if self.pick is None:
+            return image
+        pixels = np.frombuffer(image, np.dtype(self.dtype).newbyteorder("<")).reshape(self.shape)
+        return np.ascontiguousarray(pixels[..., list(self.pick)]).reshape(-1).view(np.uint8)
+
+
+@dataclass(frozen=True, slots=True)
 class _Layout:
-    """Records in file order. ids, sizes, places: int64 [N]; places: where each frame begins in the buffer."""
+    """Records in file order. ids, shards, sizes, places: int64 [N]; places: where each frame begins in the buffer."""
 
     ids: np.ndarray
+    shards: np.ndarray
     sizes: np.ndarray
     places: np.ndarray
     back: np.ndarray
@@ -68,13 +97,7 @@ class Reader:
         self._split, self._timeout_s = split, timeout_s
         self._tile = dataset.manifest.tile
         self._classes = len(dataset.manifest.classes)
-        self._shape = dataset.tile_shape
-        self._raw_bytes = int(np.prod(self._shape)) * np.dtype(self._tile.dtype).itemsize
-        self._expected = {
-            parse.CODEC: self._tile.codec.encode(),
-            parse.DTYPE: self._tile.dtype.encode(),
-            parse.SHAPE: parse.packed(self._shape),
-        }
+        self._forms = [_Form.of(self._tile, origin) for origin in split.origins]
         self._team = Team(threads, "geokr-read")
         self._files = OpenFiles(_OPEN_FILES)
         self._buffers: list[np.ndarray] = []
@@ -126,31 +149,32 @@ class Reader:
             since = part.since
             if since is not None and now - since > self._timeout_s:
                 raise ReadTimeoutError(
-                    f"{self._split.folder / part.shard}: no answer from storage for {now - since:.0f} s "
+                    f"{part.shard}: no answer from storage for {now - since:.0f} s "
                     f"(data.read_timeout_s is {self._timeout_s:g}): check the disk or network it lies on, then resume"
                 )
 
     def _read_part(self, part: _Part, layout: _Layout, buffer: np.ndarray) -> None:
         for start, stop in part.runs:
-            shard = self._split.shards[int(self._split.shard_of(layout.ids[start : start + 1])[0])]
-            part.shard, part.since = shard.name, time.monotonic()
-            self._read_run(shard.name, layout, start, stop, buffer)
+            shard = int(layout.shards[start])
+            part.shard, part.since = self._split.label(shard), time.monotonic()
+            self._read_run(shard, layout, start, stop, buffer)
             part.since = None
             for n in range(start, stop):
                 self._check_frame(layout, n, buffer)
 
-    def _read_run(self, shard: str, layout: _Layout, start: int, stop: int, buffer: np.ndarray) -> None:
+    def _read_run(self, shard: int, layout: _Layout, start: int, stop: int, buffer: np.ndarray) -> None:
         """Fills the buffer with neighbouring frames of one shard."""
         first = int(layout.places[start])
         view = buffer.data[first : int(layout.places[stop - 1] + layout.sizes[stop - 1])]
         offset = int(self._split.offsets[layout.ids[start]])
-        path = self._split.folder / shard
+        path = self._split.path(shard)
         try:
             with self._files.use(str(path)) as handle:
                 while view:
                     got = os.preadv(handle, [view], offset)
                     if got == 0:
-                        raise RecordError(f"{path}: ends at byte {offset}: it was cut short after it was opened")
+                        label = self._split.label(shard)
+                        raise RecordError(f"{label}: ends at byte {offset}: it was cut short after it was opened")
                     view, offset = view[got:], offset + got
         except OSError as error:
             where = self._split.where(int(layout.ids[start]))
@@ -182,9 +206,10 @@ class Reader:
         spans, canonical = parse.find_features(buffer, payloads)
         images: list[np.ndarray] = []
         fractions = np.empty((len(payloads), self._classes), np.float32)
-        for n in range(len(payloads)):
-            if not (canonical[n] and self._take(buffer, spans[n], images, fractions[n])):
-                self._take_slowly(buffer, payloads[n], int(layout.ids[n]), images, fractions[n])
+        for n, origin in enumerate(self._split.origin_of[layout.shards].tolist()):
+            form = self._forms[origin]
+            if not (canonical[n] and self._take(buffer, spans[n], form, images, fractions[n])):
+                self._take_slowly(buffer, payloads[n], int(layout.ids[n]), form, images, fractions[n])
         sums = fractions.sum(1)
         odd = ~(np.isfinite(fractions).all(1) & (fractions >= 0).all(1) & (np.abs(sums - 1) < 1e-4))
         for n in np.flatnonzero(odd):
@@ -194,10 +219,12 @@ class Reader:
             self._check_finite(images, layout)
         return images, fractions
 
-    def _take(self, buffer: np.ndarray, spans: np.ndarray, images: list[np.ndarray], fractions: np.ndarray) -> bool:
+    def _take(
+        self, buffer: np.ndarray, spans: np.ndarray, form: _Form, images: list[np.ndarray], fractions: np.ndarray
+    ) -> bool:
         """Stores a canonical record's image and fractions; False where it is not what the manifest says."""
         bounds = spans.tolist()
-        for number, expected in self._expected.items():
+        for number, expected in form.expected.items():
             start, end = bounds[number]
             if buffer[start:end].tobytes() != expected:
                 return False
@@ -206,9 +233,9 @@ class Reader:
             return False
         fractions[:] = np.frombuffer(buffer, "<f4", self._classes, start)
         start, end = bounds[parse.IMAGE]
-        if self._tile.codec == "raw" and end - start != self._raw_bytes:
+        if form.raw_bytes is not None and end - start != form.raw_bytes:
             return False
-        images.append(buffer[start:end])
+        images.append(form.wanted(buffer[start:end]))
         return True
 
     def _decode(self, buffer: np.ndarray, payload: np.ndarray, record_id: int) -> records.Record:
@@ -216,18 +243,24 @@ class Reader:
         return records.decode_record(buffer[start:end].tobytes(), self._split.where(record_id))
 
     def _take_slowly(
-        self, buffer: np.ndarray, payload: np.ndarray, record_id: int, images: list[np.ndarray], fractions: np.ndarray
+        self,
+        buffer: np.ndarray,
+        payload: np.ndarray,
+        record_id: int,
+        form: _Form,
+        images: list[np.ndarray],
+        fractions: np.ndarray,
     ) -> None:
         """A record of unusual form: read in full, then held against the manifest."""
         record = self._decode(buffer, payload, record_id)
         found = (record.codec, record.dtype, record.shape, len(record.fractions))
-        expected = (self._tile.codec, self._tile.dtype, self._shape, self._classes)
+        expected = (self._tile.codec, self._tile.dtype, form.shape, self._classes)
         if found != expected:
             raise RecordError(
                 f"{self._split.where(record_id)}: (codec, dtype, shape, classes) are {found}, the manifest says "
                 f"{expected}: shard and manifest do not belong together, pack again"
             )
-        images.append(np.frombuffer(record.image, np.uint8))
+        images.append(form.wanted(np.frombuffer(record.image, np.uint8)))
         fractions[:] = record.fractions
 
     def _check_finite(self, images: list[np.ndarray], layout: _Layout) -> None:
@@ -245,7 +278,7 @@ def _lay_out(split: Split, ids: np.ndarray) -> _Layout:
     shards = split.shard_of(unique)
     breaks = np.flatnonzero((np.diff(unique) != 1) | (np.diff(shards) != 0)) + 1
     edges = [0, *breaks.tolist(), len(unique)] if len(unique) else [0]
-    return _Layout(unique, sizes, places, back, list(pairwise(edges)))
+    return _Layout(unique, shards, sizes, places, back, list(pairwise(edges)))
 
 
 __all__ = ["Reader", "Samples"]
