@@ -78,8 +78,9 @@ def write_text(path: Path, text: str) -> None:
 
 
 def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
-    """Writes ``folder/step-...``, moves ``latest``, removes all but the newest ``keep``. Returns its path.
+    """Writes ``folder/step-...``, moves ``latest``, removes all but it and the ``keep - 1`` before it. Returns its path.
 
+    Checkpoints of later steps go too: they are damaged ones that the run went back behind, and must not count.
     Raises CheckpointError if it cannot be written; those before it stay.
     """
     final = folder / f"step-{checkpoint.step:08d}"
@@ -97,7 +98,9 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         raise CheckpointError(
             f"{final}: cannot be written ({error}); make room or access, then resume from the checkpoint before it"
         ) from error
-    for old in list_checkpoints(folder)[keep:]:
+    found = list_checkpoints(folder)
+    newest = found.index(final)
+    for old in found[:newest] + found[newest + keep :]:
         shutil.rmtree(old)
     for rest in folder.glob(".tmp-*"):
         shutil.rmtree(rest, ignore_errors=True)

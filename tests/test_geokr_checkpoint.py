@@ -134,6 +134,19 @@ def test_a_step_that_is_done_again_replaces_the_damaged_one(tmp_path):
     assert checkpoint.load_latest(tmp_path).tensors["a/weight"][0, 0] == 5.0
 
 
+def test_damaged_ones_of_later_steps_do_not_count_among_those_kept(tmp_path):
+    """A run that went back behind two damaged checkpoints must not prune its own new one as the oldest."""
+    for step in (10, 20, 30):
+        checkpoint.save(tmp_path, make(step), keep=3)
+    for step in (20, 30):
+        flip(tmp_path / f"step-000000{step}" / "state.safetensors")
+    assert checkpoint.load_latest(tmp_path).step == 10
+    for step in (12, 14, 16):
+        checkpoint.save(tmp_path, make(step), keep=2)
+        assert checkpoint.load_latest(tmp_path).step == step
+    assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == ["step-00000016", "step-00000014"]
+
+
 def test_a_pickle_in_a_checkpoints_place_is_not_executed(tmp_path):
     class Evil:
         def __reduce__(self):
