@@ -1,0 +1,86 @@
+"""What the fault tests share: small records, the forking server, and the tally that `make faults` writes as JSON."""
+
+import collections
+import json
+import os
+import platform
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.datasets import make_dataset
+from tests.faults.zygote import Zygote
+
+
+@pytest.fixture(scope="session")
+def records(tmp_path_factory) -> Path:
+    """40 training tiles: five steps of eight an epoch."""
+    return make_dataset(tmp_path_factory.mktemp("records") / "d", tiles=40, val=9)
+
+
+@pytest.fixture(scope="session")
+def zygote(tmp_path_factory):
+    if not hasattr(os, "fork"):
+        pytest.skip("no fork here")
+    server = Zygote(tmp_path_factory.mktemp("logs"))
+    yield server
+    server.close()
+
+
+class Tally:
+    """Counts for docs/reliability.md. A silent wrong result fails its test, so those are counted by failures."""
+
+    def __init__(self) -> None:
+        self.begin = time.time()
+        self.injected: collections.Counter[str] = collections.Counter()
+        self.resumes: list[bool] = []
+        self.recovery_s: list[float] = []
+        self.wrong: list[str] = []
+
+    def inject(self, row: int | str, what: str, count: int = 1) -> None:
+        self.injected[f"{row} {what}"] += count
+
+    def resumed(self, equal: bool, count: int = 1) -> None:
+        """count resumes that ended with weights equal in every bit, or not."""
+        self.resumes += [equal] * count
+        assert equal, "the weights differ from those of an undisturbed run"
+
+    def report(self) -> dict:
+        report = {
+            "date": time.strftime("%Y-%m-%d", time.gmtime(self.begin)),
+            "seconds": round(time.time() - self.begin),
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}",
+            "torch": torch.__version__,
+            "injections": sum(self.injected.values()),
+            "by_row": dict(sorted(self.injected.items(), key=lambda item: (int(item[0].split()[0]), item[0]))),
+            "silent_wrong_results": len(self.wrong) + self.resumes.count(False),
+            "failed_tests": self.wrong,
+            "bitwise_equal_resumes": f"{self.resumes.count(True)} of {len(self.resumes)}",
+        }
+        if self.recovery_s:
+            p50, p95 = np.percentile(self.recovery_s, [50, 95])
+            report["recovery_s"] = {"n": len(self.recovery_s), "p50": round(p50, 2), "p95": round(p95, 2)}
+        return report
+
+
+TALLY = Tally()
+
+
+@pytest.fixture
+def tally() -> Tally:
+    return TALLY
+
+
+def pytest_runtest_logreport(report) -> None:
+    if report.failed and "tests/faults/" in report.nodeid:
+        TALLY.wrong.append(report.nodeid)
+
+
+def pytest_sessionfinish(session) -> None:
+    path = os.environ.get("GEOKR_FAULTS_JSON")
+    if path:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(json.dumps(TALLY.report(), indent=1) + "\n")
