@@ -78,7 +78,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
-    """Writes ``folder/step-...``, moves ``latest``, removes all but it and the ``keep - 1`` before it. Returns its path.
+    """Writes ``folder/step-...``, moves ``latest``, keeps it and the ``keep - 1`` before it. Returns its path.
 
     Checkpoints of later steps go too: they are damaged ones that the run went back behind, and must not count.
     Raises CheckpointError if it cannot be written; those before it stay.

@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from geokr import card
@@ -24,6 +23,7 @@ from geokr.config import ConfigError, load, split_overrides
 from geokr.distributed import ReplicaError, Stopper, World, set_threads, world_from
 from geokr.facts import Facts, gather_facts, make_plan
 from geokr.identity import identity
+from geokr.memory import advice, out_of_memory, validation_advice
 from geokr.metrics import Window
 from geokr.options import PretrainOptions
 from geokr.progress import clock_text
@@ -150,6 +150,14 @@ def _validation(
         return dict
 
     def run() -> dict[str, float]:
+        try:
+            return figures()
+        except (RuntimeError, MemoryError) as error:
+            if out_of_memory(error):
+                raise ConfigError(validation_advice(options.validation.batch, error)) from error
+            raise
+
+    def figures() -> dict[str, float]:
         loader = val_batches(
             dataset,
             options.data,
@@ -245,19 +253,11 @@ def _log_to_console(rank: int) -> None:
     log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
 
 
-def _out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
 def _explain(error: BaseException, options: PretrainOptions | None) -> str:
     """The message for an error that a user can do something about."""
-    if options is None or not _out_of_memory(error):
+    if options is None or not out_of_memory(error):
         return str(error)
-    parts = options.train.accumulate
-    return (
-        f"data.global_batch={options.data.global_batch} in {parts} part(s) does not fit the memory: "
-        f"try train.accumulate={2 * parts} ({str(error).splitlines()[0]})"
-    )
+    return advice(options, int(os.environ.get("WORLD_SIZE", 1)), error)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -273,9 +273,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with world_from(os.environ, train.device, train.collective_timeout_s) as world, logging_redirect_tqdm([log]):
             return pretrain(options, world, set_threads(train.threads, world.local_size))
     except Exception as error:
-        known = isinstance(error, (ValueError, OSError, ReplicaError)) or _out_of_memory(
-            error
-        )  # TimeoutError is an OSError
+        # TimeoutError is an OSError
+        known = isinstance(error, (ValueError, OSError, ReplicaError)) or out_of_memory(error)
         if not known or os.environ.get("GEOKR_TRACEBACK") == "1":
             raise
         print(f"[process {rank}] " * (rank > 0) + f"error: {_explain(error, options)}", file=sys.stderr)

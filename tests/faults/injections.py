@@ -42,7 +42,9 @@ def agent(size: int, restarts: int, arguments: Sequence[str]) -> None:
 
 
 def _worker(arguments: Sequence[str]) -> None:
-    sys.exit(pretrain.main(arguments))
+    """What the agent forks; it wants functions to return."""
+    if status := pretrain.main(arguments):
+        os._exit(status)
 
 
 # ------------------------------------------------------------------------------------------- training

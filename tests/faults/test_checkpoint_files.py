@@ -172,7 +172,7 @@ def test_all_damaged_is_an_error_and_never_a_start_from_scratch(tally, two_befor
     for path in list_checkpoints(two_before):
         os.truncate(path / checkpoint.TENSORS, 30)
     tally.inject(38, "every checkpoint damaged")
-    with pytest.raises(CheckpointError, match="no sound checkpoint.*another run.dir"):
+    with pytest.raises(CheckpointError, match=r"no sound checkpoint.*another run\.dir"):
         load_latest(two_before)
     for path in list_checkpoints(two_before):
         shutil.rmtree(path)

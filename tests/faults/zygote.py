@@ -7,6 +7,7 @@ would. It answers {"pid": ...} at the start and {"pid": ..., "status": ...} at t
 """
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -18,7 +19,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -38,7 +40,24 @@ def _child(order: Mapping) -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.environ.update(order["environment"])
     module, name = order["call"].split(":")
-    sys.exit(getattr(importlib.import_module(module), name)(*order["arguments"]))
+    end(lambda: getattr(importlib.import_module(module), name)(*order["arguments"]))
+
+
+def end(call: Callable[[], int | None]) -> None:
+    """Ends the process with what the call returns, as ``sys.exit`` would but for the interpreter's taking down of all
+    that was imported, which after a fork costs more than a run here (tests/test_geokr_pretrain.py starts whole ones).
+    """
+    status = 1
+    try:
+        status = call() or 0
+    except SystemExit as error:
+        status = error.code if isinstance(error.code, int) else int(error.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def _reap() -> None:
@@ -52,11 +71,10 @@ def _say(answer: Mapping) -> None:
 
 
 def serve() -> None:
-    import geokr.pretrain
-    import pipelines.loaders
-    import pipelines.torch_loader
-    import tests.faults.injections  # noqa: F401
+    for module in ("tests.faults.injections", "pipelines.loaders", "pipelines.torch_loader"):
+        importlib.import_module(module)
 
+    gc.freeze()  # a collection in a child would copy every page
     _say({"ready": True})
     buffer = b""
     while True:
@@ -123,7 +141,6 @@ class Zygote:
             stdout=subprocess.PIPE,
         )
         self._children: dict[int, Child] = {}
-        self._log = folder
         self._started: queue.Queue[Child] = queue.Queue()
         self._logs: queue.Queue[Path] = queue.Queue()
         threading.Thread(target=self._listen, daemon=True).start()
