@@ -47,26 +47,37 @@ def _per_channel(values_C: Tensor, like: Tensor) -> Tensor:
 
 
 class _SyncedNorm(torch.autograd.Function):
-    """(x - mean) / sqrt(var + eps), where mean and var are functions of every process's x."""
+    """(x - mean) / sqrt(var + eps) * weight + bias, where mean and var are functions of every process's x.
+
+    weight and bias have gradients of their own: left to autograd, those of an image of 1 x 1 pixels are views of the
+    gradient of the output, and micro-batches add up in memory that several parameters share.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, mean_C: Tensor, rstd_C: Tensor, count: int) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight_C: Tensor | None, bias_C: Tensor | None, mean_C: Tensor, rstd_C: Tensor, count: int
+    ) -> Tensor:
         normalised = (_wide(x) - _per_channel(mean_C, x)) * _per_channel(rstd_C, x)
-        ctx.save_for_backward(normalised, rstd_C)
+        ctx.save_for_backward(normalised, weight_C, rstd_C)
         ctx.count, ctx.dtype = count, x.dtype
-        return normalised
+        if weight_C is None or bias_C is None:
+            return normalised.to(x.dtype)
+        return (normalised * _per_channel(weight_C, x) + _per_channel(bias_C, x)).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """dx = rstd (g - mean(g) - normalised mean(g normalised)), both means over all processes."""
-        normalised, rstd_C = ctx.saved_tensors
+        """dx = weight rstd (g - mean(g) - normalised mean(g normalised)), both means over all processes."""
+        normalised, weight_C, rstd_C = ctx.saved_tensors
         grad = _wide(grads[0])
         axes = [0, *range(2, grad.ndim)]
-        sums = torch.stack([grad.sum(axes), (grad * normalised).sum(axes)])
+        dbias_C, dweight_C = grad.sum(axes), (grad * normalised).sum(axes)
+        sums = torch.stack([dbias_C, dweight_C])
         dist.all_reduce(sums)
         mean_grad, mean_dot = (_per_channel(values, grad) for values in sums / ctx.count)
-        dx = (grad - mean_grad - normalised * mean_dot) * _per_channel(rstd_C, grad)
-        return dx.to(ctx.dtype), None, None, None
+        scale_C = rstd_C if weight_C is None else rstd_C * weight_C
+        dx = ((grad - mean_grad - normalised * mean_dot) * _per_channel(scale_C, grad)).to(ctx.dtype)
+        affine = (None, None) if weight_C is None else (dweight_C, dbias_C)
+        return dx, *affine, None, None, None
 
 
 class SyncedMixin:
@@ -80,10 +91,7 @@ class SyncedMixin:
             momentum = self.momentum if self.momentum is not None else 1.0 / float(self.num_batches_tracked)
             self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
             self.running_var.lerp_((var * (count / max(1, count - 1))).to(self.running_var.dtype), momentum)
-        out = _SyncedNorm.apply(x, mean, torch.rsqrt(var + self.eps), count)
-        if self.weight is not None:
-            out = out * _per_channel(self.weight, x) + _per_channel(self.bias, x)
-        return out.to(x.dtype)
+        return _SyncedNorm.apply(x, self.weight, self.bias, mean, torch.rsqrt(var + self.eps), count)
 
     def forward(self: Any, x: Tensor) -> Tensor:
         if not self.training:

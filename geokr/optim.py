@@ -38,9 +38,21 @@ def _torch(
 ) -> torch.optim.Optimizer:
     if options.name == "sgd":  # its fused kernel reads the rate on the device; it keeps no count
         nesterov = options.momentum > 0
-        return torch.optim.SGD(groups, lr=lr, momentum=options.momentum, nesterov=nesterov, **how)
+        optimizer = torch.optim.SGD(groups, lr=lr, momentum=options.momentum, nesterov=nesterov, **how)
+        return _with_momentum(optimizer) if nesterov else optimizer
     factory = torch.optim.AdamW if options.name == "adamw" else torch.optim.Adam
     return factory(groups, lr=lr, betas=options.betas, eps=options.eps, capturable=capturable, **how)
+
+
+def _with_momentum(optimizer: torch.optim.SGD) -> torch.optim.SGD:
+    """Momentum from 0, which a first step makes the gradient, as it would without.
+
+    Left to torch (2.14), the fused kernel's is uninitialised memory after a first step that the loss scaler skipped.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def build_optimizer(

@@ -16,6 +16,7 @@ from torch import nn
 from geokr.batchnorm import SyncedMixin, synchronize_batchnorm
 from geokr.distributed import ReplicaError, Stopper, World, world_from
 from geokr.train import Learner, train_step
+from tests import geokr_ddp_ranks
 from tests import geokr_toy as toy
 
 
@@ -64,6 +65,26 @@ def check_precision(world: World) -> None:
     norm = synchronize_batchnorm(nn.BatchNorm2d(3, momentum=1.0), "cpu")
     norm(values.chunk(world.size)[world.rank])
     torch.testing.assert_close(norm.running_var.double(), values.double().var((0, 2, 3)), rtol=1e-4, atol=0)
+
+
+def check_gradients_of_single_pixels(world: World) -> None:
+    """Two norms of one sum, one image of one pixel a process, gradients of two parts of a batch added up.
+
+    The gradients of their biases are equal to that of the sum; none may share memory with another.
+    """
+    plain, synced = ([nn.BatchNorm2d(3).double() for _ in range(2)] for _ in range(2))
+    for norm in synced:
+        synchronize_batchnorm(norm, "cpu")
+    torch.manual_seed(2)
+    for _ in range(2):
+        images = torch.randn(world.size, 3, 1, 1, dtype=torch.float64)
+        weights = torch.randn(world.size, 3, 1, 1, dtype=torch.float64)
+        own = slice(world.rank, world.rank + 1)
+        ((plain[0](images) + plain[1](images)) * weights).sum().backward()
+        ((synced[0](images[own]) + synced[1](images[own])) * weights[own]).sum().backward()
+    for a, b in zip(plain, synced, strict=True):
+        for name in ("weight", "bias"):
+            torch.testing.assert_close(world.sum(getattr(b, name).grad.clone()), getattr(a, name).grad)
 
 
 def check_collectives(world: World) -> None:
@@ -139,9 +160,12 @@ def main() -> None:
         np.random.seed(world.rank)
         check_batchnorm(world)
         check_precision(world)
+        check_gradients_of_single_pixels(world)
         check_collectives(world)
         check_accumulation(world)
         check_local_statistics(world)
+        for check in geokr_ddp_ranks.CHECKS:
+            check(world)
         check_stopper(world)
         if world.main:
             print("all checks passed")

@@ -22,7 +22,7 @@ def torchrun(processes: int, *arguments: str, **environment: str) -> subprocess.
     return subprocess.run([*command, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
 
 
-def test_collectives_batch_norm_and_stopping_over_two_processes():
+def test_collectives_batch_norm_gradients_and_stopping_over_two_processes():
     done = torchrun(2, "tests/geokr_ranks.py", "2")
     assert done.returncode == 0, done.stderr
     assert "all checks passed" in done.stdout

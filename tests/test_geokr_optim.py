@@ -213,3 +213,23 @@ def test_who_waits_for_the_device_to_know_of_an_overflow(name, waits, monkeypatc
         optimizer.zero_grad()
     assert bool(read) == waits
     assert scaler.get_scale() == 2.0
+
+
+def test_momentum_is_sound_after_a_first_step_that_was_skipped(monkeypatch):
+    """torch's fused SGD takes memory as it finds it for momentum, and fills it in no skipped step."""
+    real = torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: real(*a, **k).fill_(float("nan")))
+    models = small(), small()
+    for model, skips in zip(models, (1, 0), strict=True):
+        optimizer, _ = geokr_optim.build_optimizer(model, options(name="sgd"), CPU)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+        for step in range(3 + skips):
+            scaler.scale(model(torch.ones(2, 3, 8, 8)).square().sum()).backward()
+            if step < skips:
+                next(model.parameters()).grad[0] = float("inf")
+            model[1].reset_running_stats()
+            scaler.step(optimizer)
+            scaler.update(1.0)
+            optimizer.zero_grad()
+    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(a, b)
