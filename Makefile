@@ -1,13 +1,14 @@
 # What a developer runs. The environment is .venv (bash launch/test.sh makes it), or the Python that PYTHON names.
 PYTHON ?= $(shell [ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)
 
-.PHONY: help lint format test campaign zion bench docs
+.PHONY: help lint format test faults campaign zion bench docs
 
 help:
 	@echo 'make lint    ruff, formatting and types'
 	@echo 'make format  puts imports and layout right'
 	@echo 'make test    every test'
 	@echo 'make zion    the real scene at full length with three seeds, where it lies beside the checkout'
+	@echo 'make faults  training killed, starved and damaged in every way; figures in out/faults/faults.json'
 	@echo 'make campaign every test marked slow: that one, and hundreds of kills'
 	@echo 'make bench   packing and training throughput, as tables and JSON under out/bench'
 	@echo 'make docs    docs/configuration.md from the options'
@@ -27,6 +28,9 @@ test:
 
 zion:
 	$(PYTHON) -m pytest -s -m slow tests/test_zion.py
+
+faults:
+	GEOKR_FAULTS_JSON=out/faults/faults.json OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m "slow or not slow" tests/faults
 
 campaign:
 	$(PYTHON) -m pytest -s -m slow

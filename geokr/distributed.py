@@ -29,6 +29,11 @@ class ReplicaError(RuntimeError):
     """Processes that should hold the same weights do not."""
 
 
+def lost_others(error: BaseException) -> bool:
+    """Whether an error says that another process ended or did not answer in time."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
 @dataclass(frozen=True, slots=True)
 class World:
     """This process among the run's processes, and the device it computes on."""

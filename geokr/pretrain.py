@@ -20,7 +20,7 @@ from geokr import card
 from geokr.assemble import build_learner
 from geokr.checkpoint import Checkpoint
 from geokr.config import ConfigError, load, split_overrides
-from geokr.distributed import ReplicaError, Stopper, World, set_threads, world_from
+from geokr.distributed import ReplicaError, Stopper, World, lost_others, set_threads, world_from
 from geokr.facts import Facts, gather_facts, make_plan
 from geokr.identity import identity
 from geokr.memory import advice, out_of_memory, validation_advice
@@ -255,6 +255,12 @@ def _log_to_console(rank: int) -> None:
 
 def _explain(error: BaseException, options: PretrainOptions | None) -> str:
     """The message for an error that a user can do something about."""
+    if options is not None and lost_others(error):
+        return (
+            f"another process ended or did not answer within train.collective_timeout_s="
+            f"{options.train.collective_timeout_s:g}; the message of the one that failed first says why. The same "
+            f"command goes on from the last checkpoint ({str(error).splitlines()[0]})"
+        )
     if options is None or not out_of_memory(error):
         return str(error)
     return advice(options, int(os.environ.get("WORLD_SIZE", 1)), error)
@@ -274,7 +280,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return pretrain(options, world, set_threads(train.threads, world.local_size))
     except Exception as error:
         # TimeoutError is an OSError
-        known = isinstance(error, (ValueError, OSError, ReplicaError)) or out_of_memory(error)
+        known = isinstance(error, (ValueError, OSError, ReplicaError)) or out_of_memory(error) or lost_others(error)
         if not known or os.environ.get("GEOKR_TRACEBACK") == "1":
             raise
         print(f"[process {rank}] " * (rank > 0) + f"error: {_explain(error, options)}", file=sys.stderr)

@@ -7,6 +7,7 @@ import itertools
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -158,6 +159,21 @@ def note_saves(folder: str) -> None:
     pretrain.save_checkpoint = noting
 
 
+def stall(at: str) -> None:
+    """STEP/RANK: from that step on the storage answers one process no more."""
+    when, who = map(int, at.split("/"))
+    preadv, forever = os.preadv, threading.Event()
+    now = {"step": 0}
+
+    def hanging(*arguments):
+        if now["step"] >= when and _rank() == who:
+            forever.wait()
+        return preadv(*arguments)
+
+    os.preadv = hanging
+    _before_step(lambda learner, step: now.update(step=step))
+
+
 def limit_memory(megabytes: str) -> None:
     """No more memory than it has now and this much."""
     import resource
@@ -178,6 +194,7 @@ INJECTIONS: dict[str, Callable[[str], None]] = {
     "slow_steps": slow_steps,
     "slow_disk": slow_disk,
     "limit_memory": limit_memory,
+    "stall": stall,
 }
 
 
