@@ -10,7 +10,7 @@ help:
 	@echo 'make zion    the real scene at full length with three seeds, where it lies beside the checkout'
 	@echo 'make faults  training killed, starved and damaged in every way; figures in out/faults/faults.json'
 	@echo 'make campaign every test marked slow: that one, and hundreds of kills'
-	@echo 'make bench   packing and training throughput, as tables and JSON under out/bench'
+	@echo 'make bench   packing and training throughput, as tables, pictures and JSON under out/bench'
 	@echo 'make docs    docs/configuration.md from the options'
 
 lint:
@@ -38,7 +38,9 @@ campaign:
 bench:
 	mkdir -p out/bench
 	$(PYTHON) benchmarks/packing.py --json out/bench/packing.json
-	$(PYTHON) benchmarks/throughput.py --stage all --json out/bench/throughput.json
+	$(PYTHON) benchmarks/throughput.py --stage all --json out/bench/throughput.json --picture out/bench/throughput.png
+	$(PYTHON) benchmarks/throughput.py --stage peers --json out/bench/peers.json --picture out/bench/peers.png
+	$(PYTHON) benchmarks/throughput.py --stage profile --trace out/bench/profile
 
 docs:
 	$(PYTHON) docs/make_reference.py

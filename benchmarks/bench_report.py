@@ -11,7 +11,7 @@ from typing import Any
 
 PACKAGES = (
     "torch", "torchvision", "timm", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "numpy", "numba", "rasterio",
-    "simplejpeg",
+    "simplejpeg", "pillow", "opencv-python-headless", "webdataset", "litdata", "ffcv",
 )  # fmt: skip
 
 

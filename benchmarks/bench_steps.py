@@ -8,11 +8,14 @@ N images, C bands, H x W pixels, K classes.
 # torch exports its multi-tensor operations under private names.
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.bench_cases import Case, Setting, nothing
+from benchmarks.bench_data import batches, drain
 from geokr import losses
 from geokr.assemble import DTYPES, build_learner
 from geokr.distributed import World
@@ -20,8 +23,10 @@ from geokr.models import BackboneSpec
 from geokr.options import PretrainOptions
 from geokr.records import Manifest
 from geokr.train import train_step
+from pipelines.loaders import resolve_loader
 
 Step = Callable[[Any], None]
+PUBLISHED, TUNED = "synthetic, published kind", "synthetic, tuned eager"
 # Long enough that `train.compile=auto` decides as for a real run.
 STEPS = 100_000
 
@@ -117,3 +122,36 @@ def tuned_eager_step(backbone: str, bands: int, classes: int, device: torch.devi
                 torch._foreach_lerp_(*pairs, 1 - _ALPHA)
 
     return step
+
+
+Variant = tuple[str, PretrainOptions]
+
+
+def step_cases(setting: Setting, stack: ExitStack, stages: set[str], variants: list[Variant]) -> Iterator[Case]:
+    """Steps on one random batch and, for end2end, on the loader's. The first variant is the run's own options."""
+    manifest, count = setting.dataset.manifest, setting.options.data.global_batch
+    random = batches(setting, stack, "synthetic", count)
+
+    def case(stage: str, loader: str, step: Step, source: Any, options: str = "") -> Case:
+        prepare = nothing if source is random else drain(setting, source)
+        return Case(stage, loader, lambda: _run(step, source, setting.steps, count), prepare, options)
+
+    own = [geokr_step(options, manifest, setting.image_size, setting.device) for _, options in variants]
+    for (words, _), (step, chosen) in zip(variants, own, strict=True):
+        print(f"geokr's step ({words or 'defaults'}): {chosen}")
+        yield case("step", "synthetic", step, random, words)
+    if "step" in stages:
+        backbone, sizes = setting.options.model.backbone, (len(manifest.bands), len(manifest.classes))
+        yield case("step", PUBLISHED, published_step(backbone, *sizes, setting.device), random)
+        if setting.device.type == "cuda":  # on a CPU its autocast may be slower than none, and takes minutes
+            tuned = tuned_eager_step(backbone, *sizes, setting.device, setting.options.train.precision)
+            yield case("step", TUNED, tuned, random)
+    if "end2end" in stages:
+        name = resolve_loader(setting.options.data.loader)
+        yield case("end2end", name, own[0][0], batches(setting, stack, name, count), variants[0][0])
+
+
+def _run(step: Step, source: Any, steps: int, count: int) -> int:
+    for _ in range(steps):
+        step(next(source))
+    return steps * count

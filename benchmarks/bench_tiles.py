@@ -14,17 +14,23 @@ from geokr import records
 
 SIZE, CLASSES, QUALITY = 256, 10, 95
 SHARD_RECORDS = 512
+TILES, RAW_TILES = 2048, 1024  # raw ones take 200 kB each
 
 
-def cache_folder(tiles: int) -> Path:
+def cache_folder(tiles: int, codec: str = "jpeg") -> Path:
     """Where the dataset is kept between runs."""
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return root / "geokr" / f"throughput-{tiles}x{SIZE}-v1"
+    return root / "geokr" / f"throughput-{tiles}x{SIZE}-{'' if codec == 'jpeg' else f'{codec}-'}v1"
 
 
-def make_tiles(tiles: int) -> Path:
-    """The dataset's folder; made where it is not there yet."""
-    folder = cache_folder(tiles)
+def is_own(folder: Path) -> bool:
+    """Whether the dataset is the one that the benchmark makes when it is given none."""
+    return folder == cache_folder(TILES)
+
+
+def make_tiles(tiles: int, codec: str = "jpeg") -> Path:
+    """The dataset's folder; made where it is not there yet. codec: ``jpeg`` or ``raw``, of the same tiles."""
+    folder = cache_folder(tiles, codec)
     if (folder / records.MANIFEST).is_file():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -33,7 +39,7 @@ def make_tiles(tiles: int) -> Path:
         pixels = image.reshape(-1, 3).astype(np.float64)
         sums += pixels.mean(0), (pixels**2).mean(0)
         priors.append(fractions)
-        payloads.append(_payload(image, fractions, len(payloads)))
+        payloads.append(_payload(image, fractions, len(payloads), codec))
     mean = sums[0] / tiles
     std = np.sqrt(sums[1] / tiles - mean**2)
     prior = np.stack(priors).astype(np.float64).mean(0)
@@ -41,7 +47,7 @@ def make_tiles(tiles: int) -> Path:
     held_out = tiles // 16
     train = _write(folder, "train", payloads[held_out:])
     val = _write(folder, "val", payloads[:held_out])
-    manifest = _manifest({**train, **figures}, {**val, **figures})
+    manifest = _manifest({**train, **figures}, {**val, **figures}, codec)
     (folder / records.MANIFEST).write_bytes(records.dump_manifest(manifest))  # last: a folder without it is made anew
     return folder
 
@@ -64,11 +70,12 @@ def _images(tiles: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
             done += 1
 
 
-def _payload(image: np.ndarray, fractions: np.ndarray, number: int) -> bytes:
+def _payload(image: np.ndarray, fractions: np.ndarray, number: int, codec: str) -> bytes:
+    raw = codec == "raw"
     return records.encode_record(
         records.Record(
-            image=simplejpeg.encode_jpeg(image, quality=QUALITY, colorsubsampling="444"),
-            codec="jpeg",
+            image=image.tobytes() if raw else simplejpeg.encode_jpeg(image, quality=QUALITY, colorsubsampling="444"),
+            codec=codec,
             shape=(SIZE, SIZE, 3),
             dtype="uint8",
             fractions=fractions / fractions.sum(),
@@ -98,7 +105,7 @@ def _write(folder: Path, split: str, payloads: list[bytes]) -> dict[str, Any]:
     return {"records": len(payloads), "shards": tuple(shards)}
 
 
-def _manifest(train: dict[str, Any], val: dict[str, Any]) -> records.Manifest:
+def _manifest(train: dict[str, Any], val: dict[str, Any], codec: str) -> records.Manifest:
     return records.Manifest.model_validate(
         {
             "product": "texture",
@@ -107,7 +114,7 @@ def _manifest(train: dict[str, Any], val: dict[str, Any]) -> records.Manifest:
             "land_cover_fingerprints": ("texture",),
             "classes": tuple({"name": f"class{k}", "codes": (k + 1,), "rgb": (25 * k, 90, 90)} for k in range(CLASSES)),
             "bands": tuple({"name": name, "number": n + 1} for n, name in enumerate(("red", "green", "blue"))),
-            "tile": {"size": SIZE, "codec": "jpeg", "dtype": "uint8"},
+            "tile": {"size": SIZE, "codec": codec, "dtype": "uint8"},
             "train": train,
             "val": val,
             "split_rule": "first sixteenth",
