@@ -14,7 +14,7 @@ from geokr import losses
 from geokr.batchnorm import synchronize_batchnorm
 from geokr.compiling import Forward, compile_forward, wanted
 from geokr.config import ConfigError
-from geokr.ddp import wrap
+from geokr.ddp import for_trial, wrap
 from geokr.distributed import World
 from geokr.models import BackboneSpec, LandCoverModel, Normalise, build_model
 from geokr.optim import build_optimizer
@@ -77,19 +77,23 @@ def _synchronize(options: PretrainOptions, world: World, at_once: int) -> bool:
 
 def _compile(
     options: PretrainOptions,
-    device: torch.device,
+    world: World,
     spec: BackboneSpec,
-    models: list[LandCoverModel],
+    student: LandCoverModel,
+    teacher: LandCoverModel,
     at_once: int,
     autocast: Callable[[], AbstractContextManager],
-) -> list[Forward]:
-    """Each model's forward pass, compiled where the configuration says so and it works."""
-    if not wanted(options.train.compile, device):
-        return list(models)
-    images = torch.zeros(at_once, spec.bands, spec.image_size, spec.image_size, device=device)
+) -> tuple[Forward, Forward]:
+    """The forward passes of student and teacher, compiled where the configuration says so and it works."""
+    if not wanted(options.train.compile, world.device):
+        return student, teacher
+    images = torch.zeros(at_once, spec.bands, spec.image_size, spec.image_size, device=world.device)
     if options.train.channels_last:
         images = images.contiguous(memory_format=torch.channels_last)
-    return [compile_forward(options.train.compile, model, images, autocast) for model in models]
+    how = options.train.compile
+    through = partial(for_trial, world=world, options=options.train)
+    compiled = compile_forward(how, student, images, autocast, through)
+    return compiled, compile_forward(how, teacher, images, autocast)
 
 
 def build_learner(
@@ -122,7 +126,7 @@ def build_learner(
     if restore is not None:
         restore(student, teacher, optimizer, scaler)
     autocast = _autocast(options.train.precision, world.device)
-    student_forward, teacher_forward = _compile(options, world.device, spec, [student, teacher], at_once, autocast)
+    student_forward, teacher_forward = _compile(options, world, spec, student, teacher, at_once, autocast)
     learner = Learner(
         student=student,
         teacher=teacher,

@@ -42,16 +42,21 @@ def _trial(forward: Forward, model: nn.Module, images_NCHW: Tensor) -> None:
 
 
 def compile_forward(
-    option: str, model: nn.Module, images_NCHW: Tensor, autocast: Callable[[], AbstractContextManager]
+    option: str,
+    model: nn.Module,
+    images_NCHW: Tensor,
+    autocast: Callable[[], AbstractContextManager],
+    through: Callable[[Forward], Forward] = lambda forward: forward,
 ) -> Forward:
     """The model's forward pass, compiled for images of this shape, type and memory format.
 
+    through: gives what the first call is made through, where torch compiles according to who calls.
     If that fails, ``auto`` gives back the model as it is and says so; ``on`` raises ConfigError.
     """
     forward = torch.compile(model)
     try:
         with autocast():
-            _trial(forward, model, images_NCHW)
+            _trial(through(forward), model, images_NCHW)
     except Exception as error:
         reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         if option == "on":

@@ -79,6 +79,34 @@ def _compress(wrapped: DistributedDataParallel, choice: str, steps: int, world: 
             )
 
 
+def _choices(world: World) -> dict[str, Any]:
+    choices: dict[str, Any] = {SENDS_BUFFERS: False, "gradient_as_bucket_view": True}
+    if world.device.type == "cuda":
+        choices["device_ids"] = [world.device.index]
+    return choices
+
+
+def for_trial(forward: Forward, world: World, options: TrainOptions) -> Forward:
+    """A compiled student as its first call, the one that compiles it, has to be made.
+
+    torch cuts a compiled graph where buckets end if it is compiled inside DistributedDataParallel: gradients of the
+    last layers then travel while those of the first are computed. Compiled outside, all come at its end, and
+    nothing overlaps. Exchanges nothing here.
+    """
+    if world.size == 1:
+        return forward
+    assert isinstance(forward, nn.Module)
+    smallest = dist._DEFAULT_FIRST_BUCKET_BYTES / 2**20  # the cutting asserts this
+    size = None if options.ddp_bucket_mb is None else max(smallest, options.ddp_bucket_mb)
+    wrapped = DistributedDataParallel(forward, **_choices(world), bucket_cap_mb=size)  # type: ignore[arg-type]
+
+    def call(images_NCHW: Tensor) -> Tensor:
+        with wrapped.no_sync():
+            return wrapped(images_NCHW)
+
+    return call
+
+
 def wrap(forward: Forward, world: World, options: TrainOptions, steps: int) -> Forward:
     """The student's forward pass, its gradients averaged over processes; as it is where there is only one.
 
@@ -89,13 +117,9 @@ def wrap(forward: Forward, world: World, options: TrainOptions, steps: int) -> F
             log.info("train.ddp_compression=%s: one process sends no gradients", options.ddp_compression)
         return forward
     assert isinstance(forward, nn.Module)
-    choices: dict[str, Any] = {SENDS_BUFFERS: False}
-    if world.device.type == "cuda":
-        choices["device_ids"] = [world.device.index]
     wrapped = DistributedDataParallel(
         forward,
-        **choices,
-        gradient_as_bucket_view=True,
+        **_choices(world),
         bucket_cap_mb=options.ddp_bucket_mb,  # type: ignore[arg-type]  # fractions of a MB are fine
         static_graph=options.accumulate == 1,  # a first step without exchange cannot record a static graph's order
     )

@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from collections import Counter
+from unittest import mock
 
 import numpy as np
 import torch
@@ -207,6 +208,30 @@ def check_powersgd_resumes(world: World) -> None:
     assert not torch.equal(flat(resumed.student), flat(straight.student))
 
 
+def check_compiled_students_send_while_they_compute(world: World) -> None:
+    """torch.compile cuts the student's graph where buckets end: the first bucket leaves before the last gradient."""
+    compiled = functools.partial(torch.compile, backend="aot_eager")  # which needs no compiler
+    chosen = toy.options("model.sync_batchnorm=off", "train.ddp_bucket_mb=1", "train.compile=on", *SGD)
+    with mock.patch.object(torch, "compile", compiled):
+        learner = toy.learner(chosen, world=world)
+    assert learner.student_forward.module is not learner.student
+    order: list[str] = []
+
+    @functools.wraps(allreduce_hook)
+    def noted(group, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        order.append("bucket")
+        return allreduce_hook(group, bucket)
+
+    learner.student_forward.register_comm_hook(dist.group.WORLD, noted)
+    first = next(learner.student.parameters())
+    first.register_hook(lambda gradient: order.append("first layer"))
+    for step in (1, 2, 3, 4):
+        order.clear()
+        shared_step(learner, step)
+    assert order == ["bucket", "first layer", "bucket"], order
+    world.check_replicas(list(learner.student.parameters()), "a weight")
+
+
 CHECKS = [
     check_sizes_agree,
     check_compression,
@@ -215,6 +240,7 @@ CHECKS = [
     check_hooks_are_used,
     check_overflows,
     check_powersgd_resumes,
+    check_compiled_students_send_while_they_compute,
 ]
 
 
