@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from geokr import losses
 from geokr.batchnorm import synchronize_batchnorm
 from geokr.compiling import Forward, compile_forward, wanted
+from geokr.compute import Beside, Recorded
 from geokr.config import ConfigError
 from geokr.ddp import for_trial, wrap
 from geokr.distributed import World
@@ -20,6 +21,7 @@ from geokr.models import BackboneSpec, LandCoverModel, Normalise, build_model
 from geokr.optim import build_optimizer
 from geokr.options import PretrainOptions
 from geokr.schedules import LearningRate
+from geokr.speedups import choose_compute, fold_teacher, fuse_norms
 from geokr.state import Scaler
 from geokr.teacher import TeacherRule, TeacherUpdate, make_teacher
 from geokr.train import Learner
@@ -75,25 +77,28 @@ def _synchronize(options: PretrainOptions, world: World, at_once: int) -> bool:
     return world.size > 1 and (choice == "on" or (choice == "auto" and at_once < SYNC_BELOW))
 
 
-def _compile(
+def _images(options: PretrainOptions, spec: BackboneSpec, device: torch.device, count: int) -> torch.Tensor:
+    """Some images of the run's form, to try things with."""
+    shape = (count, spec.bands, spec.image_size, spec.image_size)
+    images = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
+    return images.contiguous(memory_format=torch.channels_last) if options.train.channels_last else images
+
+
+def _forwards(
     options: PretrainOptions,
     world: World,
-    spec: BackboneSpec,
-    student: LandCoverModel,
-    teacher: LandCoverModel,
-    at_once: int,
+    student: nn.Module,
+    teacher: nn.Module,
+    images: Callable[[], torch.Tensor],
     autocast: Callable[[], AbstractContextManager],
 ) -> tuple[Forward, Forward]:
     """The forward passes of student and teacher, compiled where the configuration says so and it works."""
     if not wanted(options.train.compile, world.device):
         return student, teacher
-    images = torch.zeros(at_once, spec.bands, spec.image_size, spec.image_size, device=world.device)
-    if options.train.channels_last:
-        images = images.contiguous(memory_format=torch.channels_last)
     how = options.train.compile
     through = partial(for_trial, world=world, options=options.train)
-    compiled = compile_forward(how, student, images, autocast, through)
-    return compiled, compile_forward(how, teacher, images, autocast)
+    compiled = compile_forward(how, student, images(), autocast, through)
+    return compiled, compile_forward(how, teacher, images(), autocast)
 
 
 def build_learner(
@@ -121,18 +126,27 @@ def build_learner(
     if synchronized:
         student.backbone = synchronize_batchnorm(student.backbone, world.device.type)
     teacher = make_teacher(student, options.method, options.run.seed)
-    optimizer, ran = build_optimizer(student, options.optim, world.device)
+    fused = fuse_norms(options, student, world, synchronized=synchronized)
+    run_step = choose_compute(options, world)
+    optimizer, ran = build_optimizer(student, options.optim, world.device, capturable=isinstance(run_step, Recorded))
     scaler = Scaler(world.device.type, enabled=options.train.precision == "fp16")
     if restore is not None:
         restore(student, teacher, optimizer, scaler)
     autocast = _autocast(options.train.precision, world.device)
-    student_forward, teacher_forward = _compile(options, world, spec, student, teacher, at_once, autocast)
+    dtype = DTYPES.get(options.train.precision, torch.float32)
+    folded = fold_teacher(options, teacher, _images(options, spec, world.device, 2), dtype)
+    runs: tuple[nn.Module, nn.Module] = student, folded or teacher
+    forwards: tuple[Forward, Forward] = runs
+    if not fused:
+        some_images = partial(_images, options, spec, world.device, at_once)
+        forwards = _forwards(options, world, *runs, some_images, autocast)
+    refold = folded.refold if folded is not None else _nothing
     learner = Learner(
         student=student,
         teacher=teacher,
-        student_forward=wrap(student_forward, world, options.train, steps),
-        teacher_forward=teacher_forward,
-        normalise=Normalise(mean, std, world.device),
+        student_forward=wrap(forwards[0], world, options.train, steps),
+        teacher_forward=forwards[1],
+        normalise=Normalise(mean, std, world.device, dtype if fused else None),
         autocast=autocast,
         supervision=losses.SUPERVISION[options.method.supervision],
         consistency=losses.CONSISTENCY[options.method.consistency],
@@ -142,11 +156,18 @@ def build_learner(
         learning_rate=LearningRate(options.optim, steps),
         clip_norm=options.train.clip_norm or float("inf"),
         rule=TeacherRule(options.method, options.data.global_batch),
-        update_teacher=TeacherUpdate(teacher, student, buffers=options.method.teacher_buffers),
+        update_teacher=TeacherUpdate(teacher, student, buffers=options.method.teacher_buffers, then=refold),
         world=world,
         seed=options.run.seed,
         accumulate=options.train.accumulate,
+        compute=run_step,
+        beside=Beside(world.device),
         local_statistics=world.size > 1 and not synchronized and _has_batchnorm(student),
     )
-    compiled = student_forward is not student
-    return learner, {"optimizer": ran, "compiled": compiled, "synchronized": synchronized, "at_once": at_once}
+    chosen = {"optimizer": ran, "synchronized": synchronized, "at_once": at_once, "fused_norm": fused}
+    chosen |= {"compiled": forwards[0] is not student, "folded_teacher": folded is not None}
+    return learner, chosen | {"cuda_graph": isinstance(run_step, Recorded)}
+
+
+def _nothing() -> None:
+    """What follows the move of a teacher that has no folded form."""

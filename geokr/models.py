@@ -135,15 +135,26 @@ class Normalise:
     """Images as the loader gives them to what the model takes, on their device, memory format kept.
 
     uint8 [N, C, H, W] becomes (x - mean) / std, float32; floating-point images come normalised already.
-    mean, std: per band, in grey levels.
+    mean, std: per band, in grey levels. half: the type to give instead of float32, in one pass over the pixels; for
+    channels-last images on CUDA where Triton is.
     """
 
-    def __init__(self, mean: list[float], std: list[float], device: torch.device) -> None:
+    def __init__(
+        self, mean: list[float], std: list[float], device: torch.device, half: torch.dtype | None = None
+    ) -> None:
         self._mean = torch.tensor(mean, dtype=torch.float32, device=device).view(1, -1, 1, 1)
         self._scale = 1.0 / torch.tensor(std, dtype=torch.float32, device=device).view(1, -1, 1, 1)
+        self._half = half
 
     def __call__(self, images_NCHW: Tensor) -> Tensor:
-        images = images_NCHW.float()
-        if images_NCHW.dtype == torch.uint8:
-            images = images.sub_(self._mean).mul_(self._scale)
-        return images
+        if images_NCHW.dtype != torch.uint8:
+            return images_NCHW.to(self._half or torch.float32)
+        if self._half is not None:
+            return self._in_one_pass(images_NCHW, self._half)
+        return images_NCHW.float().sub_(self._mean).mul_(self._scale)
+
+    def _in_one_pass(self, images_NCHW: Tensor, dtype: torch.dtype) -> Tensor:
+        from geokr import pool_kernels
+
+        images_NHWC = images_NCHW.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
+        return pool_kernels.normalise(images_NHWC, self._mean, self._scale, dtype).permute(0, 3, 1, 2)

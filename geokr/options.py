@@ -192,7 +192,13 @@ class TrainOptions(Options):
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Of the forward and backward pass; weights, losses and statistics stay fp32. `fp16` scales the loss."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile. `auto`: on CUDA where it works, else without it and with a word; on a CPU it is slower."""
+    """torch.compile. `auto`: on CUDA where it works and norms are not fused, else without it and with a word."""
+    fused_norm: Literal["auto", "on", "off"] = "auto"
+    """Batch norm, residual sum and ReLU as one operation of geokr's own. `auto`: on CUDA, for plain ResNets."""
+    fold_teacher: Literal["auto", "on", "off"] = "auto"
+    """The teacher's batch norms folded into its convolutions, anew after each move. `auto`: where all can be."""
+    cuda_graph: Literal["auto", "on", "off"] = "auto"
+    """The step recorded once and replayed with one call. `auto`: on CUDA with one process and one part a step."""
     channels_last: bool = True
     """Memory format of images and convolutions."""
     accumulate: int = Field(default=1, ge=1)

@@ -212,16 +212,26 @@ def _announce(
         facts.steps * options.data.global_batch / manifest.train.records,
     )
     log.info(
-        "%d process(es) on %s, %d CPU thread(s) each, %d images at once, %s, %s, torch.compile %s, batch norm over %s",
+        "%d process(es) on %s, %d CPU thread(s) each, %d images at once, %s, %s, %s, batch norm over %s",
         world.size,
         world.device.type,
         threads,
         chosen["at_once"],
         options.train.precision,
         chosen["optimizer"],
-        "on" if chosen["compiled"] else "off",
+        _fast_paths(chosen),
         "all processes" if chosen["synchronized"] else "each process's images",
     )
+
+
+def _fast_paths(chosen: Mapping[str, Any]) -> str:
+    names = {
+        "compiled": "torch.compile",
+        "fused_norm": "fused norms",
+        "folded_teacher": "folded teacher",
+        "cuda_graph": "CUDA graph",
+    }
+    return " + ".join(text for key, text in names.items() if chosen[key]) or "plain forward passes"
 
 
 def _announce_mixture(options: PretrainOptions, shares: Sequence[int]) -> None:

@@ -8,6 +8,7 @@ buffer (batch norm's running statistics) unless ``method.teacher_buffers`` is fa
 # torch exports its multi-tensor operations under private names; its own optimizers use them so.
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -70,9 +71,13 @@ class TeacherUpdate:
     """Moves a teacher towards a student, in one launch for all floating-point tensors.
 
     The lists are taken once: the tensors must stay the same objects (loading a state in place keeps them).
+    ``then`` is called after each move.
     """
 
-    def __init__(self, teacher: nn.Module, student: nn.Module, *, buffers: bool) -> None:
+    def __init__(
+        self, teacher: nn.Module, student: nn.Module, *, buffers: bool, then: Callable[[], None] = lambda: None
+    ) -> None:
+        self._then = then
         pairs: list[tuple[Tensor, Tensor]] = list(zip(teacher.parameters(), student.parameters(), strict=True))
         self._whole: list[tuple[Tensor, Tensor]] = []
         if buffers:
@@ -91,5 +96,6 @@ class TeacherUpdate:
             distance = torch._foreach_sub(self._student, self._teacher)
             torch._foreach_mul_(distance, (1.0 - alpha) * (1.0 - skipped))
             torch._foreach_add_(self._teacher, distance)
-        for teacher, student in self._whole:
-            teacher.copy_(student)
+        if self._whole:
+            torch._foreach_copy_([pair[0] for pair in self._whole], [pair[1] for pair in self._whole])
+        self._then()

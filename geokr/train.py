@@ -5,17 +5,17 @@ N images, C bands, H x W pixels, K classes. A step sees ``global_batch`` images 
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from geokr.batch import Batch
 from geokr.compiling import Forward
+from geokr.compute import Beside, Compute
 from geokr.distributed import Stopper, World
 from geokr.losses import Loss
 from geokr.metrics import Clock, Window
@@ -52,6 +52,8 @@ class Learner:
     world: World
     seed: int
     accumulate: int
+    compute: Compute
+    beside: Beside
     local_statistics: bool
     """Whether batch norm's running statistics differ between processes and have to be averaged."""
 
@@ -62,55 +64,17 @@ def step_seed(seed: int, step: int, rank: int) -> int:
     return int(state[0]) << 31 | int(state[1]) >> 1
 
 
-def _gradient_exchange(learner: Learner, last: bool) -> AbstractContextManager:
-    """Processes exchange gradients in the last micro-batch of a step only."""
-    wrapped = isinstance(learner.student_forward, DistributedDataParallel)
-    return learner.student_forward.no_sync() if wrapped and not last else nullcontext()  # type: ignore[union-attr]
-
-
 def train_step(learner: Learner, batches: Iterable[Batch], step: int) -> tuple[Tensor, list[np.ndarray]]:
     """One optimizer step over ``accumulate`` micro-batches, and the teacher's move after it.
 
-    Returns the means of loss, supervision and consistency (float32 [3], this process's, on the device) and the
-    record ids of each micro-batch. Nothing in it waits for the device.
+    Returns the means of loss, supervision and consistency (float32 [3], this process's, on the device, good until the
+    next step) and the record ids of each micro-batch. Nothing in it waits for the device.
     """
     torch.manual_seed(step_seed(learner.seed, step, learner.world.rank))
     set_learning_rate(learner.optimizer, learner.learning_rate(step))
-    learner.optimizer.zero_grad()  # to None, which apex's takes no argument for
-    sums = torch.zeros(3, device=learner.world.device)
-    ids = []
-    for index, batch in enumerate(batches, start=1):
-        ids.append(batch.record_ids)
-        with _gradient_exchange(learner, last=index == learner.accumulate):
-            images_NCHW = learner.normalise(batch.images)
-            with learner.autocast():
-                student_NK = learner.student_forward(images_NCHW)
-                with torch.no_grad():
-                    teacher_NK = learner.teacher_forward(images_NCHW)
-            supervision = learner.supervision(student_NK, batch.fractions)
-            consistency = learner.consistency(student_NK, teacher_NK)
-            loss = supervision + learner.consistency_weight * consistency
-            learner.scaler.scale(loss / learner.accumulate).backward()
-        sums += torch.stack([loss, supervision, consistency]).detach()
-    assert len(ids) == learner.accumulate, "training batches never end"
-    skipped = _optimize(learner)
-    _move_teacher(learner, step, skipped)
-    return sums / learner.accumulate, ids
-
-
-def _optimize(learner: Learner) -> Tensor | None:
-    """The optimizer's step. Returns 1 on the device where the loss scaler skipped it, None where it never does."""
-    scaler, optimizer = learner.scaler, learner.optimizer
-    if learner.clip_norm < float("inf"):
-        scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(learner.student.parameters(), learner.clip_norm)
-    if not scaler.is_enabled():
-        optimizer.step()
-        return None
-    before = scaler._scale.clone()  # type: ignore[union-attr]  # get_scale() would wait for the device
-    scaler.step(optimizer)
-    scaler.update()
-    return (scaler._scale < before).float()  # type: ignore[operator]
+    computed = learner.compute(learner, batches)
+    _move_teacher(learner, step, computed.skipped)
+    return computed.losses, computed.ids
 
 
 def _move_teacher(learner: Learner, step: int, skipped: Tensor | None) -> None:

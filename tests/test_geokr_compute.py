@@ -1,0 +1,103 @@
+"""The step waits for nothing, and what CUDA graphs ask of the code around them holds."""
+
+import numpy as np
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from geokr.compute import Recorded
+from geokr.config import ConfigError
+from geokr.metrics import Window
+from geokr.train import train_step
+from tests import geokr_toy as toy
+
+# What fetches a number from a device, whatever the code that asks for it looks like.
+FETCHES = {"aten::_local_scalar_dense", "aten::item", "aten::is_nonzero", "aten::nonzero", "aten::equal"}
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["train.precision=bf16", "train.clip_norm=1.0"],
+        ["optim.name=lamb", "method.consistency=none"],
+        ["optim.name=sgd", "method.teacher_mode=train", "method.teacher_schedule=published"],
+        ["train.accumulate=2", "model.drop_path=0.1", "model.backbone=test_convnext"],
+    ],
+)
+def test_a_step_fetches_nothing_from_the_device(overrides, monkeypatch):
+    """All but torch's optimizers: on a CPU they read their counts, which on CUDA test_gpu.py forbids them too."""
+    options = toy.options(*overrides)
+    learner, window = toy.learner(options), Window(toy.CPU)
+    parts = options.train.accumulate
+    stream = toy.stream(0, 8, parts)
+    batches = [next(stream) for _ in range(parts)]
+    monkeypatch.setattr(learner.optimizer, "step", lambda: None)
+    window.add(1, *train_step(learner, batches, 1))
+    with profile(activities=[ProfilerActivity.CPU]) as found:
+        for step in (2, 3):
+            window.add(step, *train_step(learner, batches, step))
+    names = {event.key: event.count for event in found.key_averages()}
+    assert "aten::convolution" in names
+    assert not FETCHES & names.keys()
+
+
+def test_a_recording_that_fails_is_an_error_only_where_it_was_asked_for(monkeypatch, caplog):
+    class Broken:
+        def __init__(self, *_: object, **__: object) -> None:
+            raise RuntimeError("CUDA graphs: not here")
+
+    for name in ("CUDAGraph", "graph"):
+        monkeypatch.setattr(torch.cuda, name, Broken if name == "graph" else lambda: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr("geokr.compute._on_a_side_stream", lambda learner, batch: "as it comes")
+    stream = toy.stream(0, 8)
+    for required in (False, True):
+        learner, recorded = toy.learner(toy.options()), Recorded(required=required)
+        assert [recorded(learner, [next(stream)]) for _ in range(3)] == ["as it comes"] * 3
+        if required:
+            with pytest.raises(ConfigError, match=r"train.cuda_graph=on: a step cannot be recorded here .*not here"):
+                recorded(learner, [next(stream)])
+        else:
+            computed = recorded(learner, [next(stream)])
+            assert computed.losses.shape == (3,)
+            assert not recorded.works
+            assert recorded(learner, [next(stream)]).skipped is None
+            assert "going on without" in caplog.text
+
+
+def test_a_recorded_step_reads_its_batch_from_fixed_places(monkeypatch):
+    """A stand-in for the graph that runs the step again, as a replay does."""
+
+    class Graph:
+        def __init__(self) -> None:
+            self.again = lambda: None
+
+        def replay(self) -> None:
+            self.again()
+
+    class Recording:
+        def __init__(self, graph: Graph, **_: object) -> None:
+            self.graph = graph
+
+        def __enter__(self) -> None:
+            self.before = {name: value.clone() for name, value in learner.student.state_dict().items()}
+
+        def __exit__(self, *_: object) -> None:
+            learner.student.load_state_dict(self.before)  # recording executes nothing
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", Recording)
+    monkeypatch.setattr("geokr.compute._UNRECORDED", 0)
+    learner, recorded, stream = toy.learner(toy.options()), Recorded(required=True), toy.stream(0, 8)
+    first, second = next(stream), next(stream)
+    recorded(learner, [first])
+    seen = []
+    recorded._graph.again = lambda: seen.append(recorded._places.images.clone())
+    computed = recorded(learner, [second])
+    assert torch.equal(seen[0], second.images)
+    assert seen[0].is_contiguous(memory_format=torch.channels_last) == second.images.is_contiguous(
+        memory_format=torch.channels_last
+    )
+    assert torch.equal(recorded._places.fractions, second.fractions)
+    assert np.array_equal(computed.ids[0], second.record_ids)
