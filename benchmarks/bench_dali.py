@@ -71,7 +71,7 @@ def _augmented(images: Any, setting: Setting) -> Any:
     images = fn.flip(images, horizontal=fn.random.coin_flip(), vertical=fn.random.coin_flip())
     transposed: Any = fn.random.coin_flip(dtype=types.DALIDataType.BOOL)
     if transposed:
-        images = fn.transpose(images, perm=[1, 0, 2])
+        images = fn.transpose(images, perm=[1, 0, 2], transpose_layout=False)
     coloured: Any = fn.random.coin_flip(probability=options.colour_probability, dtype=types.DALIDataType.BOOL)
     if coloured:
         images = fn.color_twist(

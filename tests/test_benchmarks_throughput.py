@@ -15,7 +15,16 @@ import timm
 import torch
 from torch.autograd import DeviceType
 
-from benchmarks import bench_batch, bench_cases, bench_peers, bench_profile, bench_steps, bench_tiles, throughput
+from benchmarks import (
+    bench_batch,
+    bench_cases,
+    bench_data,
+    bench_peers,
+    bench_profile,
+    bench_steps,
+    bench_tiles,
+    throughput,
+)
 from benchmarks.bench_batch import Try
 from benchmarks.bench_cases import Setting
 from geokr import records
@@ -103,12 +112,13 @@ def test_it_runs_as_a_file(tmp_path):
 TINY_STEP = ("--steps", "1", "model.backbone=test_resnet", "data.global_batch=4", "data.image_size=32")
 
 
-@pytest.mark.parametrize(("codec", "stage"), [("jpeg", "decode"), ("raw", "loader")])
+@pytest.mark.parametrize(("codec", "stage"), [("jpeg", "decode"), ("jpeg", "loader"), ("raw", "loader")])
 def test_the_report(codec, stage, run, tmp_path):
     picture = tmp_path / "pictures" / "rates.png"
     report, _ = run("--stage", stage, "--picture", str(picture), codec=codec)
     loaders = {line["loader"] for line in report["results"]}
     assert loaders & {"torch", "simplejpeg"}
+    assert ("dali tfrecord, no checksums" in loaders) == (codec == "jpeg" and bench_data.has_dali())
     for line in report["results"]:
         assert set(line) == {"stage", "loader", "device", "img_per_s", "spread", "cpu_ms_per_img", "options"}
         assert line["stage"] == stage
