@@ -3,6 +3,7 @@
 ``train(arguments, "name:value,name:value")`` applies each and then runs the command.
 """
 
+import errno
 import itertools
 import os
 import signal
@@ -147,6 +148,29 @@ def slow_disk(seconds: str) -> None:
     checkpoint.save = slow
 
 
+def slow_flush(seconds: str) -> None:
+    """Every file of a checkpoint takes longer to reach the disk: what is written lies there under its first name."""
+    flush = checkpoint._flush
+
+    def slow(path: Path) -> None:
+        time.sleep(float(seconds))
+        flush(path)
+
+    checkpoint._flush = slow
+
+
+def full_disk(step: str) -> None:
+    """There is no room for the checkpoint of a step."""
+    save_file = checkpoint.safetensors.torch.save_file
+
+    def full(tensors, path: Path) -> None:
+        if f"{int(step):08d}" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save_file(tensors, path)
+
+    checkpoint.safetensors.torch.save_file = full
+
+
 def note_saves(folder: str) -> None:
     """Writes for how long each save held this process up: FOLDER/STEP-RANK."""
     save = runfolder.save_checkpoint
@@ -193,6 +217,8 @@ INJECTIONS: dict[str, Callable[[str], None]] = {
     "bad_loss": bad_loss,
     "slow_steps": slow_steps,
     "slow_disk": slow_disk,
+    "slow_flush": slow_flush,
+    "full_disk": full_disk,
     "limit_memory": limit_memory,
     "stall": stall,
 }

@@ -42,22 +42,36 @@ def undisturbed(zygote, records, tmp_path_factory):
 # --------------------------------------------------------------------------------- row 33: one rank is killed
 
 
+START = "M parameters)"  # what a run says first
+
+
+def _inode(folder: Path) -> int:
+    """Of the metrics' file, which every start writes anew."""
+    path = folder / "metrics.jsonl"
+    return path.stat().st_ino if path.exists() else 0
+
+
+def _went_on(folder: Path, agent: Child) -> bool:
+    """Whether a step has been done since the last start."""
+    resumed = re.findall(r"after step (\d+)", agent.said().rsplit(START, 1)[1])
+    return last_step(folder) > int(resumed[0] if resumed else 0)
+
+
 def kill_ranks(agent: Child, folder: Path, steps: list[int], pick, tally) -> int:
     """Kills a worker of torchrun's agent when the run has come to each of the steps; how often it could."""
     for done, step in enumerate(steps):
         with contextlib.suppress(AssertionError):  # the run may end before
             wait_until(lambda step=step: last_step(folder) >= step, agent, f"step {step}")
         time.sleep(pick.uniform(0, 0.03))
-        workers = [child for child in agent.children() if child.status() != psutil.STATUS_ZOMBIE]
+        workers = agent.children()
         if agent.ended.is_set() or len(workers) < 2:
             return done
-        before, begin = agent.said().count("resuming"), time.monotonic()
+        starts, old, begin = agent.said().count(START), _inode(folder), time.monotonic()
         pick.choice(workers).kill()
         tally.inject(33, "SIGKILL of one of two processes under torchrun")
         with contextlib.suppress(AssertionError):
-            wait_until(lambda before=before: agent.said().count("resuming") > before, agent, "the restart")
-            resumed = int(re.findall(r"after step (\d+)", agent.said())[-1])
-            wait_until(lambda resumed=resumed: last_step(folder) > resumed, agent, "a step after the restart")
+            wait_until(lambda n=starts: agent.said().count(START) > n, agent, "the restart")
+            wait_until(lambda old=old: _inode(folder) != old and _went_on(folder, agent), agent, "a step after it")
             tally.recovery_s.append(time.monotonic() - begin)
     return len(steps)
 
@@ -80,6 +94,24 @@ def test_a_killed_process_costs_a_restart_and_no_bit(zygote, records, undisturbe
     kill_campaign(zygote, records, undisturbed, tally, tmp_path, kills=1, each=1)
 
 
+@pytest.mark.parametrize("run", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, 8))])
+def test_killed_while_a_checkpoint_is_being_written(zygote, records, undisturbed, tally, tmp_path, run):
+    """The training is steps ahead of the disk when it is killed: it goes on from the checkpoint before."""
+    given, pick = arguments(records, tmp_path, *LONG), seeded(f"writing {run}")
+    child = zygote.train(given, inject="slow_flush:0.2,slow_steps:0.02")
+    checkpoints = tmp_path / "checkpoints"
+    wait_until(lambda: list(checkpoints.glob(".tmp-step-00000008-*")), child, "the second checkpoint's writing")
+    time.sleep(pick.uniform(0, 0.3))
+    child.send(signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL
+    tally.inject(36, "SIGKILL of a training process while its checkpoint is being written")
+    assert list(checkpoints.glob(".tmp-*")), "killed too late"
+    assert saved_step(tmp_path) == 4
+    finish([zygote.train(given)])
+    assert not list(checkpoints.glob(".tmp-*"))
+    tally.resumed(equal_bits(tmp_path, undisturbed(1)))
+
+
 @pytest.mark.slow
 def test_one_process_killed_at_fifty_random_steps(zygote, records, undisturbed, tally, tmp_path):
     kill_campaign(zygote, records, undisturbed, tally, tmp_path, kills=KILLS, each=5)
@@ -97,9 +129,11 @@ def test_under_the_launcher_itself(records, undisturbed, tally, tmp_path):
     pick, folder = seeded("launcher"), tmp_path / "run"
     given = arguments(records, folder, *LONG, "checkpoint.every_steps=3")
     environment = {**os.environ, "PYTHON": sys.executable, "NGPU": "2", "RESTARTS": "3", "OMP_NUM_THREADS": "1"}
+    config = tmp_path / "empty.yaml"
+    config.write_text("train: {device: cpu}\n")
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(
-            ["bash", "launch/pretrain_8gpu.sh", "--config", "configs/smoke.yaml", *given],
+            ["bash", "launch/pretrain_8gpu.sh", "--config", str(config), *given],
             cwd=ROOT,
             env=environment,
             stderr=log,
@@ -113,7 +147,7 @@ def test_under_the_launcher_itself(records, undisturbed, tally, tmp_path):
                 time.sleep(0.002)
             pick.choice(trainers(process.pid)).kill()
             tally.inject(33, "SIGKILL of one of two processes under launch/pretrain_8gpu.sh")
-            while (tmp_path / "log").read_text().count("resuming") < number:
+            while (tmp_path / "log").read_text().count(START) <= number:
                 assert process.poll() is None, (tmp_path / "log").read_text()
                 assert time.monotonic() < deadline
                 time.sleep(0.01)

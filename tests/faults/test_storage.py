@@ -33,6 +33,23 @@ def test_storage_that_hangs_for_one_of_two_processes(zygote, records, tally, tmp
     tally.resumed(equal_bits(tmp_path / "a", tmp_path / "b"))
 
 
+def test_a_full_disk_ends_every_process(zygote, records, tally, tmp_path):
+    """The thread's error reaches the loop of process 0, which says so; the other says that it is gone."""
+    given = arguments(records, tmp_path)
+    ranks = zygote.ranks(2, given, inject="full_disk:8")
+    assert [child.wait() for child in ranks] == [1, 1]
+    tally.inject(6, "no room for a checkpoint of two processes")
+    first, second = (child.said() for child in ranks)
+    assert "step-00000008: cannot be written" in first
+    assert "make room" in first
+    assert "error: another process ended" in second
+    assert "Traceback" not in first + second
+    assert saved_step(tmp_path) == 4
+    finish(zygote.ranks(2, given))
+    finish(zygote.ranks(2, arguments(records, tmp_path / "straight")))
+    tally.resumed(equal_bits(tmp_path, tmp_path / "straight"))
+
+
 SHARDS = {"one shard": 100, "uneven shards": 15, "a shard a record": 1}
 
 

@@ -116,9 +116,10 @@ class Child:
         return self.log.read_text() if self.log.exists() else ""
 
     def children(self) -> list[psutil.Process]:
-        """Processes it started, by age."""
+        """The living processes it started, by age."""
         with contextlib.suppress(psutil.NoSuchProcess):
-            return sorted(psutil.Process(self.pid).children(), key=lambda process: process.pid)
+            found = sorted(psutil.Process(self.pid).children(), key=lambda process: process.pid)
+            return [process for process in found if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
         return []
 
     def kill_all(self) -> None:
