@@ -1,13 +1,15 @@
 """Runs a command, torchrun above all, and answers for every process under it.
 
-    python launch/supervise.py [--grace S] [--rejoin S] -- COMMAND ...
+    python launch/supervise.py [--grace S] -- COMMAND ...
 
 - A signal to this process reaches the training processes, which agree on a step, write a checkpoint and end. What is
   left ``--grace`` seconds later is killed: a torchrun cut off from its rendezvous was seen to ignore SIGTERM for 590 s.
 - When the command ends, however it does, whatever it left behind is killed: the processes of a torchrun that was
   killed train on as orphans otherwise, and hold GPUs and the run's folder.
-- With ``--rejoin``, torchrun is ended when its processes have been gone for so many seconds and it has neither
-  started others nor ended: the other machines do not come back, and it would wait 600 s for them.
+- A torchrun that does not notice the end of its own processes for 10 s is stuck and is ended: cut off from the
+  rendezvous it waits for an answer that does not come, for minutes.
+- With several machines their supervisors hold on to each other (launch/lifeline.py): when one of them ends or is out
+  of reach, so do the others. A frozen process tells nobody that it will not go on.
 
 SIGUSR1, a scheduler's early warning, means the same as SIGTERM, and so does a closed terminal. Schedulers send it to
 every process of a job, so the command and all under it ignore it: only this process takes it.
@@ -27,7 +29,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+if __package__ in (None, ""):  # run as a file: the folder on the path must be the project's, not this one
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from launch.lifeline import Lifeline
+
 GRACE_S = 100.0  # of the 120 s that launch/pretrain_slurm.sbatch asks Slurm for
+FOLLOW_S = 8.0  # after another machine ended: processes that notice by themselves say more about why
+STUCK_S = 10.0  # a torchrun that works takes the exit status of its processes within a fraction of a second
 IMPATIENT_S = 1.0  # after a signal, a Ctrl-C later than this is a person who does not want to wait
 KILL_S = 3.0  # between SIGTERM and SIGKILL for what is to end anyway
 _POLL_S = 0.1
@@ -71,10 +80,19 @@ def _from_ps() -> list[Process]:
     return [Process(int(row[0]), int(row[1]), row[2].startswith("Z")) for row in rows if len(row) == 3]
 
 
+def _processes() -> list[Process]:
+    return _from_proc() if os.path.exists("/proc/self/stat") else _from_ps()
+
+
+def ended_children(pid: int) -> set[int]:
+    """Children of ``pid`` that have ended and whose exit status it has not taken."""
+    return {process.pid for process in _processes() if process.parent == pid and process.zombie}
+
+
 def descendants(pid: int) -> list[Process]:
     """The living processes under ``pid``, parents before children."""
     children: dict[int, list[Process]] = {}
-    for process in _from_proc() if os.path.exists("/proc/self/stat") else _from_ps():
+    for process in _processes():
         children.setdefault(process.parent, []).append(process)
     found, queue = [], [pid]
     while queue:
@@ -107,14 +125,15 @@ def _send(processes: Sequence[int], number: int) -> None:
 class Supervisor:
     """One command under supervision; ``run`` starts it and returns the exit status."""
 
-    def __init__(self, command: Sequence[str], *, grace_s: float = GRACE_S, rejoin_s: float | None = None) -> None:
+    def __init__(self, command: Sequence[str], *, grace_s: float = GRACE_S, lifeline: Lifeline | None = None) -> None:
         self._command = list(command)
-        self._grace_s, self._rejoin_s = grace_s, rejoin_s
+        self._grace_s, self._lifeline = grace_s, lifeline
         self._received = 0
         self._since = 0.0
         self._status: int | None = None
         self._cut = False
-        self._last_workers: float | None = None
+        self._alone_since: float | None = None
+        self._unnoticed: dict[int, float] = {}
         self._pid = 0
 
     # ------------------------------------------------------------------------------------------ signals
@@ -161,9 +180,15 @@ class Supervisor:
         self._let_finish()
         self._pid = 0
         self._clear()
-        if self._received and self._status != 0:
+        status = self._exit_status(self._status)
+        if self._lifeline is not None:
+            self._lifeline.close(ok=status == 0 or bool(self._received))  # all machines stop together then
+        return status
+
+    def _exit_status(self, status: int) -> int:
+        if self._received and status != 0:
             return 128 + self._received
-        return 1 if self._cut else self._status if self._status >= 0 else 128 - self._status
+        return 1 if self._cut else status if status >= 0 else 128 - status
 
     def _reap(self) -> None:
         """Takes the exit status of the command and of orphans that came to this process."""
@@ -179,25 +204,43 @@ class Supervisor:
 
     def _watch(self) -> None:
         now = time.monotonic()
+        reason = self._news(now)
+        if self._cut:
+            return
         if self._overdue():
             say(f"not ended {self._grace_s:g} s after signal {self._received}: killing what is left")
             self._kill()
-        elif self._rejoin_s is not None and not self._received:
-            self._watch_rejoining(now)
+        elif not self._received:
+            self._watch_stuck(now)
+            self._watch_others(reason, now)
+
+    def _news(self, now: float) -> str | None:
+        """What happened to another machine, if anything; the call is also this machine's sign of life."""
+        return None if self._lifeline is None else self._lifeline.poll(now)
 
     def _overdue(self) -> bool:
-        return bool(self._received) and not self._cut and time.monotonic() - self._since > self._grace_s
+        return bool(self._received) and time.monotonic() - self._since > self._grace_s
 
-    def _watch_rejoining(self, now: float) -> None:
-        if descendants(self._pid):
-            self._last_workers = now
-        elif self._last_workers is not None and now - self._last_workers > (self._rejoin_s or 0.0):
-            say(f"no process has come up for {self._rejoin_s:g} s: the other machines do not come back; giving up")
+    def _watch_stuck(self, now: float) -> None:
+        ended = ended_children(self._pid)
+        self._unnoticed = {pid: self._unnoticed.get(pid, now) for pid in ended}
+        if any(now - since > STUCK_S for since in self._unnoticed.values()):
+            say(f"a process has ended and torchrun has not noticed for {STUCK_S:g} s: it is stuck; ending it")
+            self._kill()
+
+    def _watch_others(self, reason: str | None, now: float) -> None:
+        if reason is None or self._cut:
+            return
+        if self._alone_since is None:
+            self._alone_since = now
+            say(reason)
+        elif now - self._alone_since > FOLLOW_S:
+            say(f"not ended {FOLLOW_S:g} s after that: killing what is left")
             self._kill()
 
     def _kill(self) -> None:
         """Ends everything now: the command may be stuck, so SIGTERM has a few seconds and SIGKILL follows."""
-        self._cut, self._rejoin_s = True, None
+        self._cut = True
         if not self._received:
             _send([self._pid], signal.SIGTERM)
             end = time.monotonic() + KILL_S
@@ -211,6 +254,7 @@ class Supervisor:
         """After a stop, processes that outlive the command have what remains of the grace to write their checkpoint."""
         while self._received and not self._cut and not self._overdue() and descendants(os.getpid()):
             self._reap()
+            self._news(time.monotonic())
             time.sleep(_POLL_S)
 
     def _clear(self) -> None:
@@ -229,13 +273,12 @@ class Supervisor:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="supervise.py", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--grace", type=float, default=GRACE_S, metavar="S", help="seconds to end after a signal")
-    parser.add_argument("--rejoin", type=float, default=None, metavar="S", help="seconds without processes to endure")
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND ...")
     chosen = parser.parse_args(arguments)
     command = chosen.command[1:] if chosen.command[:1] == ["--"] else chosen.command
     if not command:
         parser.error("expected a command after --")
-    return Supervisor(command, grace_s=chosen.grace, rejoin_s=chosen.rejoin).run()
+    return Supervisor(command, grace_s=chosen.grace).run()
 
 
 if __name__ == "__main__":

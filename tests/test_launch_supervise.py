@@ -32,13 +32,10 @@ signal.signal(signal.SIGINT, stop)
 if kind == "dies":
     time.sleep(0.5)
     os._exit(9)
-if kind == "alone":
-    time.sleep(0.5)
-    for worker in workers:
-        worker.kill()
-        worker.wait()
-    workers.clear()
-while any(worker.poll() is None for worker in workers) or kind in ("deaf", "alone"):
+if kind == "stuck":
+    workers[0].kill()
+    time.sleep(60)
+while any(worker.poll() is None for worker in workers) or kind == "deaf":
     time.sleep(0.02)
 sys.exit(max((abs(worker.returncode) for worker in workers), default=0))
 """
@@ -174,18 +171,26 @@ def test_killed_itself_it_takes_the_rest_with_it(tmp_path):
     assert len(list(tmp_path.glob("checkpoint-*"))) == 2
 
 
-def test_a_launcher_that_waits_for_machines_that_do_not_come_is_ended(tmp_path):
-    process = start(tmp_path, "ordinary", 1, "--rejoin", "1")
-    time.sleep(1.5)
-    assert process.poll() is None, "its process lives"
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 143
-    folder = tmp_path / "alone"
-    folder.mkdir()
-    process = start(folder, "alone", 1, "--rejoin", "1")
-    assert process.wait(30) == 1
-    assert "other machines do not come back" in process.stderr.read()
-    assert no_orphans(folder)
+def test_a_launcher_that_does_not_notice_the_end_of_its_processes_is_ended(tmp_path):
+    (tmp_path / "short.py").write_text(
+        "import sys; from launch import supervise; supervise.STUCK_S = 1.0;sys.exit(supervise.main())"
+    )
+    command = [
+        sys.executable,
+        str(tmp_path / "short.py"),
+        "--",
+        sys.executable,
+        "-c",
+        SCRIPT,
+        str(tmp_path),
+        "stuck",
+        "2",
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30)
+    assert done.returncode == 1
+    assert "has not noticed for 1 s: it is stuck" in done.stderr
+    assert no_orphans(tmp_path)
 
 
 def test_processes_are_found_without_proc(monkeypatch):

@@ -1,0 +1,158 @@
+"""Copies a run's records to a disk of this machine, every byte checked, before training reads them.
+
+    python launch/stage.py --to DIR [--config FILE] [key=value ...]
+
+Each dataset of data.records goes to DIR/NAME, NAME from the hash of its manifest, so that runs share what they have in
+common and another version of a dataset is another folder. Files are hashed as they are copied and appear whole; a copy
+that is there is not made again, and two processes do not make it at the same time. URLs are left alone: the run stages
+those itself (data.cache_dir). Prints the override that makes a run read the copies. It loads no torch.
+"""
+
+import argparse
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+if __package__ in (None, ""):  # run as a file: the folder on the path must be the project's, not this one
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from geokr.config import load, split_overrides
+from geokr.options import PretrainOptions
+from geokr.records import MANIFEST, SPLITS, Manifest, check_folder, load_manifest
+
+_PIECE = 1 << 22
+_THREADS = 4  # network storage gives one reader a fraction of what it gives several
+_ATTEMPTS = 2
+
+
+class StageError(ValueError):
+    """Records that cannot be copied."""
+
+
+def files_of(manifest: Manifest) -> dict[str, tuple[str, int | None]]:
+    """Each file's name: its SHA-256, and its size where the manifest says it."""
+    found: dict[str, tuple[str, int | None]] = {}
+    for split in SPLITS:
+        for shard in manifest.split(split).shards:
+            found[shard.name] = shard.sha256, shard.bytes
+            found[shard.index_name] = shard.index_sha256, None
+    return found
+
+
+def _copy(source: Path, target: Path) -> str:
+    """Copies one file and returns its SHA-256; the target is flushed to the disk."""
+    digest = hashlib.sha256()
+    with source.open("rb") as reader, target.open("wb") as writer:
+        while piece := reader.read(_PIECE):
+            digest.update(piece)
+            writer.write(piece)
+        writer.flush()
+        os.fsync(writer.fileno())
+    return digest.hexdigest()
+
+
+def _bring(source: Path, target: Path, expected: str) -> None:
+    """Copies one file under its name, unless it is there. Raises StageError if its hash stays wrong."""
+    if target.exists():
+        return
+    temporary = target.with_name(f".{target.name}.part")
+    for _ in range(_ATTEMPTS):
+        if _copy(source, temporary) == expected:
+            temporary.replace(target)
+            return
+    temporary.unlink()
+    raise StageError(f"{source}: its hash is not the manifest's: damaged or changed; pack again")
+
+
+def _check_room(manifest: Manifest, folder: Path) -> None:
+    missing = sum(size or 0 for name, (_, size) in files_of(manifest).items() if not (folder / name).exists())
+    free = shutil.disk_usage(folder).free
+    if missing > free:
+        raise StageError(
+            f"{folder}: {missing / 1e9:.1f} GB of records do not fit its {free / 1e9:.1f} GB: choose another folder, "
+            "or train from where they are"
+        )
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Only one process stages into this folder at a time; the lock ends with the process."""
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def stage(source: Path, to: Path) -> Path:
+    """The copy of a dataset in a folder of ``to``, made where it is not there yet.
+
+    Raises StageError, and RecordError where the source is no sound dataset.
+    """
+    manifest = load_manifest(source)
+    check_folder(source, manifest)
+    name = hashlib.sha256((source / MANIFEST).read_bytes()).hexdigest()[:16]
+    folder = to / name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _alone(folder):
+            if not (folder / MANIFEST).exists():
+                _check_room(manifest, folder)
+                _bring_all(source, folder, manifest)
+    except OSError as error:
+        raise StageError(f"{source} cannot be copied to {folder} ({error}); make room or access") from error
+    return folder
+
+
+def _bring_all(source: Path, folder: Path, manifest: Manifest) -> None:
+    with ThreadPoolExecutor(_THREADS) as pool:
+        jobs = [
+            pool.submit(_bring, source / name, folder / name, digest)
+            for name, (digest, _) in files_of(manifest).items()
+        ]
+        for job in jobs:
+            job.result()
+    expected = hashlib.sha256((source / MANIFEST).read_bytes()).hexdigest()
+    _bring(source / MANIFEST, folder / MANIFEST, expected)  # last: a folder with a manifest is whole
+
+
+def override(arguments: Sequence[str], to: Path) -> list[str]:
+    """Stages what a run's arguments name, and returns the override for the copies; nothing to stage gives none.
+
+    Raises ConfigError, RecordError or StageError.
+    """
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--config")
+    others, overrides = split_overrides(arguments)
+    data = load(PretrainOptions, parser.parse_args(others).config, overrides).data
+    if not data.sources:
+        return []
+    entries = []
+    for source in data.sources:
+        local = "://" not in source.path or source.path.startswith("file://")
+        path = str(stage(Path(source.folder), to)) if local else source.path
+        entries.append({"path": path, "weight": source.weight})
+    whole = entries[0]["path"] if isinstance(data.records, str) else entries
+    return [f"data.records={json.dumps(whole)}"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="stage.py", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--to", type=Path, required=True, metavar="DIR")
+    chosen, rest = parser.parse_known_args(arguments)
+    try:
+        for line in override(rest, chosen.to):
+            print(line)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
