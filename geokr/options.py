@@ -20,9 +20,14 @@ class RecordsSource(Options):
     """A dataset among those of a run."""
 
     path: str = Field(min_length=1)
-    """Folder that pack_records.py wrote."""
+    """Folder that pack_records.py wrote, or its URL."""
     weight: float | None = Field(default=None, gt=0)
     """Share of the samples that come from it, in relation to the others' weights."""
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether it has to be fetched; ``file://`` is a folder."""
+        return "://" in self.path and not self.path.startswith("file://")
 
     @property
     def folder(self) -> str:
@@ -31,8 +36,13 @@ class RecordsSource(Options):
 
     @property
     def shown(self) -> str:
-        """The path in messages."""
-        return self.folder
+        """The path without what may be secret in a URL: a password before the host, a query after the path."""
+        if not self.is_remote:
+            return self.folder
+        scheme, _, rest = self.path.partition("://")
+        rest = rest.partition("?")[0]
+        host, slash, path = rest.partition("/")
+        return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}".rstrip("/")
 
 
 def _listed(value: Any) -> Any:
@@ -69,8 +79,12 @@ def _source(item: Any, number: int) -> RecordsSource:
 
 class DataOptions(Options):
     records: str | tuple[RecordsSource, ...] | None = None
-    """Folder that pack_records.py wrote, or a list of such, each alone or as `{path: ..., weight: ...}`. Weights are
-    shares of the samples; without them each record counts once."""
+    """Folder that pack_records.py wrote, or its URL (`s3://`, `gs://`, `https://`); or a list of such, each
+    alone or as `{path: ..., weight: ...}`. Weights are shares of the samples; without them each record counts once."""
+    cache_dir: str | None = None
+    """Where shards of datasets behind URLs are kept on this machine; null for `geokr/records` in the user's cache."""
+    cache_gb: float | None = Field(default=None, gt=0)
+    """Gigabytes (10^9 bytes) of shards that are kept there, the least recently used going first; null: no limit."""
     image_size: int | None = Field(default=None, ge=8)
     """Side of the images the model sees; null for the tiles' own. Smaller: the whole tile is resized by area."""
     global_batch: int = Field(default=256, ge=2)
@@ -82,7 +96,8 @@ class DataOptions(Options):
     prefetch: int = Field(default=2, ge=1)
     """Batches that are prepared ahead."""
     read_timeout_s: float = Field(default=120.0, gt=0)
-    """A read that takes longer than this stops the run with the shard's name."""
+    """A read that takes longer than this, or a transfer that stands still for so long, stops the run with the
+    shard's name."""
 
     _list_of_sources = field_validator("records", mode="before")(_listed)
 

@@ -353,14 +353,20 @@ def open_index(folder: str | Path, shard: Shard) -> np.ndarray:
     size = path.stat().st_size
     if size != shard.bytes:
         raise RecordError(f"{path}: {size} bytes, the manifest says {shard.bytes}: cut short or changed; pack again")
+    return load_index(folder, shard)
+
+
+def load_index(folder: str | Path, shard: Shard) -> np.ndarray:
+    """As :func:`open_index`, for a shard that itself need not be there."""
+    index_path = Path(folder) / shard.index_name
     data = index_path.read_bytes()
     if hashlib.sha256(data).hexdigest() != shard.index_sha256:
         raise RecordError(f"{index_path}: its hash is not the manifest's: damaged or changed; pack again")
     spans = read_index(data.decode("ascii", "replace"), str(index_path))
-    if len(spans) != shard.records or int(spans[:, 1].sum()) != size:
+    if len(spans) != shard.records or int(spans[:, 1].sum()) != shard.bytes:
         raise RecordError(
             f"{index_path}: lists {len(spans)} records of {spans[:, 1].sum()} bytes, "
-            f"the manifest says {shard.records} of {size}; pack again"
+            f"the manifest says {shard.records} of {shard.bytes}; pack again"
         )
     return spans
 

@@ -14,10 +14,11 @@ if __package__ in (None, ""):  # run as a file: the folder on the path must be t
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from geokr.config import ConfigError, load, split_overrides
-from geokr.options import PretrainOptions
+from geokr.options import PretrainOptions, RecordsSource
 from geokr.records import MANIFEST, Manifest, RecordError, check_folder, load_manifest
-from pipelines.errors import PipelineError
+from pipelines.errors import PipelineError, TransferError
 from pipelines.mixture import lay_out, shares_of
+from pipelines.remote import fetch_manifest
 
 HOW_TO = """
 Records are made once from your scenes and a land-cover map:
@@ -39,16 +40,19 @@ def problem(config: str | None, overrides: Sequence[str]) -> str | None:
         sources = options.data.sources
         if not sources:
             return "no records to train on: data.records is not set\n" + HOW_TO.format(out="out/records")
-        manifests = [_manifest(source.folder) for source in sources]
+        manifests = [_manifest(source) for source in sources]
         lay_out(sources, manifests, options.model.bands)
         shares_of(sources, manifests)
-    except (ConfigError, RecordError, PipelineError) as error:
+    except (ConfigError, RecordError, PipelineError, TransferError) as error:
         return str(error)
     return None
 
 
-def _manifest(folder: str) -> Manifest:
+def _manifest(source: RecordsSource) -> Manifest:
     """A dataset's manifest. Raises RecordError, with the command that makes records where there are none."""
+    if source.is_remote:
+        return fetch_manifest(source)
+    folder = source.folder
     try:
         manifest = load_manifest(folder)
         check_folder(folder, manifest)

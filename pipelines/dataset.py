@@ -4,8 +4,10 @@ A run reads one dataset or a mixture of several. Record ids count through all sh
 another, and everything after this module sees one dataset only.
 """
 
+import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
@@ -15,8 +17,12 @@ from geokr import records
 from geokr.options import DataOptions, RecordsSource
 from geokr.records import Manifest, RecordError
 from pipelines.augment import BandFacts
+from pipelines.cache import GB, Cache, Copy, Wanted, default_root, open_copy
 from pipelines.errors import PipelineError
 from pipelines.mixture import Picks, combine, lay_out, shares_of
+
+# Indexes are small: what they cost is the way there and back.
+_INDEX_TRANSFERS = 16
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -24,11 +30,13 @@ class Origin:
     """Where a dataset's shards are, and the form of its records.
 
     shape: (H, W, bands) of its records. pick: places of the images' bands among them, None for all as they are.
+    copy: of a remote dataset; its shards come to the folder when they are needed (pipelines.staging).
     """
 
     folder: Path
     shape: tuple[int, int, int]
     pick: Picks = None
+    copy: Copy | None = None
 
     def path(self, shard: records.Shard) -> Path:
         """The shard's file on this machine."""
@@ -36,7 +44,8 @@ class Origin:
 
     def label(self, shard: records.Shard) -> str:
         """The shard's name in messages."""
-        return str(self.folder / shard.name)
+        path = self.folder / shard.name
+        return str(path) if self.copy is None else f"{self.copy.store.label(shard.name)} (copy: {path})"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -69,6 +78,11 @@ class Split:
         """Records of each shard, dataset by dataset."""
         sizes = np.array(self.shard_records, np.int64)
         return [tuple(sizes[self.origin_of == number].tolist()) for number in range(len(self.origins))]
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether any of its shards have to be fetched."""
+        return any(origin.copy is not None for origin in self.origins)
 
     @property
     def folder(self) -> Path:
@@ -134,6 +148,23 @@ class Dataset:
         return cls(str(folder), manifest, train, val)
 
     @classmethod
+    def open_remote(cls, source: RecordsSource, cache: Cache, timeout_s: float) -> Self:
+        """Fetches manifest and indexes of a dataset behind a URL; its shards come when they are needed.
+
+        Raises TransferError, ReadTimeoutError, PipelineError for a URL that cannot be, and RecordError.
+        """
+        copy = open_copy(source, cache, timeout_s)
+        try:
+            manifest = records.load_manifest(copy.folder)
+            _check_manifest(copy.folder, manifest)
+            _fetch_indexes(copy, manifest, timeout_s)
+            origin = Origin(copy.folder, _shape(manifest), copy=copy)
+            train, val = (_open_split(origin, manifest, name) for name in records.SPLITS)
+        except RecordError as error:
+            raise RecordError(f"{source.shown}: {error}") from error
+        return cls(source.shown, manifest, train, val)
+
+    @classmethod
     def mix(cls, sources: Sequence[RecordsSource], datasets: Sequence[Self], bands: Sequence[str] | None) -> Self:
         """The mixture of some datasets by the sources' weights. bands: model.bands.
 
@@ -165,8 +196,29 @@ def open_records(options: DataOptions, bands: Sequence[str] | None = None) -> Da
     """
     if not options.sources:
         raise PipelineError("data.records is not set: name the folder of a dataset")
-    datasets = [Dataset.open(source.folder) for source in options.sources]
+    datasets = [_open(source, options) for source in options.sources]
     return datasets[0] if len(datasets) == 1 else Dataset.mix(options.sources, datasets, bands)
+
+
+def _open(source: RecordsSource, options: DataOptions) -> Dataset:
+    if not source.is_remote:
+        return Dataset.open(source.folder)
+    limit = None if options.cache_gb is None else int(options.cache_gb * GB)
+    root = default_root() if options.cache_dir is None else Path(options.cache_dir).expanduser()
+    return Dataset.open_remote(source, Cache(root, limit), options.read_timeout_s)
+
+
+def _fetch_indexes(copy: Copy, manifest: Manifest, timeout_s: float) -> None:
+    shards = (*manifest.train.shards, *manifest.val.shards)
+    wanted = [Wanted(shard.index_name, shard.index_sha256) for shard in shards]
+    stopped = threading.Event()
+    with ThreadPoolExecutor(_INDEX_TRANSFERS) as pool:
+        try:
+            list(pool.map(lambda item: copy.fetch(item, timeout_s, stopped), wanted))
+        except BaseException:
+            stopped.set()  # the others would each try several times before they fail too
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def _shape(manifest: Manifest) -> tuple[int, int, int]:
@@ -190,7 +242,8 @@ def _check_manifest(folder: Path, manifest: Manifest) -> None:
 
 def _open_split(origin: Origin, manifest: Manifest, name: records.Split) -> Split:
     shards = manifest.split(name).shards
-    spans = [records.open_index(origin.folder, shard) for shard in shards]
+    read = records.open_index if origin.copy is None else records.load_index
+    spans = [read(origin.folder, shard) for shard in shards]
     every = np.concatenate(spans) if spans else np.zeros((0, 2), np.int64)
     first_ids = np.concatenate([[0], np.cumsum([len(span) for span in spans], dtype=np.int64)]).astype(np.int64)
     offsets, sizes = np.ascontiguousarray(every[:, 0]), np.ascontiguousarray(every[:, 1])
@@ -199,9 +252,7 @@ def _open_split(origin: Origin, manifest: Manifest, name: records.Split) -> Spli
 
 def _joined(name: str, parts: Sequence[Split], picks: Sequence[Picks]) -> Split:
     """The splits of several datasets, one after another."""
-    origins = tuple(
-        Origin(part.origins[0].folder, part.origins[0].shape, pick) for part, pick in zip(parts, picks, strict=True)
-    )
+    origins = tuple(replace(part.origins[0], pick=pick) for part, pick in zip(parts, picks, strict=True))
     counts = [len(part.shards) for part in parts]
     records_of = [shard.records for part in parts for shard in part.shards]
     return Split(

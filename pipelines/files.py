@@ -53,6 +53,13 @@ class OpenFiles:
                 return
             os.close(self._open.pop(path)[0])
 
+    def forget(self, path: str) -> None:
+        """Closes a file that is not needed any more, unless it is in use."""
+        with self._lock:
+            entry = self._open.get(path)
+            if entry is not None and entry[1] == 0:
+                os.close(self._open.pop(path)[0])
+
     def close(self) -> None:
         """Closes what nobody uses; a file whose read hangs stays open with it."""
         with self._lock:

@@ -18,13 +18,15 @@ from pipelines.batch import Batch, Decoded, Loaded, Plan
 from pipelines.dataset import Dataset, Split
 from pipelines.errors import PipelineError
 from pipelines.interleave import MixedOrder
-from pipelines.order import Order, Share
+from pipelines.order import GROUP_RECORDS, Order, Share
 from pipelines.reader import Reader
 from pipelines.threads import Stage, Team
 from pipelines.transform import Transform
 
 # Threads that wait for storage cost little, and two keep a local disk busy.
 _READ_THREADS = 4
+# Positions of the stream that remote shards are fetched ahead of: the group that is read and some three more.
+_STAGE_AHEAD = 4 * GROUP_RECORDS
 
 
 class Loader:
@@ -95,12 +97,14 @@ def train_batches(
     facts = setting.transform.facts
     if options.loader == "synthetic":
         return _synthetic(setting, share.micro_batch, seed + rank)
-    order = _order(dataset, seed)
 
     def parameters(plan: Plan) -> augment.Parameters:
         return augment.draw(augmentation, facts, seed, plan.epochs, plan.ids)
 
-    return _compose(setting, share.micro_batch, _train_plans(order, share, start_sample), parameters)
+    def plans() -> Iterator[Plan]:
+        return _train_plans(_order(dataset, seed), share, start_sample)
+
+    return _compose(setting, share.micro_batch, plans, parameters, share.global_batch // accumulate)
 
 
 def val_batches(
@@ -134,8 +138,11 @@ def val_batches(
     if options.loader == "synthetic":
         setting = _with_real_loader(setting)
     share = min(batch, -(-count // world_size))
-    plans = _val_plans(dataset.val.first(count), share, rank, world_size)
-    return _compose(setting, share, plans, lambda plan: augment.identity(len(plan.ids), facts))
+
+    def plans() -> Iterator[Plan]:
+        return _val_plans(dataset.val.first(count), share, rank, world_size)
+
+    return _compose(setting, share, plans, lambda plan: augment.identity(len(plan.ids), facts), share * world_size)
 
 
 # ----------------------------------------------------------------------------------------------- plans
@@ -221,20 +228,32 @@ def _synthetic(setting: _Setting, count: int, seed: int) -> Loader:
 
 
 def _compose(
-    setting: _Setting, count: int, plans: Iterator[Plan], parameters: Callable[[Plan], augment.Parameters]
+    setting: _Setting,
+    count: int,
+    plans: Callable[[], Iterator[Plan]],
+    parameters: Callable[[Plan], augment.Parameters],
+    stride: int,
 ) -> Loader:
+    """count: samples of a batch. plans: walks the order from its beginning. stride: positions from batch to batch."""
     name = resolve_loader(setting.options.loader)
-    reader = Reader(setting.dataset, setting.split, threads=_READ_THREADS, timeout_s=setting.options.read_timeout_s)
+    reader = Reader(
+        setting.dataset,
+        setting.split,
+        threads=_READ_THREADS,
+        timeout_s=setting.options.read_timeout_s,
+        upcoming=(plan.ids for plan in plans()),  # a walk of its own, ahead of the one below
+        ahead=max(2, _STAGE_AHEAD // stride),
+    )
 
     def load() -> Iterator[Loaded]:
-        for plan in plans:
+        for plan in plans():
             yield Loaded(plan, reader.read(plan.ids), parameters(plan))
 
     loaded = Stage(load(), setting.options.prefetch, "geokr-read-ahead")
     team = Team(setting.threads, "geokr-augment")
     decoded = Stage(_decoder(name, setting, count, loaded, team), setting.options.prefetch, "geokr-decode-ahead")
     batches = (item.to(setting.device) for item in decoded)
-    return Loader(batches, [_close_stages(decoded, loaded), team.close, reader.close])
+    return Loader(batches, [reader.stop, _close_stages(decoded, loaded), team.close, reader.close])
 
 
 def _close_stages(*stages: Stage[Any]) -> Callable[[], None]:

@@ -6,6 +6,7 @@ A read has a deadline: storage that hangs becomes an error with the shard's name
 
 import os
 import time
+from collections.abc import Iterable
 from concurrent.futures import FIRST_EXCEPTION, wait
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -19,6 +20,7 @@ from pipelines import parse
 from pipelines.dataset import Dataset, Origin, Split
 from pipelines.errors import ReadTimeoutError
 from pipelines.files import OpenFiles
+from pipelines.staging import Stager
 from pipelines.threads import Team
 
 # Files kept open. The usual limit for a process is 1,024, and a batch comes from the 16 or so shards of a group.
@@ -91,10 +93,23 @@ class _Layout:
 
 
 class Reader:
-    """Reads records of one split. Not to be entered by two threads at once."""
+    """Reads records of one split. Not to be entered by two threads at once.
 
-    def __init__(self, dataset: Dataset, split: Split, *, threads: int, timeout_s: float):
+    upcoming: the ids of each ``read`` to come, so that remote shards are fetched ahead of it, ``ahead`` reads at most.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        split: Split,
+        *,
+        threads: int,
+        timeout_s: float,
+        upcoming: Iterable[np.ndarray] = (),
+        ahead: int = 1,
+    ):
         self._split, self._timeout_s = split, timeout_s
+        self._stager = Stager(split, iter(upcoming), ahead, timeout_s) if split.is_remote else None
         self._tile = dataset.manifest.tile
         self._classes = len(dataset.manifest.classes)
         self._forms = [_Form.of(self._tile, origin) for origin in split.origins]
@@ -105,8 +120,8 @@ class Reader:
     def read(self, ids: np.ndarray) -> Samples:
         """The records in the given order; repeated ids are allowed.
 
-        Raises RecordError that names shard, record and byte (damage, or bytes that are no such record), and
-        ReadTimeoutError that names the shard.
+        Raises RecordError that names shard, record and byte (damage, or bytes that are no such record),
+        ReadTimeoutError that names the shard, and TransferError for a remote one that does not come.
         """
         ids = np.asarray(ids, np.int64)
         if len(ids) and not (ids.min() >= 0 and ids.max() < self._split.records):
@@ -115,12 +130,23 @@ class Reader:
         buffer = self._buffer(int(layout.sizes.sum()))
         self._read_all(layout, buffer)
         images, fractions = self._features(layout, buffer)
+        if self._stager is not None:
+            for path in self._stager.advance():
+                self._files.forget(str(path))
         back = layout.back
         return Samples(ids, [images[n] for n in back], fractions[back], self._buffers, buffer)
 
+    def stop(self) -> None:
+        """Ends waiting for remote shards; to be called before whoever may be in ``read`` is waited for."""
+        if self._stager is not None:
+            self._stager.stop()
+
     def close(self) -> None:
         """Ends the threads and closes the files."""
+        self.stop()
         self._team.close()
+        if self._stager is not None:
+            self._stager.close()
         self._files.close()
 
     # ------------------------------------------------------------------------------------------- bytes
@@ -156,20 +182,31 @@ class Reader:
     def _read_part(self, part: _Part, layout: _Layout, buffer: np.ndarray) -> None:
         for start, stop in part.runs:
             shard = int(layout.shards[start])
+            path = self._locate(shard)
             part.shard, part.since = self._split.label(shard), time.monotonic()
-            self._read_run(shard, layout, start, stop, buffer)
+            self._read_run(path, shard, layout, start, stop, buffer)
             part.since = None
             for n in range(start, stop):
                 self._check_frame(layout, n, buffer)
 
-    def _read_run(self, shard: int, layout: _Layout, start: int, stop: int, buffer: np.ndarray) -> None:
+    def _locate(self, shard: int) -> str:
+        """The shard's file. One that was removed after it was fetched, as by hand, is fetched again."""
+        if self._stager is None:
+            return str(self._split.path(shard))
+        path = str(self._stager.locate(shard))
+        try:
+            with self._files.use(path):
+                return path
+        except FileNotFoundError:
+            return str(self._stager.locate(shard, again=True))
+
+    def _read_run(self, path: str, shard: int, layout: _Layout, start: int, stop: int, buffer: np.ndarray) -> None:
         """Fills the buffer with neighbouring frames of one shard."""
         first = int(layout.places[start])
         view = buffer.data[first : int(layout.places[stop - 1] + layout.sizes[stop - 1])]
         offset = int(self._split.offsets[layout.ids[start]])
-        path = self._split.path(shard)
         try:
-            with self._files.use(str(path)) as handle:
+            with self._files.use(path) as handle:
                 while view:
                     got = os.preadv(handle, [view], offset)
                     if got == 0:

@@ -70,10 +70,11 @@ def _work(future: "Future[Any]", function: Callable[..., Any], arguments: tuple[
 def _stop_team(jobs: "queue.SimpleQueue[Any]", threads: list[threading.Thread]) -> None:
     for _ in threads:
         jobs.put(None)
-    _join(threads)
+    join_all(threads)
 
 
-def _join(threads: list[threading.Thread]) -> None:
+def join_all(threads: list[threading.Thread]) -> None:
+    """Waits for threads that were told to end; one that is stuck is left after a while."""
     deadline = time.monotonic() + _JOIN_S
     for thread in threads:
         if thread is not threading.current_thread():
@@ -171,4 +172,4 @@ def _fill(source: Iterator[Any], slots: _Slots) -> None:
 
 def _stop_stage(slots: _Slots, thread: threading.Thread) -> None:
     slots.close()
-    _join([thread])
+    join_all([thread])
