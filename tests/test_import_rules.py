@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LIGHT = {"numpy", "yaml", "pydantic"}
 LIGHT_MODULES = ["geokr/records.py", "geokr/example.py", "geokr/landcover.py", "geokr/config.py", "geokr/options.py"]
-COMPOSITION = {"pretrain.py", "evaluate.py"}
+COMPOSITION = {"pretrain.py", "evaluate.py", "doctor.py"}
 
 
 def imported(path: Path) -> set[str]:
