@@ -1,12 +1,13 @@
 # What a developer runs. The environment is .venv (bash launch/test.sh makes it), or the Python that PYTHON names.
 PYTHON ?= $(shell [ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)
 
-.PHONY: help lint format test faults campaign zion bench docs
+.PHONY: help lint format test gpu faults campaign zion bench docs
 
 help:
 	@echo 'make lint    ruff, formatting and types'
 	@echo 'make format  puts imports and layout right'
 	@echo 'make test    every test'
+	@echo 'make gpu     what only a GPU runs: tests, then training throughput as JSON under out/bench'
 	@echo 'make zion    the real scene at full length with three seeds, where it lies beside the checkout'
 	@echo 'make faults  training killed, starved and damaged in every way; figures in out/faults/faults.json'
 	@echo 'make campaign every test marked slow: that one, and hundreds of kills'
@@ -25,6 +26,16 @@ format:
 
 test:
 	bash launch/test.sh
+
+# The memory test by itself: it looks at the whole device. Throughput with few repeats, so that all ends in 8 minutes.
+gpu:
+	mkdir -p out/bench
+	$(PYTHON) -m pytest -m gpu -n 4 tests/test_gpu.py tests/test_geokr_apex.py -k "not 2000"
+	$(PYTHON) -m pytest -m gpu tests/test_gpu.py -k 2000
+	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
+	  { echo 'make gpu: no CUDA device here, so nothing more to run'; exit 0; } && \
+	  $(PYTHON) -m pytest tests/triton_checks.py && \
+	  $(PYTHON) benchmarks/throughput.py --steps 15 --repeats 3 --json out/bench/gpu.json
 
 zion:
 	$(PYTHON) -m pytest -s -m slow tests/test_zion.py

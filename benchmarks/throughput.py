@@ -182,6 +182,8 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         torch.set_num_threads(available_cores())
+    else:
+        torch.backends.cudnn.benchmark = True  # as in a run
     folder = arguments.records or bench_tiles.make_tiles(bench_tiles.TILES)
     variants = _variants(arguments, overrides, device)
     kind = "find-batch" if arguments.find_batch else "profile" if arguments.stage == "profile" else "step"
