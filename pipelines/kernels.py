@@ -33,6 +33,12 @@ def _gather(flat, base, step, planes_IW):
             green[x] = flat[at + np.uint64(1)]
             blue[x] = flat[at + np.uint64(2)]
         return
+    if abs(step) != bands:  # down a column: pixel by pixel, since each is a cache line of its own
+        for x in range(width):
+            at = np.uint64(base + x * step)
+            for i in range(bands):
+                planes_IW[i, x] = flat[at + np.uint64(i)]
+        return
     for i in range(bands):
         plane = planes_IW[i]
         for x in range(width):
@@ -108,10 +114,10 @@ def augment_resize(image_HWI, dihedral, matrix, low, high, first, weights, round
     whole_HCW = np.empty((height, count, height), np.float32)
     for y in range(height):
         _augmented_row(image_HWI, y, dihedral, matrix, low, high, planes_IW, whole_HCW[y])
-    column_CW = np.empty((count, height), np.float32)
+    column_CW = np.zeros((count, height + taps), np.float32)  # zeros on the right, for taps past the edge
     row_Cw = np.empty((count, size), np.float32)
     for y in range(size):
-        column_CW[:] = 0
+        column_CW[:, :height] = 0
         for tap in range(taps):
             # A tap past the edge weighs 0, so it may read any row.
             weight, source_CW = weights[y, tap], whole_HCW[min(first[y] + tap, height - 1)]
@@ -124,20 +130,49 @@ def augment_resize(image_HWI, dihedral, matrix, low, high, first, weights, round
 
 @compiled
 def _shrink_row(column_CW, first, weights, row_Cw):
+    """Area resize of a row. Taps that reach past the edge weigh 0, and the column has room for them."""
     size, taps = weights.shape
-    last = column_CW.shape[1] - 1
     for c in range(column_CW.shape[0]):
+        plane, out = column_CW[c], row_Cw[c]
         for x in range(size):
+            at = np.uint64(first[x])  # unsigned: no code for negative indices
             total = np.float32(0)
             for tap in range(taps):
-                total += weights[x, tap] * column_CW[c, min(first[x] + tap, last)]
-            row_Cw[c, x] = total
+                total += weights[x, tap] * plane[at + np.uint64(tap)]
+            out[x] = total
 
 
 @compiled
-def normalise(image_hwC, scale, offset, limit, out_hwC):
-    """float32 [h, w, C] times scale plus offset (float32 [C]), held within +-limit."""
-    for y in range(image_hwC.shape[0]):
-        for x in range(image_hwC.shape[1]):
-            for c in range(image_hwC.shape[2]):
-                out_hwC[y, x, c] = min(max(image_hwC[y, x, c] * scale[c] + offset[c], -limit), limit)
+def normalise(image_hwC, scale, offset, limit, bits_hwC):
+    """float32 [h, w, C] times scale plus offset (float32 [C]), held within +-limit, as the bits of half precision.
+
+    bits_hwC: uint16, C-order. limit: 65504 at most, the largest finite half. Halves are rounded half to even.
+    """
+    height, width, bands = image_hwC.shape
+    count = width * bands
+    scales, offsets = np.empty(count, np.float32), np.empty(count, np.float32)
+    for n in range(count):
+        scales[n], offsets[n] = scale[n % bands], offset[n % bands]
+    values, lifted = np.empty(count, np.float32), np.empty(count, np.float32)
+    for y in range(height):
+        row = image_hwC[y].reshape(-1)
+        for n in range(count):
+            value = min(max(row[n] * scales[n] + offsets[n], -limit), limit)
+            values[n], lifted[n] = value, abs(value) + np.float32(0.5)
+        _half(values.view(np.uint32), lifted.view(np.uint32), bits_hwC[y].reshape(-1))
+
+
+@compiled
+def _half(single, lifted, half):
+    """Bits of float32 to bits of half precision. lifted: those of the absolute value plus 0.5, whose last place is
+    that of subnormal halves, so that the addition has rounded them."""
+    for n in range(half.shape[0]):
+        size = single[n] & np.uint32(0x7FFFFFFF)
+        # The exponent's bias moves from 127 to 15; 13 bits go, rounded half to even.
+        normal = (
+            size - np.uint32(0x38000000) + np.uint32(0xFFF) + ((size >> np.uint32(13)) & np.uint32(1))
+        ) >> np.uint32(13)
+        subnormal = lifted[n] - np.uint32(0x3F000000)
+        smallest_normal = np.uint32(0x38800000)
+        sign = (single[n] >> np.uint32(16)) & np.uint32(0x8000)
+        half[n] = np.uint16((subnormal if size < smallest_normal else normal) | sign)

@@ -68,8 +68,7 @@ class Transform:
             return
         image_hwC = np.empty(out_hwC.shape, np.float32)
         self._run(image_HWI, parameters, n, image_hwC)
-        kernels.normalise(image_hwC, *self._normalisation, np.float32(HALF_LIMIT), image_hwC)
-        out_hwC[:] = image_hwC
+        kernels.normalise(image_hwC, *self._normalisation, np.float32(HALF_LIMIT), out_hwC.view(np.uint16))
 
     def _run(self, image_HWI: np.ndarray, parameters: Parameters, n: int, out_hwC: np.ndarray) -> None:
         low, high = (np.float32(limit) for limit in self.facts.limits())

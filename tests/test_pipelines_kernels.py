@@ -121,6 +121,21 @@ def test_wild_values_stay_finite_in_half():
     assert got[:, :, 0].tolist() == [[HALF_LIMIT, -HALF_LIMIT], [HALF_LIMIT, 1.0]]
 
 
+def test_halves_are_numpys_halves():
+    rng = np.random.default_rng(4)
+    halves = np.arange(0x7C00, dtype=np.uint16).view(np.float16).astype(np.float32)  # every finite one
+    middles = (halves[:-1] + halves[1:]) / 2  # ties
+    near = np.concatenate([np.nextafter(middles, -np.inf), np.nextafter(middles, np.inf)], dtype=np.float32)
+    wide = (rng.normal(size=10_000) * 10.0 ** rng.uniform(-12, 6, 10_000)).astype(np.float32)
+    values = np.concatenate([halves, middles, near, wide, [0.0, 1e-45, 65519.0, 65520.0, 3e38]]).astype(np.float32)
+    values = np.concatenate([values, -values])[None, :, None]
+    got = np.empty(values.shape, np.uint16)
+    one, zero = np.ones(1, np.float32), np.zeros(1, np.float32)
+    kernels.normalise(values, one, zero, np.float32(HALF_LIMIT), got)
+    expected = np.clip(values, -HALF_LIMIT, HALF_LIMIT).astype(np.float16)
+    assert (got.view(np.float16) == expected).all()  # zeros of either sign are equal
+
+
 def test_a_constant_band_is_not_divided_by_zero():
     facts = BandFacts("float32", (0,), (5.0,), (0.0,))
     got = run(np.full((4, 4, 1), 5, np.float32), 0, np.eye(1, 2, dtype=np.float32), facts, 4)
