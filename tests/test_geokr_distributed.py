@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 def torchrun(processes: int, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
-    return subprocess.run([*command, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
+    return subprocess.run([*command, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
 
 
 def test_collectives_batch_norm_gradients_and_stopping_over_two_processes():
