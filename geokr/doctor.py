@@ -44,9 +44,8 @@ def check_remote(url: str) -> Finding:
     """Records behind a URL: the manifest and one shard come over as they do in training, and are checked here."""
     name = f"records {url}"
     try:
-        from pipelines.remote import Store, fetch_manifest
-
         from geokr.options import RecordsSource
+        from pipelines.remote import Store, fetch_manifest
     except ImportError as error:
         means = "Records behind URLs cannot be read."
         return failure(name, str(error), means, "pip install -e '.[train]' in geokr's folder.")
