@@ -12,13 +12,14 @@ help:
 	@echo 'make faults  training killed, starved and damaged in every way; figures in out/faults/faults.json'
 	@echo 'make campaign every test marked slow: that one, and hundreds of kills'
 	@echo 'make bench   packing and training throughput, as tables, pictures and JSON under out/bench'
-	@echo 'make docs    docs/configuration.md from the options'
+	@echo 'make docs    docs/configuration.md from the options, tables of docs/scaling.md from the model'
 
 lint:
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m pyright
 	$(PYTHON) docs/make_reference.py --check
+	$(PYTHON) docs/make_scaling.py --check
 
 format:
 	$(PYTHON) -m ruff check --fix .
@@ -55,3 +56,4 @@ bench:
 
 docs:
 	$(PYTHON) docs/make_reference.py
+	$(PYTHON) docs/make_scaling.py
