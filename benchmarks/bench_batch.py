@@ -116,7 +116,7 @@ def _try(answer: Any, setting: Setting, batch: int, limit_bytes: int | None) -> 
     try:
         if limit_bytes is not None:
             _limit(limit_bytes)
-        tried = _run(setting, batch)
+        tried = run_steps(setting, batch)
     except Exception as error:
         words = f"{type(error).__name__}: {error}"
         short = isinstance(error, MemoryError) or any(word in words.lower() for word in _MEMORY_WORDS)
@@ -134,7 +134,8 @@ def _limit(limit_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (max(0, reserved + limit_bytes - used), hard))
 
 
-def _run(setting: Setting, batch: int) -> Try:
+def run_steps(setting: Setting, batch: int) -> Try:
+    """Steps in this process, warmed up. Raises what the step raises where it does not fit."""
     device, manifest = setting.device, setting.dataset.manifest
     data = setting.options.data.model_copy(update={"global_batch": batch})
     options: PretrainOptions = setting.options.model_copy(update={"data": data})

@@ -151,15 +151,22 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _options(config: Path | None, overrides: list[str], device: torch.device) -> PretrainOptions:
-    """The configuration, with defaults for what a benchmark need not be told."""
+def with_defaults(config: Path | None, overrides: list[str], device: torch.device) -> list[str]:
+    """The overrides, after those that a benchmark need not be told."""
     given = {override.split("=", 1)[0] for override in overrides}
     defaults = []
     if "data.global_batch" not in given:
         defaults.append("data.global_batch=256" if device.type == "cuda" else "data.global_batch=16")
     if config is None and not given & {"train.epochs", "train.max_steps"}:
         defaults.append("train.epochs=1")
-    return load(PretrainOptions, config, [*defaults, *overrides])
+    if config is None and "train.precision" not in given and device.type == "cpu" and not has_bf16():
+        defaults.append("train.precision=fp32")
+    return [*defaults, *overrides]
+
+
+def has_bf16() -> bool:
+    """Whether this processor convolves in bf16 (AVX-512); where it is emulated, a step takes ten times as long."""
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _variants(arguments: argparse.Namespace, overrides: list[str], device: torch.device) -> list[Variant]:
@@ -168,8 +175,9 @@ def _variants(arguments: argparse.Namespace, overrides: list[str], device: torch
     for extra in ["", *arguments.variant]:
         keys = {override.split("=", 1)[0] for override in extra.split()}
         kept = [override for override in overrides if override.split("=", 1)[0] not in keys]
-        own = [*kept, *extra.split()]
-        found.append((" ".join(own), _options(arguments.config, own, device)))
+        own = with_defaults(arguments.config, [*kept, *extra.split()], device)
+        words = " ".join(override for override in own if not override.startswith("train.epochs="))
+        found.append((words, load(PretrainOptions, arguments.config, own)))
     return found
 
 
@@ -190,7 +198,7 @@ def main() -> None:
     steps = arguments.steps or STEPS[kind, device.type]
     setting = Setting(Dataset.open(folder), variants[0][1], device, arguments.images, steps, arguments.repeats)
     results, extra = _run(arguments, setting, variants)
-    about = {"about": _about(setting, " ".join(overrides))}
+    about = {"about": _about(setting, variants[0][0])}
     report = bench_report.tree(results, ratios_of(results), **about, **extra)
     bench_report.show(report, COLUMNS, arguments.json)
     if arguments.picture is not None and results:
@@ -210,7 +218,7 @@ def _run(
     return run_stages(stages, setting, variants), {}
 
 
-def _about(setting: Setting, overrides: str) -> dict[str, Any]:
+def _about(setting: Setting, words: str) -> dict[str, Any]:
     manifest = setting.dataset.manifest
     size = sum(shard.bytes for shard in manifest.train.shards) / manifest.train.records
     return {
@@ -219,7 +227,7 @@ def _about(setting: Setting, overrides: str) -> dict[str, Any]:
         "image_size": setting.image_size,
         "batch": setting.options.data.global_batch,
         "threads": setting.threads,
-        "options": overrides,
+        "options": words,
     }
 
 

@@ -148,12 +148,22 @@ def make_setting(tmp_path, *overrides):
 
 def test_a_try_is_held_to_its_memory(tmp_path):
     setting = make_setting(tmp_path)
-    small = bench_batch.try_in_process(setting, 4, 3 * 2**30)
+    small = bench_batch.run_steps(setting, 4)
     assert (small.failure, len(small.rates)) == ("", 2)
     assert 0.05e9 < small.peak_bytes < 3 * 2**30
     large = bench_batch.try_in_process(setting, 200_000, 3 * 2**30)  # images alone take 2.4 GB as float32
     assert large.failure
     assert large.short_of_memory
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_a_processor_without_bf16_is_not_asked_for_it(supported, monkeypatch):
+    monkeypatch.setattr(throughput, "has_bf16", lambda: supported)
+    defaults = throughput.with_defaults(None, [], CPU)
+    assert ("train.precision=fp32" in defaults) == (not supported)
+    assert throughput.with_defaults(None, ["train.precision=bf16"], CPU)[-1] == "train.precision=bf16"
+    assert "train.precision=fp32" not in throughput.with_defaults(None, ["train.precision=bf16"], CPU)
+    assert "train.precision=fp32" not in throughput.with_defaults(None, [], torch.device("cuda"))
 
 
 def test_the_report_of_the_largest_batch(tmp_path, monkeypatch, capsys):
