@@ -120,12 +120,16 @@ def choose_device(name: str, local_rank: int) -> torch.device:
 
 
 def _store(environment: Mapping[str, str], timeout_s: float) -> Store:
-    """Where processes find each other, under a name of its own for each restart.
+    """Where processes find each other: a store of their own, or torchrun's under another name for each restart.
 
-    torchrun's store outlives a restart: without that the new processes read the addresses of the dead ones, and
-    fail to connect or wait until the timeout (seen with torch 2.15, --standalone, one of two processes killed).
+    torchrun's store outlives a restart: without the name the new processes read the addresses of the dead ones, and
+    fail to connect or wait until the timeout (seen with torch 2.15, --standalone, one of two processes killed). A store
+    of their own, as the launchers ask for, is new each time and must not be named so: each machine counts restarts for
+    itself, and one that only follows another's counts none, so two machines would wait under two names.
     """
     store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
+    if environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return store
     return PrefixStore(f"geokr/{environment.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
