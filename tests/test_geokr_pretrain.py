@@ -112,20 +112,6 @@ def wait_for_checkpoint(folder, step, process):
     raise AssertionError("no checkpoint in time")
 
 
-def test_killed_while_running_and_resumed_gives_the_same_bits(records, whole, tmp_path):
-    """SIGKILL at some moment of a process that saves after every step."""
-    process = started(records, tmp_path, "checkpoint.every_steps=1")
-    wait_for_checkpoint(tmp_path, 2, process)
-    process.kill()
-    process.wait()
-    assert load_latest(tmp_path / "checkpoints").step >= 2
-    assert run(records, tmp_path) == 0
-    assert same_tensors(tmp_path, whole)
-    steps = [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")]
-    assert steps == sorted(set(steps))
-    assert read_metrics(tmp_path / "metrics.jsonl")[-1]["val/kl"] == read_metrics(whole / "metrics.jsonl")[-1]["val/kl"]
-
-
 def test_terminated_it_saves_and_says_so_and_goes_on(records, tmp_path):
     """A preemption in the middle of a run of far more steps than it can do meanwhile."""
     long = ("train.max_steps=100000", "validation.every_steps=100000", "optim.schedule=constant", "optim.warmup=0")
@@ -155,34 +141,6 @@ def test_two_processes_train_as_one(records, whole, tmp_path):
         for key in set(a) - {"img_per_s", "data_wait", "save_s"}:
             assert a[key] == pytest.approx(b[key], rel=2e-3, abs=1e-4), (a["step"], key)
     assert run(records, tmp_path, "train.max_steps=14") == 0, "goes on with another number of processes"
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the workers in /proc")
-def test_a_killed_process_is_replaced_and_the_run_goes_on_to_the_same_bits(records, tmp_path):
-    """torchrun starts all processes again after one died; they go on from the last checkpoint."""
-    last = ("train.max_steps=60", "checkpoint.every_steps=1", "validation.every_steps=60")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with (tmp_path / "log").open("w+") as log:
-        process = subprocess.Popen(
-            [*command, "-m", "geokr.pretrain", *keys(records, tmp_path / "killed", *last)],
-            cwd=ROOT,
-            env=environment,
-            stderr=log,
-        )
-        deadline = time.monotonic() + 120
-        while not list_checkpoints(tmp_path / "killed" / "checkpoints"):
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        os.kill(int(workers[-1]), signal.SIGKILL)
-        assert process.wait(180) == 0
-        log.seek(0)
-        assert "resuming" in log.read()
-    done = torchrun(2, "-m", "geokr.pretrain", *keys(records, tmp_path / "straight", *last))
-    assert done.returncode == 0, done.stderr
-    assert same_tensors(tmp_path / "killed", tmp_path / "straight")
 
 
 REFUSED = {

@@ -25,10 +25,10 @@ def is_sound(found: checkpoint.Checkpoint) -> bool:
     return same and found.tensors.keys() == made.tensors.keys() and made.meta.items() <= found.meta.items()
 
 
-def check_after_kill(folder: Path) -> int:
+def check_after_kill(folder: Path, tally) -> int:
     """The step that a resume goes on from; and the next save leaves no remains."""
     found = load_latest(folder)
-    assert is_sound(found)
+    tally.right(is_sound(found), f"step {found.step} is not what was saved")
     checkpoint.save(folder, toy_checkpoint(40), keep=2)
     assert load_latest(folder).step == 40
     assert len(list_checkpoints(folder)) == 2
@@ -52,7 +52,7 @@ def test_killed_before_every_change_to_the_disk(zygote, tally, two_before, tmp_p
         folder = shutil.copytree(two_before, tmp_path / str(call))
         assert zygote.start(HERE + "save_and_die", str(folder), 30, call).wait() == -signal.SIGKILL
         tally.inject(36, "SIGKILL before a change that saving makes to the disk")
-        steps.append(check_after_kill(folder))
+        steps.append(check_after_kill(folder, tally))
     assert steps == sorted(steps)
     assert set(steps) == {20, 30}
 
@@ -103,18 +103,17 @@ def test_killed_at_every_system_call_that_changes_the_disk(zygote, tally, two_be
             status = _traced_save(zygote, folder, log, "-e", f"trace={name}", "-e", injected)
             assert status in (-signal.SIGKILL, 0), status  # 0: the call came after the save, as the process ended
             tally.inject(36, "SIGKILL at a system call of saving", int(status != 0))
-            steps.add(check_after_kill(folder))
+            steps.add(check_after_kill(folder, tally))
     assert steps == {20, 30}
 
 
-def damaged_is_found(path: Path, step: int) -> bool:
+def damaged_is_found(path: Path, step: int, tally) -> bool:
     """Whether loading finds the damage; fails if it gives anything but an error or the very same state."""
     try:
         found = load(path)
     except CheckpointError:
         return True
-    assert found.step == step
-    assert is_sound(found)
+    tally.right(found.step == step and is_sound(found), "damage was read as a checkpoint")
     return False
 
 
@@ -129,7 +128,7 @@ def test_every_byte_flipped(tally, tmp_path, name, masks):
     for where in range(len(data)):
         for mask in masks:
             (path / name).write_bytes(data[:where] + bytes([data[where] ^ mask]) + data[where + 1 :])
-            found += damaged_is_found(path, 10)
+            found += damaged_is_found(path, 10, tally)
     tried = len(data) * len(masks)
     tally.inject(37, "byte of a checkpoint flipped", tried)
     assert found > 0.8 * tried, f"{found} of {tried}"
@@ -145,9 +144,9 @@ def test_cut_at_every_length_or_gone(tally, tmp_path):
         data = (path / name).read_bytes()
         for length in range(len(data)):
             (path / name).write_bytes(data[:length])
-            assert damaged_is_found(path, 10) or data[length:].isspace(), (name, length)
+            assert damaged_is_found(path, 10, tally) or data[length:].isspace(), (name, length)
         (path / name).unlink()
-        assert damaged_is_found(path, 10)
+        assert damaged_is_found(path, 10, tally)
         tally.inject(37, "file of a checkpoint cut short", len(data) + 1)
 
 
@@ -155,7 +154,7 @@ def test_files_of_two_checkpoints_do_not_pass_as_one(tally, tmp_path):
     a, b = (checkpoint.save(tmp_path / str(step), toy_checkpoint(step), keep=2) for step in (10, 20))
     shutil.copy(b / checkpoint.TENSORS, a / checkpoint.TENSORS)
     tally.inject(37, "tensors of another checkpoint")
-    assert damaged_is_found(a, 10)
+    assert damaged_is_found(a, 10, tally)
 
 
 def test_the_pointer_for_people_is_never_trusted(tally, two_before):

