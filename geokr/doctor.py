@@ -59,7 +59,7 @@ def check_remote(url: str) -> Finding:
                 (shard.index_name, None, shard.index_sha256),
                 (shard.name, shard.bytes, shard.sha256),
             ):
-                Store(source).fetch(file, Path(folder) / file, size=size, sha256=digest)
+                Store(source).fetch(file, Path(folder) / file, size=size, sha256=digest, attempts=2)
             seconds = time.perf_counter() - begin
     except (ValueError, OSError, RuntimeError) as error:
         return failure(name, str(error), "Training could not fetch its records.", "See the message; then ask again.")

@@ -82,3 +82,17 @@ def test_a_signal_passed_on_twice_is_one_and_a_later_ctrl_c_is_impatience(monkey
         assert stopper.poll()
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
+
+
+def test_processes_meet_under_one_name_on_all_machines(monkeypatch):
+    """Machines that restart together may have counted different numbers of restarts."""
+    made = torch.distributed.HashStore()
+    monkeypatch.setattr(distributed, "rendezvous", lambda url, timeout: iter([(made, 0, 2)]))
+    for count in ("0", "1"):
+        own = {"TORCHELASTIC_USE_AGENT_STORE": "False", "TORCHELASTIC_RESTART_COUNT": count}
+        distributed._store(own, 1.0).set(f"own {count}", "x")
+        distributed._store({**own, "TORCHELASTIC_USE_AGENT_STORE": "True"}, 1.0).set("shared", count)
+    assert made.check(["own 0"])
+    assert made.check(["own 1"])
+    assert not made.check(["shared"])
+    assert [made.get(f"geokr/{count}/shared") for count in (0, 1)] == [b"0", b"1"]

@@ -1,9 +1,12 @@
 """python -m geokr.doctor: what it finds, on this machine and on machines made up for it."""
 
+import functools
+import http.server
 import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -245,6 +248,28 @@ def test_damaged_records_are_named(tmp_path):
     shard.write_bytes(whole[:-10])
     assert "cut short" in data.check_records(folder).found
     assert "not a dataset" in data.check_records(tmp_path / "none").found
+
+
+def test_records_behind_a_url(tmp_path):
+    pytest.importorskip("aiohttp", reason="aiohttp (extra `remote`) is not installed")
+    folder = make_dataset(tmp_path / "d", tiles=40, val=9)
+    handler = functools.partial(QuietHandler, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}/d"
+        found = doctor.check_remote(url)
+        assert (found.state, "sound" in found.found) == ("ok", True), found
+        shard = folder / "train-00002.tfrecord"  # the smallest
+        shard.write_bytes(shard.read_bytes()[:-1] + b"?")
+        assert doctor.check_remote(url).state == "failure"
+        (folder / "manifest.json").unlink()
+        assert doctor.check_remote(url).state == "failure"
+        server.shutdown()
+
+
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *arguments: object) -> None:
+        pass
 
 
 def test_the_sample_is_spread_over_all_shards(tmp_path):
