@@ -226,9 +226,12 @@ class Copy:
                     return lock
                 if not lock.alone():
                     return Obstacle.ELSEWHERE
-                # Between the two ways of holding a lock there is a gap, so after this it is taken anew.
                 if not self.is_here(wanted) and not self._bring(wanted, progress, stopped, beyond):
                     return Obstacle.NO_ROOM
+                # Between the two ways of holding a lock there is a gap, in which it could be removed.
+                if lock.together() and self.is_here(wanted):
+                    stack.pop_all()
+                    return lock
 
     def fetch(self, wanted: Wanted, timeout_s: float, stopped: threading.Event = NEVER) -> None:
         """Waits until a small file is here. Raises as ``take``, and ReadTimeoutError if another process fetches it and

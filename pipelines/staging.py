@@ -83,6 +83,7 @@ class _State:
         self.held: dict[int, FileLock | None] = {}  # shards that are here
         self.busy: set[int] = set()  # shards that a thread has in hand
         self.fetching: set[int] = set()  # those of them that have their room and are on their way
+        self.asking: int | None = None  # one that asks for room; where that is short, those needed later wait
         self.errors: dict[int, Exception] = {}
         self.gone: list[Path] = []
         self.moves: dict[int, float] = {}  # when a shard's transfer last moved
@@ -167,7 +168,9 @@ class _State:
         return self.uses[shard][0] if shard in self.uses else _NEVER
 
     def wanted_next(self) -> int | None:
-        """The shard to be fetched next."""
+        """The shard to be fetched next; none while another one asks for room."""
+        if self.asking is not None:
+            return None
         now, settled = time.monotonic(), self.held.keys() | self.busy | self.errors.keys()
         candidates = [
             shard
@@ -175,6 +178,12 @@ class _State:
             if shard not in settled and self.elsewhere.get(shard, (0.0, 0))[0] <= now
         ]
         return min(candidates, key=lambda shard: (self.next_use(shard), shard), default=None)
+
+    def has_room(self, shard: int) -> None:
+        """The shard asks no more: the next one may."""
+        if self.asking == shard:
+            self.asking = None
+            self.changed.notify_all()
 
     def last_needed(self, shard: int) -> int | None:
         """Of the shards that are held, the one that is needed last, if later than this one and the next batch."""
@@ -227,13 +236,14 @@ def _fetch_all(state: _State) -> None:
             if state.stopped.is_set():
                 return
             state.busy.add(shard)
-            turn = state.turns
+            state.asking, turn = shard, state.turns
         outcome: FileLock | Obstacle | Exception
         try:
             outcome = _take(state, shard)
         except Exception as error:
             outcome = error
         with state.changed:
+            state.has_room(shard)
             state.busy.discard(shard)
             state.fetching.discard(shard)
             _settle(state, shard, outcome, turn)
@@ -246,7 +256,10 @@ def _take(state: _State, shard: int) -> FileLock | Obstacle:
 
     def progress() -> None:
         state.moves[shard] = state.moved = time.monotonic()
-        state.fetching.add(shard)
+        if shard not in state.fetching:
+            with state.changed:
+                state.fetching.add(shard)
+                state.has_room(shard)
 
     with state.changed:
         # What a reader waits for must not starve for what others hold, if nothing of its own could or soon can go.

@@ -385,6 +385,18 @@ def test_a_small_cache_gives_the_same_batches_within_its_limit(options, server, 
     assert len(server.shards()) > 9  # some had to come again
 
 
+def test_room_for_two_groups_is_enough_to_fetch_each_shard_once(options, tmp_path, monkeypatch):
+    """Groups of four shards, room for eight: shards needed later do not take the room of those needed first."""
+    monkeypatch.setattr(Order.__init__, "__defaults__", (16,))
+    monkeypatch.setattr("pipelines.loaders._STAGE_AHEAD", 64)
+    many = make_dataset(tmp_path / "data", tiles=160, val=0, size=8, shard_records=4)
+    with serving(many) as other:
+        first(options(records=other.url, global_batch=2, cache_gb=bytes_of(many, 8) / 1e9), 80)
+        fetched = other.shards()
+    assert len(set(fetched)) == 40
+    assert len(set(fetched[:40])) >= 39  # those that follow are the next epoch's
+
+
 def test_the_oldest_go_first_and_held_ones_never(server, tmp_path, folder):
     cache = Cache(tmp_path / "cache", 3_000)
     home = cache.root / "other"
