@@ -13,6 +13,7 @@
 
 SIGUSR1, a scheduler's early warning, means the same as SIGTERM, and so does a closed terminal. Schedulers send it to
 every process of a job, so the command and all under it ignore it: only this process takes it.
+Orphans are found on Linux only (PR_SET_CHILD_SUBREAPER).
 Exit status: the command's; 128 + N after signal N; 1 where it had to be cut short.
 It needs nothing but Python's own library.
 """

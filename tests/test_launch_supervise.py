@@ -12,6 +12,7 @@ import pytest
 from launch import supervise
 
 ROOT = Path(__file__).parents[1]
+linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="orphans are found with Linux's prctl")
 
 # A torchrun in small: starts workers in sessions of their own, passes SIGTERM on, ends with status 1 after it.
 AGENT = """
@@ -128,6 +129,7 @@ def test_a_warning_sent_to_every_process_does_no_harm(tmp_path):
     assert len(list(tmp_path.glob("checkpoint-*"))) == 2
 
 
+@linux
 def test_a_launcher_that_dies_of_a_second_sigterm_does_not_cost_the_checkpoint(tmp_path):
     process = start(tmp_path, "ordinary", 2)
     agent = int((tmp_path / "agent").read_text())
@@ -149,6 +151,7 @@ def test_what_does_not_listen_is_killed_when_its_time_is_over(tmp_path):
     assert no_orphans(tmp_path)
 
 
+@linux
 @pytest.mark.parametrize("how", ["exits", "killed"])
 def test_a_launcher_that_dies_leaves_no_orphans(tmp_path, how):
     process = start(tmp_path, "dies" if how == "exits" else "ordinary", 2)
@@ -159,7 +162,7 @@ def test_a_launcher_that_dies_leaves_no_orphans(tmp_path, how):
     assert "left behind" in process.stderr.read()
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs PR_SET_PDEATHSIG")
+@linux
 def test_killed_itself_it_takes_the_rest_with_it(tmp_path):
     process = start(tmp_path, "ordinary", 2)
     process.kill()
