@@ -21,6 +21,7 @@ from geokr.assemble import DTYPES, build_learner
 from geokr.distributed import World
 from geokr.models import BackboneSpec
 from geokr.options import PretrainOptions
+from geokr.precision import choose_precision
 from geokr.records import Manifest
 from geokr.train import train_step
 from pipelines.loaders import resolve_loader
@@ -144,7 +145,8 @@ def step_cases(setting: Setting, stack: ExitStack, stages: set[str], variants: l
         backbone, sizes = setting.options.model.backbone, (len(manifest.bands), len(manifest.classes))
         yield case("step", PUBLISHED, published_step(backbone, *sizes, setting.device), random)
         if setting.device.type == "cuda":  # on a CPU its autocast may be slower than none, and takes minutes
-            tuned = tuned_eager_step(backbone, *sizes, setting.device, setting.options.train.precision)
+            precision = choose_precision(setting.options.train.precision, setting.device)
+            tuned = tuned_eager_step(backbone, *sizes, setting.device, precision)
             yield case("step", TUNED, tuned, random)
     if "end2end" in stages:
         name = resolve_loader(setting.options.data.loader)

@@ -159,14 +159,7 @@ def with_defaults(config: Path | None, overrides: list[str], device: torch.devic
         defaults.append("data.global_batch=256" if device.type == "cuda" else "data.global_batch=16")
     if config is None and not given & {"train.epochs", "train.max_steps"}:
         defaults.append("train.epochs=1")
-    if config is None and "train.precision" not in given and device.type == "cpu" and not has_bf16():
-        defaults.append("train.precision=fp32")
     return [*defaults, *overrides]
-
-
-def has_bf16() -> bool:
-    """Whether this processor convolves in bf16 (AVX-512); where it is emulated, a step takes ten times as long."""
-    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _variants(arguments: argparse.Namespace, overrides: list[str], device: torch.device) -> list[Variant]:

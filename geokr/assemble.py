@@ -20,6 +20,7 @@ from geokr.distributed import World
 from geokr.models import BackboneSpec, LandCoverModel, Normalise, build_model
 from geokr.optim import build_optimizer
 from geokr.options import PretrainOptions
+from geokr.precision import choose_precision
 from geokr.schedules import LearningRate
 from geokr.speedups import choose_compute, fold_teacher, fuse_norms
 from geokr.state import Scaler
@@ -129,11 +130,12 @@ def build_learner(
     fused = fuse_norms(options, student, world, synchronized=synchronized)
     run_step = choose_compute(options, world)
     optimizer, ran = build_optimizer(student, options.optim, world.device, capturable=isinstance(run_step, Recorded))
-    scaler = Scaler(world.device.type, enabled=options.train.precision == "fp16")
+    precision = choose_precision(options.train.precision, world.device)
+    scaler = Scaler(world.device.type, enabled=precision == "fp16")
     if restore is not None:
         restore(student, teacher, optimizer, scaler)
-    autocast = _autocast(options.train.precision, world.device)
-    dtype = DTYPES.get(options.train.precision, torch.float32)
+    autocast = _autocast(precision, world.device)
+    dtype = DTYPES.get(precision, torch.float32)
     folded = fold_teacher(options, teacher, _images(options, spec, world.device, 2), dtype)
     runs: tuple[nn.Module, nn.Module] = student, folded or teacher
     forwards: tuple[Forward, Forward] = runs
@@ -164,7 +166,13 @@ def build_learner(
         beside=Beside(world.device),
         local_statistics=world.size > 1 and not synchronized and _has_batchnorm(student),
     )
-    chosen = {"optimizer": ran, "synchronized": synchronized, "at_once": at_once, "fused_norm": fused}
+    chosen = {
+        "optimizer": ran,
+        "synchronized": synchronized,
+        "at_once": at_once,
+        "fused_norm": fused,
+        "precision": precision,
+    }
     chosen |= {"compiled": forwards[0] is not student, "folded_teacher": folded is not None}
     return learner, chosen | {"cuda_graph": isinstance(run_step, Recorded)}
 

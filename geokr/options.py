@@ -204,8 +204,9 @@ class TrainOptions(Options):
     """Passes over the training records; this or `train.max_steps`."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """`auto`: the GPU where there is one."""
-    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
-    """Of the forward and backward pass; weights, losses and statistics stay fp32. `fp16` scales the loss."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Of the forward and backward pass; weights, losses and statistics stay fp32. `fp16` scales the loss. `auto`: bf16
+    where the device computes in it, else fp16 on a GPU and fp32 on a CPU."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile. `auto`: on CUDA where it works and norms are not fused, else without it and with a word."""
     fused_norm: Literal["auto", "on", "off"] = "auto"

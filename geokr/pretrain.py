@@ -217,7 +217,7 @@ def _announce(
         world.device.type,
         threads,
         chosen["at_once"],
-        options.train.precision,
+        chosen["precision"],
         chosen["optimizer"],
         _fast_paths(chosen),
         "all processes" if chosen["synchronized"] else "each process's images",

@@ -156,16 +156,6 @@ def test_a_try_is_held_to_its_memory(tmp_path):
     assert large.short_of_memory
 
 
-@pytest.mark.parametrize("supported", [True, False])
-def test_a_processor_without_bf16_is_not_asked_for_it(supported, monkeypatch):
-    monkeypatch.setattr(throughput, "has_bf16", lambda: supported)
-    defaults = throughput.with_defaults(None, [], CPU)
-    assert ("train.precision=fp32" in defaults) == (not supported)
-    assert throughput.with_defaults(None, ["train.precision=bf16"], CPU)[-1] == "train.precision=bf16"
-    assert "train.precision=fp32" not in throughput.with_defaults(None, ["train.precision=bf16"], CPU)
-    assert "train.precision=fp32" not in throughput.with_defaults(None, [], torch.device("cuda"))
-
-
 def test_the_report_of_the_largest_batch(tmp_path, monkeypatch, capsys):
     def fake(setting, batch, limit_bytes):
         assert limit_bytes == 2_000_000_000

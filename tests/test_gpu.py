@@ -76,7 +76,8 @@ def losses_of(learner, batches, begin: int = 1) -> torch.Tensor:
 
 
 def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found.double() - expected.double()).norm() / expected.double().norm())
+    size = expected.double().norm().clamp_min(1e-12)  # gradients may be zero, as behind a norm that starts at zero
+    return float((found.double() - expected.double()).norm() / size)
 
 
 # ------------------------------------------------------------------------------------------------ the step
