@@ -1,7 +1,7 @@
 """torch.compile: whether to use it, and a trial before the run, so that a missing compiler is known at once.
 
-``auto`` compiles on CUDA only, and there only what has no fused norms (geokr/speedups.py). On a CPU it was measured and lost. CPU seconds of a training step on one core (Zen 4
-with AVX-512, torch 2.15), eager and compiled:
+``auto`` compiles on CUDA only, and there only what has no fused norms (geokr/speedups.py). On a CPU it was measured and
+lost. CPU seconds of a training step on one core (Zen 4 with AVX-512, torch 2.15), eager and compiled:
 
     ResNet-18,  64 px, 32 images, bf16    0.37   0.58 to 0.69    and 50 to 69 s to compile
     ResNet-18,  64 px, 32 images, fp32    0.59   0.78
