@@ -41,10 +41,10 @@ class Assumptions:
     """4 as it is, 2 with gradients compressed to bf16 or fp16."""
     bucket_bytes: float = 25e6
     """Gradients exchanged at once; the last bucket has nothing left to hide behind."""
-    # the GPU: an H200 and a step as fused as this version makes it
-    images_per_s: float = 5900
-    """A GPU by itself: 0.65 of 4.8 TB/s over 529 MB an image."""
-    overhead_s: float = 1e-3
+    # the GPU: an H200 with the default step, the two figures fitted to 256 and 512 images (docs/performance.md)
+    images_per_s: float = 6050
+    """A GPU by itself, without the fixed part of a step."""
+    overhead_s: float = 3.6e-3
     """Part of a step that does not shrink with its images."""
     backward: float = 0.5
     """Share of a step in which gradients come out: student forward is a quarter, backward two, the teacher one."""
@@ -66,8 +66,8 @@ class Assumptions:
     image_bytes: float = 49e3
     """JPEG of 256 px at quality 95, 4:4:4; 196,608 raw."""
     cores_per_gpu: float = 14
-    images_per_core_s: float = 890
-    """Decoding and full augmentation on a core; infinite where the GPU does it."""
+    images_per_core_s: float = 1540
+    """What a core does for the input: 0.65 ms an image with DALI decoding on the GPU; infinite for none."""
     storage: float = 200e9
     """Shared storage, all readers together."""
     # the recipe
@@ -210,7 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     print(table(steps))
     print(f"\ncheckpoint: {checkpoint_bytes(a) / 1e6:,.0f} MB, written by one process")
-    print(f"cores a GPU for the input on the CPU: {steps[-1].cores_per_gpu:.1f}")
+    print(f"cores a GPU for the input: {steps[-1].cores_per_gpu:.1f}")
     if chosen.json is not None:
         result = {"modelled": True, "assumptions": dataclasses.asdict(a), "steps": list(map(dataclasses.asdict, steps))}
         chosen.json.write_text(json.dumps(result, indent=1) + "\n")
