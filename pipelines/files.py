@@ -22,12 +22,20 @@ class OpenFiles:
 
     @contextmanager
     def use(self, path: str) -> Iterator[int]:
-        entry = self._entry(path)
+        """The file's descriptor, open as long as the block lasts. Raises OSError."""
+        handle = self.acquire(path)
         try:
-            yield entry[0]
+            yield handle
         finally:
-            with self._lock:
-                entry[1] -= 1
+            self.release(path)
+
+    def acquire(self, path: str) -> int:
+        """The file's descriptor, which stays open until ``release``. Raises OSError."""
+        return self._entry(path)[0]
+
+    def release(self, path: str) -> None:
+        with self._lock:
+            self._open[path][1] -= 1
 
     def _entry(self, path: str) -> list[int]:
         with self._lock:

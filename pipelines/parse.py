@@ -13,10 +13,10 @@ _compiled = numba.njit(nogil=True, cache=True)
 # Order of the spans in the result; the numbers are used below.
 CODEC, DTYPE, FRACTIONS, IMAGE, SHAPE = range(5)
 _NAMES = (b"codec", b"dtype", b"fractions", b"image", b"shape")
-_NAME_BYTES = np.frombuffer(b"".join(_NAMES), np.uint8)
-_NAME_ENDS = np.cumsum([0, *map(len, _NAMES)])
+NAME_BYTES = np.frombuffer(b"".join(_NAMES), np.uint8)
+NAME_ENDS = np.cumsum([0, *map(len, _NAMES)])
 # Field that holds the values: bytes_list, float_list or int64_list of a Feature.
-_KINDS = np.array([1, 1, 2, 1, 3])
+KINDS = np.array([1, 1, 2, 1, 3])
 
 
 @_compiled
@@ -62,7 +62,7 @@ def _wanted(data, start, end, names, name_ends):
 
 
 @_compiled
-def _walk(data, start, end, names, name_ends, kinds, spans):
+def walk(data, start, end, names, name_ends, kinds, spans):
     """Fills spans [5, 2] with the content of each wanted feature's only value; whether all is canonical."""
     spans[:] = -1
     at, stop = _content(data, start, end, 1)
@@ -95,7 +95,7 @@ def _walk(data, start, end, names, name_ends, kinds, spans):
 @_compiled
 def _walk_all(data, payloads, names, name_ends, kinds, spans, fine):
     for n in range(len(payloads)):
-        fine[n] = _walk(data, payloads[n, 0], payloads[n, 1], names, name_ends, kinds, spans[n])
+        fine[n] = walk(data, payloads[n, 0], payloads[n, 1], names, name_ends, kinds, spans[n])
 
 
 def find_features(data: np.ndarray, payloads: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -107,7 +107,7 @@ def find_features(data: np.ndarray, payloads: np.ndarray) -> tuple[np.ndarray, n
         raise ValueError("payloads reach outside the buffer")
     spans = np.empty((len(payloads), len(_NAMES), 2), np.int64)
     fine = np.empty(len(payloads), np.bool_)
-    _walk_all(data, payloads, _NAME_BYTES, _NAME_ENDS, _KINDS, spans, fine)
+    _walk_all(data, payloads, NAME_BYTES, NAME_ENDS, KINDS, spans, fine)
     return spans, fine
 
 

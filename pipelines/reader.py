@@ -1,4 +1,7 @@
-"""Records by id: bytes read with ``preadv`` into reused buffers by threads, checksums checked, features found.
+"""Records by id: bytes read into reused buffers by threads, checksums checked, features found.
+
+A thread does its share of a batch in one compiled call without the GIL (pipelines.read_kernels). What that finds not
+to be in order, and everything where there is no C library for it, goes the slow way in Python, which names the fault.
 
 Not ``mmap``: there a truncated file kills the process (SIGBUS), and a stalled one can hold the GIL.
 A read has a deadline: storage that hangs becomes an error with the shard's name, in the caller's thread.
@@ -6,20 +9,22 @@ A read has a deadline: storage that hangs becomes an error with the shard's name
 
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
+from typing import NoReturn
 
 import google_crc32c
 import numpy as np
 
 from geokr import records
 from geokr.records import FRAME_OVERHEAD, RecordError
-from pipelines import parse
-from pipelines.dataset import Dataset, Origin, Split
+from pipelines import native, parse, read_kernels
+from pipelines.dataset import Dataset, Split
 from pipelines.errors import ReadTimeoutError
 from pipelines.files import OpenFiles
+from pipelines.forms import Forms
 from pipelines.staging import Stager
 from pipelines.threads import Team
 
@@ -43,53 +48,76 @@ class Samples:
         self._buffers.append(self._buffer)
 
 
-@dataclass(slots=True)
-class _Part:
-    """A thread's share of a batch: runs of neighbouring records (start, stop), and what it is waiting for."""
-
-    runs: list[tuple[int, int]]
-    shard: str = ""
-    since: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class _Form:
-    """What the records of one dataset must say of themselves, and which of their bands are wanted (None: all)."""
-
-    expected: dict[int, bytes]
-    shape: tuple[int, int, int]
-    dtype: str
-    raw_bytes: int | None
-    pick: tuple[int, ...] | None
-
-    @classmethod
-    def of(cls, tile: records.Tile, origin: Origin) -> "_Form":
-        expected = {
-            parse.CODEC: tile.codec.encode(),
-            parse.DTYPE: tile.dtype.encode(),
-            parse.SHAPE: parse.packed(origin.shape),
-        }
-        raw_bytes = int(np.prod(origin.shape)) * np.dtype(tile.dtype).itemsize
-        return cls(expected, origin.shape, tile.dtype, raw_bytes if tile.codec == "raw" else None, origin.pick)
-
-    def wanted(self, image: np.ndarray) -> np.ndarray:
-        """The image's bytes with the wanted bands only (a copy where some are not)."""
-        if self.pick is None:
-            return image
-        pixels = np.frombuffer(image, np.dtype(self.dtype).newbyteorder("<")).reshape(self.shape)
-        return np.ascontiguousarray(pixels[..., list(self.pick)]).reshape(-1).view(np.uint8)
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Layout:
-    """Records in file order. ids, shards, sizes, places: int64 [N]; places: where each frame begins in the buffer."""
+    """Records in file order, N of them, in runs of neighbours that are each read at once.
+
+    ids, shards, offsets, sizes, places: int64 [N]; places: where each frame begins in the buffer.
+    back: int64, where each record asked for is among them. edges: int64 [runs + 1], where each run begins.
+    """
 
     ids: np.ndarray
     shards: np.ndarray
+    offsets: np.ndarray
     sizes: np.ndarray
     places: np.ndarray
     back: np.ndarray
-    runs: list[tuple[int, int]] = field(default_factory=list)
+    edges: np.ndarray
+
+    def parts(self, count: int) -> list[tuple[int, int]]:
+        """The runs in at most ``count`` shares of about as many bytes: (first, one after the last)."""
+        ends = self.places[self.edges[1:] - 1] + self.sizes[self.edges[1:] - 1]
+        total = int(ends[-1]) if len(ends) else 0
+        cuts = np.searchsorted(ends, [total * number // count for number in range(1, count)]) + 1
+        cuts = np.unique(np.clip([0, *cuts, len(ends)], 0, len(ends))).tolist()
+        return list(pairwise(cuts))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Work:
+    """A batch while it is read. Each thread writes to its own records, runs and place in ``hand``.
+
+    paths: files of the shards. forms: int64 [N]. handles: int64 [runs]. sound: bool [runs].
+    hand: int64 [parts], the run that a thread waits for, -1 for none.
+    spans: int64 [N, 5, 2]. fractions: float32 [N, K]. taken: bool [N], whether these two are filled.
+    frames, expected, results: the arguments of pipelines.read_kernels made of these.
+    """
+
+    layout: _Layout
+    buffer: np.ndarray
+    paths: dict[int, str]
+    forms: np.ndarray
+    handles: np.ndarray
+    sound: np.ndarray
+    hand: np.ndarray
+    spans: np.ndarray
+    fractions: np.ndarray
+    taken: np.ndarray
+    frames: tuple[np.ndarray, ...]
+    expected: tuple[np.ndarray | bool, ...]
+    results: tuple[np.ndarray, ...]
+
+    @classmethod
+    def of(cls, layout: _Layout, buffer: np.ndarray, paths: dict[int, str], forms: Forms, parts: int) -> "_Work":
+        count, runs = len(layout.ids), len(layout.edges) - 1
+        of_record = forms.of_shard[layout.shards]
+        spans, taken = np.empty((count, 5, 2), np.int64), np.zeros(count, np.bool_)
+        fractions = np.empty((count, forms.classes), "<f4")  # filled byte by byte
+        return cls(
+            layout,
+            buffer,
+            paths,
+            of_record,
+            handles=np.full(runs, -1, np.int64),
+            sound=np.zeros(runs, np.bool_),
+            hand=np.full(parts, -1, np.int64),
+            spans=spans,
+            fractions=fractions,
+            taken=taken,
+            frames=(layout.edges, layout.offsets, layout.places, layout.sizes),
+            expected=(of_record, forms.contents, forms.lengths, forms.floats),
+            results=(spans, fractions.view(np.uint8), taken),
+        )
 
 
 class Reader:
@@ -110,11 +138,10 @@ class Reader:
     ):
         self._split, self._timeout_s = split, timeout_s
         self._stager = Stager(split, iter(upcoming), ahead, timeout_s) if split.is_remote else None
-        self._tile = dataset.manifest.tile
-        self._classes = len(dataset.manifest.classes)
-        self._forms = [_Form.of(self._tile, origin) for origin in split.origins]
+        self._forms = Forms.of(dataset, split)
         self._team = Team(threads, "geokr-read")
         self._files = OpenFiles(_OPEN_FILES)
+        self._files_a_thread = max(1, _OPEN_FILES // threads)
         self._buffers: list[np.ndarray] = []
 
     def read(self, ids: np.ndarray) -> Samples:
@@ -127,14 +154,17 @@ class Reader:
         if len(ids) and not (ids.min() >= 0 and ids.max() < self._split.records):
             raise IndexError(f"record ids reach outside 0..{self._split.records - 1} of split {self._split.name!r}")
         layout = _lay_out(self._split, ids)
+        # All of them before the first is read, and in one thread: they are fetched in this order.
+        paths = {shard: self._locate(shard) for shard in np.unique(layout.shards).tolist()}
         buffer = self._buffer(int(layout.sizes.sum()))
-        self._read_all(layout, buffer)
-        images, fractions = self._features(layout, buffer)
+        work = _Work.of(layout, buffer, paths, self._forms, len(self._team))
+        self._read_all(work)
+        images = self._images(work)
         if self._stager is not None:
             for path in self._stager.advance():
                 self._files.forget(str(path))
-        back = layout.back
-        return Samples(ids, [images[n] for n in back], fractions[back], self._buffers, buffer)
+        fractions = work.fractions[work.layout.back].astype(np.float32, copy=False)
+        return Samples(ids, images, fractions, self._buffers, work.buffer)
 
     def stop(self) -> None:
         """Ends waiting for remote shards; to be called before whoever may be in ``read`` is waited for."""
@@ -149,7 +179,7 @@ class Reader:
             self._stager.close()
         self._files.close()
 
-    # ------------------------------------------------------------------------------------------- bytes
+    # ------------------------------------------------------------------------------------------- shares
 
     def _buffer(self, size: int) -> np.ndarray:
         """A buffer of at least this size: a returned one where it is large enough."""
@@ -159,35 +189,80 @@ class Reader:
                 return buffer
         return np.empty(size + size // 8, np.uint8)  # some room, as batches differ in size
 
-    def _read_all(self, layout: _Layout, buffer: np.ndarray) -> None:
-        count = max(1, min(len(self._team), len(layout.runs)))
-        parts = [_Part(layout.runs[number::count]) for number in range(count)]
-        pending = {self._team.submit(self._read_part, part, layout, buffer) for part in parts}
+    def _read_all(self, work: _Work) -> None:
+        parts = work.layout.parts(len(self._team))
+        pending = {
+            self._team.submit(self._read_part, work, number, low, high) for number, (low, high) in enumerate(parts)
+        }
+        seen, since = work.hand.copy(), np.full(len(work.hand), time.monotonic())
         while pending:
             done, pending = wait(pending, min(0.5, self._timeout_s / 4), FIRST_EXCEPTION)
             for future in done:
                 future.result()
-            self._check_deadlines(parts)
+            if pending:
+                self._check_deadlines(work, seen, since)
 
-    def _check_deadlines(self, parts: list[_Part]) -> None:
-        now = time.monotonic()
-        for part in parts:
-            since = part.since
-            if since is not None and now - since > self._timeout_s:
-                raise ReadTimeoutError(
-                    f"{part.shard}: no answer from storage for {now - since:.0f} s "
-                    f"(data.read_timeout_s is {self._timeout_s:g}): check the disk or network it lies on, then resume"
-                )
+    def _check_deadlines(self, work: _Work, seen: np.ndarray, since: np.ndarray) -> None:
+        """seen: the runs that were in hand when last looked at. since: when each was first seen there."""
+        now, hand = time.monotonic(), work.hand.copy()
+        since[hand != seen] = now
+        seen[:] = hand
+        for number in np.flatnonzero((hand >= 0) & (now - since > self._timeout_s)).tolist():
+            start = work.layout.edges[hand[number]]
+            raise ReadTimeoutError(
+                f"{self._split.label(int(work.layout.shards[start]))}: no answer from storage for "
+                f"{now - since[number]:.0f} s (data.read_timeout_s is {self._timeout_s:g}): check the disk or network "
+                "it lies on, then resume"
+            )
 
-    def _read_part(self, part: _Part, layout: _Layout, buffer: np.ndarray) -> None:
-        for start, stop in part.runs:
-            shard = int(layout.shards[start])
-            path = self._locate(shard)
-            part.shard, part.since = self._split.label(shard), time.monotonic()
-            self._read_run(path, shard, layout, start, stop, buffer)
-            part.since = None
-            for n in range(start, stop):
-                self._check_frame(layout, n, buffer)
+    def _read_part(self, work: _Work, number: int, low: int, high: int) -> None:
+        """Reads runs ``low`` to ``high``, with so many files open at once as a thread may have."""
+        hand, calls = work.hand[number : number + 1], native.calls()
+        for groups in self._by_files(work.layout, low, high):
+            first, last = groups[0], groups[-1]
+            if calls is not None and not self._read_compiled(calls, work, hand, groups):
+                continue
+            for run in (first + np.flatnonzero(~work.sound[first:last])).tolist():
+                self._read_run(work, hand, run)
+            start, stop = work.layout.edges[first], work.layout.edges[last]
+            read_kernels.take_records(start, stop, work.frames, work.buffer, work.expected, work.results)
+
+    def _by_files(self, layout: _Layout, low: int, high: int) -> Iterator[list[int]]:
+        """Where each shard's runs begin, and at last where they end; again and again for some shards."""
+        shards = layout.shards[layout.edges[low:high]]
+        begins = [low, *(low + 1 + np.flatnonzero(np.diff(shards))).tolist(), high]
+        for at in range(0, len(begins) - 1, self._files_a_thread):
+            yield begins[at : at + self._files_a_thread + 1]
+
+    def _read_compiled(self, calls: native.Calls, work: _Work, hand: np.ndarray, groups: list[int]) -> int:
+        """Reads runs without the GIL; how many of them are not sound or could not be read."""
+        used: list[str] = []
+        try:
+            for begin, end in pairwise(groups):
+                path = work.paths[int(work.layout.shards[work.layout.edges[begin]])]
+                hand[0] = begin
+                try:
+                    work.handles[begin:end] = self._files.acquire(path)
+                except OSError:
+                    continue  # the slow way meets it again and says where
+                used.append(path)
+            hand[0] = -1
+            return read_kernels.read_runs(
+                calls.pread,
+                calls.crc32c,
+                groups[0],
+                groups[-1],
+                work.handles,
+                work.frames,
+                work.buffer,
+                work.expected,
+                work.results,
+                hand,
+                work.sound,
+            )
+        finally:
+            for path in used:
+                self._files.release(path)
 
     def _locate(self, shard: int) -> str:
         """The shard's file. One that was removed after it was fetched, as by hand, is fetched again."""
@@ -200,26 +275,37 @@ class Reader:
         except FileNotFoundError:
             return str(self._stager.locate(shard, again=True))
 
-    def _read_run(self, path: str, shard: int, layout: _Layout, start: int, stop: int, buffer: np.ndarray) -> None:
-        """Fills the buffer with neighbouring frames of one shard."""
-        first = int(layout.places[start])
-        view = buffer.data[first : int(layout.places[stop - 1] + layout.sizes[stop - 1])]
-        offset = int(self._split.offsets[layout.ids[start]])
+    # ----------------------------------------------------------------------------------------- slow way
+
+    def _read_run(self, work: _Work, hand: np.ndarray, run: int) -> None:
+        """Fills the buffer with neighbouring frames of one shard and checks them. Raises what is wrong with them."""
+        layout = work.layout
+        start, stop = layout.edges[run : run + 2].tolist()
+        path = self._locate(int(layout.shards[start]))
+        view = work.buffer.data[int(layout.places[start]) : int(layout.places[stop - 1] + layout.sizes[stop - 1])]
+        hand[0] = run
+        self._fill(path, view, int(layout.ids[start]))
+        hand[0] = -1
+        for n in range(start, stop):
+            self._check_frame(work, n)
+
+    def _fill(self, path: str, view: memoryview, record_id: int) -> None:
+        offset = int(self._split.offsets[record_id])
         try:
             with self._files.use(path) as handle:
                 while view:
                     got = os.preadv(handle, [view], offset)
                     if got == 0:
-                        label = self._split.label(shard)
+                        label = self._split.label(int(self._split.shard_of(np.array([record_id]))[0]))
                         raise RecordError(f"{label}: ends at byte {offset}: it was cut short after it was opened")
                     view, offset = view[got:], offset + got
         except OSError as error:
-            where = self._split.where(int(layout.ids[start]))
+            where = self._split.where(record_id)
             raise RecordError(f"{where}: cannot be read from byte {offset} on ({error})") from error
 
-    def _check_frame(self, layout: _Layout, n: int, buffer: np.ndarray) -> None:
+    def _check_frame(self, work: _Work, n: int) -> None:
         """Length and both checksums of a frame."""
-        start, size = int(layout.places[n]), int(layout.sizes[n])
+        start, size, buffer = int(work.layout.places[n]), int(work.layout.sizes[n]), work.buffer
         end = start + size
         length, length_crc = records.HEADER.unpack_from(buffer.data, start)
         (crc,) = records.FOOTER.unpack_from(buffer.data, end - records.FOOTER.size)
@@ -230,81 +316,42 @@ class Reader:
             and mask(value(buffer[start + records.HEADER.size : end - records.FOOTER.size])) == crc  # type: ignore[arg-type]
         )
         if not sound:
-            where = self._split.where(int(layout.ids[n]))
+            where = self._split.where(int(work.layout.ids[n]))
             records.unframe(buffer[start:end].tobytes(), google_crc32c.value, where)
             raise AssertionError(f"{where}: two checks of one frame disagree")
 
-    # ---------------------------------------------------------------------------------------- features
+    # ------------------------------------------------------------------------------------------ results
 
-    def _features(self, layout: _Layout, buffer: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
-        """(image bytes of each record, fractions float32 [N, K]), in the layout's order."""
-        header, footer = records.HEADER.size, records.FOOTER.size
-        payloads = np.stack([layout.places + header, layout.places + layout.sizes - footer], 1)
-        spans, canonical = parse.find_features(buffer, payloads)
-        images: list[np.ndarray] = []
-        fractions = np.empty((len(payloads), self._classes), np.float32)
-        for n, origin in enumerate(self._split.origin_of[layout.shards].tolist()):
-            form = self._forms[origin]
-            if not (canonical[n] and self._take(buffer, spans[n], form, images, fractions[n])):
-                self._take_slowly(buffer, payloads[n], int(layout.ids[n]), form, images, fractions[n])
-        sums = fractions.sum(1)
-        odd = ~(np.isfinite(fractions).all(1) & (fractions >= 0).all(1) & (np.abs(sums - 1) < 1e-4))
-        for n in np.flatnonzero(odd):
-            self._decode(buffer, payloads[n], int(layout.ids[n]))
-            raise AssertionError("two checks of one record's fractions disagree")
-        if self._tile.dtype == "float32":
-            self._check_finite(images, layout)
-        return images, fractions
+    def _images(self, work: _Work) -> list[np.ndarray]:
+        """The images as asked for. Reads records of unusual form, and checks every record's fractions."""
+        unusual = {n: self._take_slowly(work, n) for n in np.flatnonzero(~work.taken).tolist()}
+        fractions = work.fractions
+        odd = ~(np.isfinite(fractions).all(1) & (fractions >= 0).all(1) & (np.abs(fractions.sum(1) - 1) < 1e-4))
+        for n in np.flatnonzero(odd).tolist():
+            self._explain_fractions(work, n)
+        buffer, back = work.buffer, work.layout.back
+        if self._forms.are_whole and not unusual:
+            return [buffer[start:end] for start, end in work.spans[back, parse.IMAGE].tolist()]
+        places, forms = work.spans[:, parse.IMAGE].tolist(), work.forms.tolist()
+        images = [
+            unusual[n] if n in unusual else self._forms.wanted(buffer[start:end], forms[n])
+            for n, (start, end) in enumerate(places)
+        ]
+        return [images[n] for n in back.tolist()]
 
-    def _take(
-        self, buffer: np.ndarray, spans: np.ndarray, form: _Form, images: list[np.ndarray], fractions: np.ndarray
-    ) -> bool:
-        """Stores a canonical record's image and fractions; False where it is not what the manifest says."""
-        bounds = spans.tolist()
-        for number, expected in form.expected.items():
-            start, end = bounds[number]
-            if buffer[start:end].tobytes() != expected:
-                return False
-        start, end = bounds[parse.FRACTIONS]
-        if end - start != 4 * self._classes:
-            return False
-        fractions[:] = np.frombuffer(buffer, "<f4", self._classes, start)
-        start, end = bounds[parse.IMAGE]
-        if form.raw_bytes is not None and end - start != form.raw_bytes:
-            return False
-        images.append(form.wanted(buffer[start:end]))
-        return True
+    def _payload(self, work: _Work, n: int) -> bytes:
+        start, end = int(work.layout.places[n]), int(work.layout.places[n] + work.layout.sizes[n])
+        return work.buffer[start + records.HEADER.size : end - records.FOOTER.size].tobytes()
 
-    def _decode(self, buffer: np.ndarray, payload: np.ndarray, record_id: int) -> records.Record:
-        start, end = payload.tolist()
-        return records.decode_record(buffer[start:end].tobytes(), self._split.where(record_id))
+    def _take_slowly(self, work: _Work, n: int) -> np.ndarray:
+        """A record's image, where the compiled way did not take it; its fractions are stored."""
+        where = self._split.where(int(work.layout.ids[n]))
+        image, work.fractions[n] = self._forms.take_slowly(self._payload(work, n), int(work.forms[n]), where)
+        return image
 
-    def _take_slowly(
-        self,
-        buffer: np.ndarray,
-        payload: np.ndarray,
-        record_id: int,
-        form: _Form,
-        images: list[np.ndarray],
-        fractions: np.ndarray,
-    ) -> None:
-        """A record of unusual form: read in full, then held against the manifest."""
-        record = self._decode(buffer, payload, record_id)
-        found = (record.codec, record.dtype, record.shape, len(record.fractions))
-        expected = (self._tile.codec, self._tile.dtype, form.shape, self._classes)
-        if found != expected:
-            raise RecordError(
-                f"{self._split.where(record_id)}: (codec, dtype, shape, classes) are {found}, the manifest says "
-                f"{expected}: shard and manifest do not belong together, pack again"
-            )
-        images.append(form.wanted(np.frombuffer(record.image, np.uint8)))
-        fractions[:] = record.fractions
-
-    def _check_finite(self, images: list[np.ndarray], layout: _Layout) -> None:
-        for n, image in enumerate(images):
-            if not np.isfinite(np.frombuffer(image, "<f4")).all():
-                where = self._split.where(int(layout.ids[n]))
-                raise RecordError(f"{where}: feature 'image' holds NaN or infinity; pack again from sound scenes")
+    def _explain_fractions(self, work: _Work, n: int) -> NoReturn:
+        records.decode_record(self._payload(work, n), self._split.where(int(work.layout.ids[n])))
+        raise AssertionError("two checks of one record's fractions disagree")
 
 
 def _lay_out(split: Split, ids: np.ndarray) -> _Layout:
@@ -314,8 +361,8 @@ def _lay_out(split: Split, ids: np.ndarray) -> _Layout:
     places = np.cumsum(sizes) - sizes
     shards = split.shard_of(unique)
     breaks = np.flatnonzero((np.diff(unique) != 1) | (np.diff(shards) != 0)) + 1
-    edges = [0, *breaks.tolist(), len(unique)] if len(unique) else [0]
-    return _Layout(unique, shards, sizes, places, back, list(pairwise(edges)))
+    edges = np.concatenate([[0], breaks, [len(unique)]] if len(unique) else [[0]]).astype(np.int64)
+    return _Layout(unique, shards, split.offsets[unique], sizes, places, back, edges)
 
 
 __all__ = ["Reader", "Samples"]

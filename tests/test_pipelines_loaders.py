@@ -23,6 +23,7 @@ from pipelines.order import Order
 from pipelines.torch_loader import view_raw
 from pipelines.transform import Transform
 from tests.datasets import make_dataset
+from tests.storage import replace_preadv
 from tests.test_pipelines_reader import payloads_of, replaced, rewrite_first_shard
 
 HAS_DALI = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
@@ -332,7 +333,7 @@ def test_storage_that_hangs_stops_training(loader, jpegs, monkeypatch):
     monkeypatch.setattr("pipelines.threads._JOIN_S", 0.3)
     with train_batches(jpegs, options(loader, read_timeout_s=0.4), AugmentOptions(), seed=0) as batches:
         next(batches)
-        monkeypatch.setattr(os, "preadv", lambda *a: release.wait(20) and preadv(*a))
+        replace_preadv(lambda *a: release.wait(20) and preadv(*a), monkeypatch.setattr)
         started = time.monotonic()
         with pytest.raises(ReadTimeoutError, match=r"train-0000\d\.tfrecord: no answer from storage"):
             [next(batches) for _ in range(20)]

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import struct
+import threading
 import time
 
 import google_crc32c
@@ -14,11 +15,12 @@ import pytest
 
 from geokr import example, records
 from geokr.records import RecordError
-from pipelines import parse
+from pipelines import native, parse
 from pipelines.dataset import Dataset
 from pipelines.errors import ReadTimeoutError
-from pipelines.reader import Reader
+from pipelines.reader import Reader, _lay_out
 from tests.datasets import make_dataset, write_shard
+from tests.storage import replace_preadv
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +45,16 @@ def raws(tmp_path_factory):
 def copy(raws, tmp_path):
     shutil.copytree(raws, tmp_path / "copy")
     return tmp_path / "copy"
+
+
+@pytest.fixture(params=["compiled", "python"])
+def way(request, monkeypatch):
+    """Both ways of reading: the second is all that is left where google_crc32c has no C library."""
+    if request.param == "python":
+        monkeypatch.setattr(native, "calls", lambda: None)
+    elif native.calls() is None:
+        pytest.skip("google_crc32c has no C library here")
+    return request.param
 
 
 def payloads_of(folder, split="train"):
@@ -78,6 +90,7 @@ def edit_manifest(folder, change):
     path.write_text(json.dumps(tree))
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("fixture", ["jpegs", "raws"])
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_reads_what_the_contract_reads(fixture, split, request):
@@ -106,6 +119,7 @@ def test_record_ids_outside_the_split_are_refused(raws):
     reader.close()
 
 
+@pytest.mark.usefixtures("way")
 def test_neighbours_are_read_at_once_and_short_reads_go_on(raws, monkeypatch):
     calls, preadv = [], os.preadv
 
@@ -115,14 +129,15 @@ def test_neighbours_are_read_at_once_and_short_reads_go_on(raws, monkeypatch):
 
     reader = opened(raws, threads=1)
     whole = [image.tobytes() for image in reader.read(np.arange(12)).images]
-    monkeypatch.setattr(os, "preadv", lambda *a: calls.append(a[2]) or preadv(*a))
+    replace_preadv(lambda *a: calls.append(a[2]) or preadv(*a), monkeypatch.setattr)
     reader.read(np.array([7, 3, 2, 6, 8]))
     assert len(calls) == 2  # 2, 3 in the first shard; 6, 7, 8 in the second
-    monkeypatch.setattr(os, "preadv", stingy)
+    replace_preadv(stingy, monkeypatch.setattr)
     assert [image.tobytes() for image in reader.read(np.arange(12)).images] == whole
     reader.close()
 
 
+@pytest.mark.usefixtures("way")
 def test_more_shards_than_open_files(tmp_path, monkeypatch):
     folder = make_dataset(tmp_path / "many", tiles=20, size=8, bands=1, codec="raw", shard_records=1, val=0)
     monkeypatch.setattr("pipelines.reader._OPEN_FILES", 3)
@@ -139,6 +154,7 @@ def test_more_shards_than_open_files(tmp_path, monkeypatch):
 # --------------------------------------------------------------------------------------------- damage
 
 
+@pytest.mark.usefixtures("way")
 def test_every_flipped_byte_of_a_record_is_found(copy):
     reader = opened(copy)
     path, split = copy / "train-00001.tfrecord", Dataset.open(copy).train
@@ -160,6 +176,7 @@ def test_every_flipped_byte_of_a_record_is_found(copy):
     reader.close()
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("value", [0, 2**31, 2**63])
 def test_a_false_length_allocates_nothing(copy, value):
     path = copy / "train-00000.tfrecord"
@@ -173,6 +190,7 @@ def test_a_false_length_allocates_nothing(copy, value):
     reader.close()
 
 
+@pytest.mark.usefixtures("way")
 def test_cut_short_after_opening(copy):
     reader = opened(copy)
     os.truncate(copy / "train-00000.tfrecord", 1000)
@@ -181,12 +199,13 @@ def test_cut_short_after_opening(copy):
     reader.close()
 
 
+@pytest.mark.usefixtures("way")
 def test_an_io_error_names_the_record(copy, monkeypatch):
     def broken(*_):
         raise OSError(errno.EIO, "Input/output error")
 
     reader = opened(copy)
-    monkeypatch.setattr(os, "preadv", broken)
+    replace_preadv(broken, monkeypatch.setattr)
     with pytest.raises(
         RecordError, match=r"train-00001\.tfrecord: record 2 at byte \d+: cannot be read .*Input/output"
     ):
@@ -194,6 +213,7 @@ def test_an_io_error_names_the_record(copy, monkeypatch):
     reader.close()
 
 
+@pytest.mark.usefixtures("way")
 def test_storage_that_hangs_is_given_up(copy):
     shard = copy / "train-00001.tfrecord"
     reader = opened(copy, timeout_s=0.4)
@@ -208,6 +228,126 @@ def test_storage_that_hangs_is_given_up(copy):
     assert 0.4 < time.monotonic() - started < 3
     os.close(os.open(shard, os.O_RDWR | os.O_NONBLOCK))  # lets the waiting thread go
     reader.close()
+
+
+def test_a_read_that_hangs_names_the_run_in_hand(copy, monkeypatch, way):
+    """One thread's share goes over two shards; storage stops at the second one's first byte."""
+    release, preadv = threading.Event(), os.preadv
+    reader = opened(copy, threads=1, timeout_s=0.4)
+    replace_preadv(lambda *a: (a[2] > 0 or release.wait(20)) and preadv(*a), monkeypatch.setattr)
+    started = time.monotonic()
+    with pytest.raises(ReadTimeoutError, match=r"train-00001\.tfrecord: no answer from storage for \d+ s"):
+        reader.read(np.array([2, 4, 5, 7]))
+    assert 0.4 < time.monotonic() - started < 3
+    release.set()
+    reader.close()
+
+
+# --------------------------------------------------------------------------------- compiled and in Python
+
+
+def both_ways(reader, ids, monkeypatch):
+    """What a read gives, or its error, once in compiled code and once in Python."""
+    found = []
+    for change in (lambda: None, lambda: monkeypatch.setattr(native, "calls", lambda: None)):
+        with monkeypatch.context():
+            change()
+            try:
+                samples = reader.read(ids)
+            except RecordError as error:
+                found.append(str(error))
+            else:
+                found.append(([image.tobytes() for image in samples.images], samples.fractions.tobytes()))
+                samples.release()
+        monkeypatch.undo()
+    return found
+
+
+needs_compiled = pytest.mark.skipif(native.calls() is None, reason="google_crc32c has no C library here")
+
+
+@needs_compiled
+@pytest.mark.parametrize("shape", [{}, {"codec": "raw", "bands": 5, "dtype": "int16", "classes": 9}])
+@pytest.mark.parametrize("threads", [1, 3, 8])
+def test_both_ways_give_the_same_bits(shape, threads, tmp_path, monkeypatch):
+    folder = make_dataset(tmp_path / "data", tiles=60, size=16, shard_records=7, **shape)
+    reader, rng = opened(folder, threads=threads), np.random.default_rng(threads)
+    for _ in range(30):
+        ids = rng.integers(0, 60, rng.integers(0, 70))
+        compiled, python = both_ways(reader, ids, monkeypatch)
+        assert compiled == python
+        assert len(compiled[0]) == len(ids)
+    reader.close()
+
+
+@needs_compiled
+def test_sound_records_never_take_the_slow_way(raws, monkeypatch):
+    reader = opened(raws)
+    monkeypatch.setattr(Reader, "_read_run", None)
+    monkeypatch.setattr(Reader, "_take_slowly", None)
+    assert len(reader.read(np.arange(12)).images) == 12
+    reader.close()
+
+
+@needs_compiled
+def test_both_ways_find_every_flipped_byte_of_a_shard(tmp_path, monkeypatch):
+    folder = make_dataset(tmp_path / "data", tiles=2, size=2, bands=1, codec="raw", classes=1, val=0)
+    path, reader = folder / "train-00000.tfrecord", opened(folder)
+    sound = path.read_bytes()
+    with path.open("r+b", buffering=0) as file:
+        for at in range(len(sound)):
+            os.pwrite(file.fileno(), bytes([sound[at] ^ 1 << at % 8]), at)
+            compiled, python = both_ways(reader, np.arange(2), monkeypatch)
+            os.pwrite(file.fileno(), sound[at : at + 1], at)
+            assert compiled == python
+            assert "pack it again" in compiled or "pack again" in compiled
+    assert len(reader.read(np.arange(2)).images) == 2
+    reader.close()
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "float32"])
+def test_damage_under_right_checksums_is_named_or_harmless(tmp_path, dtype):
+    """Each byte of a payload changed and the checksum made anew, as a faulty packer would."""
+    folder = make_dataset(tmp_path / "data", tiles=1, size=2, bands=1, dtype=dtype, codec="raw", classes=2, val=0)
+    (payload,) = payloads_of(folder)
+    path, reader = folder / "train-00000.tfrecord", opened(folder)
+    wanted, sound, said = frozenset({"codec", "dtype", "fractions", "image", "shape"}), 0, []
+    for at in range(len(payload)):
+        changed = payload[:at] + bytes([payload[at] ^ 1 << at % 8]) + payload[at + 1 :]
+        path.write_bytes(records.frame(changed, google_crc32c.value))
+        try:
+            samples = reader.read(np.zeros(1, np.int64))
+        except RecordError as error:
+            said.append(str(error))
+            continue
+        sound += 1
+        try:
+            features = example.decode(changed, wanted)  # what else is in it, training does not need
+        except example.ExampleError as error:
+            assert "name" in str(error)  # noqa: PT017 - of a feature that is not needed either
+            continue
+        assert features["codec"] == [b"raw"]
+        assert features["dtype"] == [dtype.encode()]
+        assert features["shape"].tolist() == [2, 2, 1]
+        assert samples.images[0].tobytes() == features["image"][0]
+        assert np.isfinite(np.frombuffer(features["image"][0], dtype)).all()
+        assert (samples.fractions[0] == features["fractions"]).all()
+    assert sound > 100
+    assert len(said) > 100
+    assert all(message.startswith(f"{path}: record 0 at byte 0: ") for message in said)
+    reader.close()
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
+def test_shares_take_every_run_once(raws, count):
+    split, rng = Dataset.open(raws).train, np.random.default_rng(count)
+    for size in range(14):
+        layout = _lay_out(split, rng.integers(0, 12, size))
+        runs = len(layout.edges) - 1
+        parts = layout.parts(count)
+        assert [run for low, high in parts for run in range(low, high)] == list(range(runs))
+        assert len(parts) <= count
+        assert all(low < high for low, high in parts)
 
 
 # -------------------------------------------------------------------------------------------- opening
@@ -302,6 +442,7 @@ def unusual(record, order=1, **other):
     return tag(1, b"".join(parts[::order]))
 
 
+@pytest.mark.usefixtures("way")
 def test_sound_records_of_unusual_form_are_read(copy):
     made = [records.decode_record(payload) for payload in payloads_of(copy)[:5]]
     rewrite_first_shard(copy, [unusual(record, order) for record, order in zip(made, (1, -1, 1, -1, 1), strict=True)])

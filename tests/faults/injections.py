@@ -17,6 +17,7 @@ import torch
 
 from geokr import checkpoint, pretrain, runfolder
 from geokr import train as training
+from tests.storage import replace_preadv
 
 
 def train(arguments: Sequence[str], inject: str) -> int:
@@ -194,7 +195,7 @@ def stall(at: str) -> None:
             forever.wait()
         return preadv(*arguments)
 
-    os.preadv = hanging
+    replace_preadv(hanging)
     _before_step(lambda learner, step: now.update(step=step))
 
 

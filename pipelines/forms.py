@@ -1,0 +1,82 @@
+"""What the records of a split must say of themselves, and what becomes of one that says it in an unusual way."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from geokr import records
+from geokr.records import RecordError
+from pipelines import parse
+from pipelines.dataset import Dataset, Split
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Forms:
+    """One form a dataset of the split, F in all.
+
+    of_shard: int64 [shards], the number of each shard's form. contents: uint8 [F, 5, bytes], features that all
+    records of a form share, and lengths: int64 [F, 5], of every feature, -1 for any; both in the order of
+    :mod:`pipelines.parse`. shapes: (H, W, bands). picks: places of the wanted bands, None for all as they are.
+    """
+
+    tile: records.Tile
+    classes: int
+    of_shard: np.ndarray
+    shapes: Sequence[tuple[int, int, int]]
+    picks: Sequence[tuple[int, ...] | None]
+    contents: np.ndarray
+    lengths: np.ndarray
+
+    @classmethod
+    def of(cls, dataset: Dataset, split: Split) -> "Forms":
+        tile, classes = dataset.manifest.tile, len(dataset.manifest.classes)
+        shapes, picks = [origin.shape for origin in split.origins], [origin.pick for origin in split.origins]
+        common = [{parse.CODEC: tile.codec.encode(), parse.DTYPE: tile.dtype.encode()} for _ in shapes]
+        expected = [each | {parse.SHAPE: parse.packed(shape)} for each, shape in zip(common, shapes, strict=True)]
+        longest = max(len(value) for each in expected for value in each.values())
+        contents = np.zeros((len(shapes), 5, longest), np.uint8)
+        lengths = np.full((len(shapes), 5), -1, np.int64)
+        for form, each in enumerate(expected):
+            for number, value in each.items():
+                contents[form, number, : len(value)] = np.frombuffer(value, np.uint8)
+                lengths[form, number] = len(value)
+        lengths[:, parse.FRACTIONS] = 4 * classes
+        if tile.codec == "raw":
+            lengths[:, parse.IMAGE] = [int(np.prod(shape)) * np.dtype(tile.dtype).itemsize for shape in shapes]
+        return cls(tile, classes, split.origin_of, shapes, picks, contents, lengths)
+
+    @property
+    def are_whole(self) -> bool:
+        """Whether every image is wanted as it lies in its record."""
+        return not any(self.picks)
+
+    @property
+    def floats(self) -> bool:
+        return self.tile.dtype == "float32"
+
+    def wanted(self, image: np.ndarray, form: int) -> np.ndarray:
+        """The image's bytes with the wanted bands only (a copy where some are not)."""
+        pick = self.picks[form]
+        if pick is None:
+            return image
+        pixels = np.frombuffer(image, np.dtype(self.tile.dtype).newbyteorder("<")).reshape(self.shapes[form])
+        return np.ascontiguousarray(pixels[..., list(pick)]).reshape(-1).view(np.uint8)
+
+    def take_slowly(self, payload: bytes, form: int, where: str) -> tuple[np.ndarray, np.ndarray]:
+        """(image bytes as wanted, fractions float32 [K]) of a record of unusual form: read in full, then compared.
+
+        Raises RecordError that begins with ``where`` if it is no record, or not one that the manifest describes.
+        """
+        record = records.decode_record(payload, where)
+        found = (record.codec, record.dtype, record.shape, len(record.fractions))
+        expected = (self.tile.codec, self.tile.dtype, self.shapes[form], self.classes)
+        if found != expected:
+            raise RecordError(
+                f"{where}: (codec, dtype, shape, classes) are {found}, the manifest says "
+                f"{expected}: shard and manifest do not belong together, pack again"
+            )
+        image = self.wanted(np.frombuffer(record.image, np.uint8), form)
+        if self.floats and not np.isfinite(np.frombuffer(image, "<f4")).all():
+            raise RecordError(f"{where}: feature 'image' holds NaN or infinity; pack again from sound scenes")
+        return image, record.fractions
