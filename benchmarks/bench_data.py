@@ -10,7 +10,7 @@ import numpy as np
 from benchmarks import bench_tiles
 from benchmarks.bench_cases import Case, Setting
 from pipelines.dataset import Dataset
-from pipelines.loaders import resolve_loader, train_batches
+from pipelines.loaders import read_threads, resolve_loader, train_batches
 from pipelines.reader import Reader
 from pipelines.threads import Team
 
@@ -29,7 +29,7 @@ def is_rgb_jpeg(setting: Setting) -> bool:
 
 def read_cases(setting: Setting, stack: ExitStack) -> Iterator[Case]:
     dataset, batch = setting.dataset, 256
-    reader = Reader(dataset, dataset.train, threads=4, timeout_s=60)
+    reader = Reader(dataset, dataset.train, threads=read_threads(setting.threads), timeout_s=60)
     stack.callback(reader.close)
     rng = np.random.default_rng(0)
 

@@ -132,5 +132,5 @@ def _decoded(data: Any, shape: tuple[int, int, int], device_id: int | None) -> A
 
 
 def graph_inputs(images: list[np.ndarray], parameters: Parameters, size: int) -> tuple[Any, ...]:
-    """What a pipeline with in-graph augmentation takes for a batch."""
-    return images, list(dihedral_affine(parameters.dihedral, size)), list(parameters.colour)
+    """What a pipeline with in-graph augmentation takes for a batch: one array for all images where they allow it."""
+    return images, dihedral_affine(parameters.dihedral, size), parameters.colour

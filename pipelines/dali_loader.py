@@ -81,10 +81,17 @@ class _Feed:
                 find_damage(self.waiting)
                 raise
             batch = self.waiting.popleft()
-            if any(tuple(found) != shape for found in tiles.shape()):
+            if _other_shapes(tiles, shape):
                 find_damage([batch])
                 raise RuntimeError(f"DALI gave images of other shapes than {shape}")
             yield batch, tiles
+
+
+def _other_shapes(tiles: Any, shape: tuple[int, ...]) -> bool:
+    """Whether any of DALI's images has another shape. Alike they are one tensor, whose shape says it for all."""
+    if tiles.is_dense_tensor():
+        return tuple(tiles.as_tensor().shape()[1:]) != shape
+    return any(tuple(found) != shape for found in tiles.shape())
 
 
 def _check_jpegs(batches: Iterable[Loaded], shape: tuple[int, int, int], where: Callable[[int], str]) -> None:

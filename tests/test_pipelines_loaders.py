@@ -383,3 +383,8 @@ def test_the_helpers_fractions_can_be_learned(folders):
     residual = (features @ solved - fractions).pow(2).mean() / fractions.var(0).mean()
     assert residual < 0.5
     assert json.loads((folders["jpeg"] / records.MANIFEST).read_text())["tile"]["codec"] == "jpeg"
+
+
+@pytest.mark.parametrize(("decoding", "reading"), [(1, 4), (2, 4), (8, 4), (12, 6), (16, 8), (128, 8)])
+def test_reading_follows_the_cores_within_limits(decoding, reading):
+    assert loaders.read_threads(decoding) == reading
