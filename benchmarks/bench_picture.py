@@ -4,6 +4,11 @@ from pathlib import Path
 from typing import Any
 
 
+def _three_figures(value: float) -> str:
+    """Whole numbers above a hundred, three figures below."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def draw(report: dict[str, Any], path: Path) -> None:
     """Two panels of bars, stage by stage, written as PNG."""
     import matplotlib
@@ -20,7 +25,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
         values = [result[key] for result in results]
         spreads = [result["img_per_s"] * result["spread"] / 2 for result in results] if key == "img_per_s" else None
         bars = axis.barh(names, values, color=colours, xerr=spreads, error_kw={"ecolor": "0.4"})
-        axis.bar_label(bars, fmt="%.3g", padding=3)
+        axis.bar_label(bars, fmt=_three_figures, padding=3)
         axis.set_xlabel(title)
         axis.margins(x=0.15)
         axis.spines[["top", "right"]].set_visible(False)
