@@ -194,10 +194,12 @@ def killed_at(arguments, seconds):
 
 
 def kill_again_and_again(inputs, tmp_path, times, seed, *more):
-    start = time.monotonic()
-    subprocess.run(inputs.arguments(tmp_path / "first", "workers=0", *more), cwd=ROOT, check=True, capture_output=True)
-    whole = time.monotonic() - start
-    assert contents(tmp_path / "first") == inputs.bytes
+    whole = float("inf")
+    for name in ("first", "second"):  # the first may be slow: files not cached, kernels not compiled
+        start = time.monotonic()
+        subprocess.run(inputs.arguments(tmp_path / name, "workers=0", *more), cwd=ROOT, check=True, capture_output=True)
+        whole = min(whole, time.monotonic() - start)
+        assert contents(tmp_path / name) == inputs.bytes
     rng, killed = np.random.default_rng(seed), 0
     for number in range(times):
         out = tmp_path / f"out{number // 3}"  # three kills each
@@ -259,12 +261,11 @@ def long(tmp_path_factory):
 def test_signals(long, tmp_path):
     """SIGTERM, SIGINT and SIGKILL to a run with two workers: the status, no orphans, and then the same bytes."""
     arguments, expected, (scenes, covers, product, keys) = long
-    out = tmp_path / "out"
     for number, status in ((signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)):
-        before = len(list(out.glob(".work/spill/*.json")))
+        out = tmp_path / number.name  # each from the beginning, so that most of the work is still to be done
         process = subprocess.Popen([*arguments, "--out", str(out), "workers=2"], stderr=subprocess.PIPE, cwd=ROOT)
         deadline = time.monotonic() + 60
-        while len(list(out.glob(".work/spill/*.json"))) < before + 2 and process.poll() is None:
+        while len(list(out.glob(".work/spill/*.json"))) < 2 and process.poll() is None:
             assert time.monotonic() < deadline
             time.sleep(0.02)
         workers = children_of(process.pid)
@@ -279,8 +280,8 @@ def test_signals(long, tmp_path):
             assert time.monotonic() - start < 15, "workers outlive their caller"
             time.sleep(0.05)
         assert not (out / records.MANIFEST).exists()
-    pack_quietly(scenes, covers, product, out, *keys, "workers=0")
-    assert contents(out) == expected
+        pack_quietly(scenes, covers, product, out, *keys, "workers=0")
+        assert contents(out) == expected
 
 
 # -------------------------------------------------------------------------------------- folders that are not free
