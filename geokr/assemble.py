@@ -128,9 +128,9 @@ def build_learner(
         student.backbone = synchronize_batchnorm(student.backbone, world.device.type)
     teacher = make_teacher(student, options.method, options.run.seed)
     fused = fuse_norms(options, student, world, synchronized=synchronized)
-    run_step = choose_compute(options, world)
-    optimizer, ran = build_optimizer(student, options.optim, world.device, capturable=isinstance(run_step, Recorded))
     precision = choose_precision(options.train.precision, world.device)
+    run_step = choose_compute(options, world, precision)
+    optimizer, ran = build_optimizer(student, options.optim, world.device, capturable=isinstance(run_step, Recorded))
     scaler = Scaler(world.device.type, enabled=precision == "fp16")
     if restore is not None:
         restore(student, teacher, optimizer, scaler)

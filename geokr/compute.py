@@ -165,6 +165,8 @@ class Recorded:
                 ) from error
             log.warning("a step cannot be recorded as a CUDA graph here (%s): going on without", reason)
             torch.cuda.synchronize()
+            if learner.scaler.is_enabled():  # it may take the next gradients for unscaled already
+                learner.scaler._per_optimizer_states.clear()
             self.works = False
             self._places = None
             return False

@@ -96,20 +96,24 @@ def fold_teacher(
     try:
         folded = FoldedTeacher(teacher, images_NCHW, dtype)
         folded.check(images_NCHW)
-    except FoldError as error:
+    except (FoldError, RuntimeError) as error:  # the latter from a library without the fused convolution
+        reason = str(error).splitlines()[0]
         if choice == "on":
-            raise ConfigError(f"train.fold_teacher=on: {error}; use auto or off") from error
-        log.info("the teacher runs unfolded: %s", error)
+            raise ConfigError(f"train.fold_teacher=on: {reason}; use auto or off") from error
+        log.info("the teacher runs unfolded: %s", reason)
         return None
     return folded
 
 
-def choose_compute(options: PretrainOptions, world: World) -> Compute:
-    """Steps as they come or recorded. Raises ConfigError where ``train.cuda_graph=on`` cannot be."""
+def choose_compute(options: PretrainOptions, world: World, precision: str) -> Compute:
+    """Steps as they come or recorded. Raises ConfigError where ``train.cuda_graph=on`` cannot be.
+
+    precision: as :func:`geokr.precision.choose_precision` resolved it.
+    """
     choice = options.train.cuda_graph
     if choice == "off":
         return compute
-    obstacle = _graph_obstacle(options, world)
+    obstacle = _graph_obstacle(options, world, precision)
     if obstacle is None:
         return Recorded(required=choice == "on")
     if choice == "on":
@@ -117,7 +121,7 @@ def choose_compute(options: PretrainOptions, world: World) -> Compute:
     return compute
 
 
-def _graph_obstacle(options: PretrainOptions, world: World) -> str | None:
+def _graph_obstacle(options: PretrainOptions, world: World, precision: str) -> str | None:
     if world.device.type != "cuda":
         return f"this run is on {world.device.type}"
     if world.size > 1:
@@ -126,4 +130,6 @@ def _graph_obstacle(options: PretrainOptions, world: World) -> str | None:
         return "steps of several parts (train.accumulate) are not recorded"
     if options.optim.implementation == "apex":
         return "apex's optimizers are not recorded"
+    if precision == "fp16" and (options.optim.implementation != "fused" or options.optim.name == "lamb"):
+        return "in fp16 this optimizer waits for the loss scaler's verdict, which a recorded step cannot"
     return None

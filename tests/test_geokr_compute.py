@@ -1,5 +1,7 @@
 """The step waits for nothing, and what CUDA graphs ask of the code around them holds."""
 
+import contextlib
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from geokr.compute import Recorded
 from geokr.config import ConfigError
+from geokr.distributed import World
 from geokr.metrics import Window
+from geokr.speedups import _graph_obstacle
 from geokr.train import train_step
 from tests import geokr_toy as toy
 
@@ -64,6 +68,51 @@ def test_a_recording_that_fails_is_an_error_only_where_it_was_asked_for(monkeypa
             assert not recorded.works
             assert recorded(learner, [next(stream)]).skipped is None
             assert "going on without" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("overrides", "size", "precision", "reason"),
+    [
+        ([], 1, "bf16", None),
+        (["optim.name=lamb"], 1, "bf16", None),
+        ([], 1, "fp16", None),
+        (["optim.name=lamb"], 1, "fp16", "the loss scaler's verdict"),
+        (["optim.implementation=foreach"], 1, "fp16", "the loss scaler's verdict"),
+        (["optim.implementation=apex"], 1, "bf16", "apex"),
+        (["train.accumulate=2"], 1, "bf16", "several parts"),
+        ([], 2, "bf16", "several processes"),
+    ],
+)
+def test_what_is_not_recorded(overrides, size, precision, reason):
+    found = _graph_obstacle(toy.options(*overrides), World(torch.device("cuda"), size=size), precision)
+    assert found is None if reason is None else found is not None and reason in found
+
+
+def test_a_recording_that_fails_leaves_the_loss_scaler_as_it_was(monkeypatch):
+    """Else the step that follows would take its scaled gradients for unscaled ones."""
+    keys = ["train.precision=fp16", "optim.name=sgd", "optim.implementation=foreach"]
+    plain, learner = toy.learner(toy.options(*keys)), toy.learner(toy.options(*keys))
+    scaler_step, calls = learner.scaler.step, []
+
+    def stops_halfway(optimizer: torch.optim.Optimizer) -> object:
+        calls.append(optimizer)
+        if len(calls) == 1:  # as while recording, where it may not wait for the device
+            learner.scaler.unscale_(optimizer)
+            raise RuntimeError("not here")
+        return scaler_step(optimizer)
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr("geokr.compute._UNRECORDED", 0)
+    monkeypatch.setattr(learner.scaler, "step", stops_halfway)
+    for model in (learner.student, plain.student):
+        model.eval()  # so that the pass that was recorded in vain leaves no trace in running statistics
+    batch = next(toy.stream(0, 8))
+    Recorded(required=False)(learner, [batch])
+    plain.compute(plain, [batch])
+    assert len(calls) == 2
+    assert toy.bits(learner.student) == toy.bits(plain.student)
 
 
 def test_a_recorded_step_reads_its_batch_from_fixed_places(monkeypatch):
