@@ -79,6 +79,12 @@ def cut(M: int, C: int, tiling: Tiling) -> Cut:
 
 
 @triton.jit
+def positive_part(value):
+    """max(value, 0), and NaN where it is NaN: tl.maximum would give 0, and a broken run would go on in silence."""
+    return tl.where(value <= 0, 0.0, value)
+
+
+@triton.jit
 def _moments_kernel(x_ptr, part_ptr, M, C, rows, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
     chunk = tl.num_programs(1) - 1 - tl.program_id(1)
     cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -101,7 +107,7 @@ def _moments_kernel(x_ptr, part_ptr, M, C, rows, BLOCK_M: tl.constexpr, BLOCK_C:
     m2 = tl.sum(squares, 0) - total * total / count
     place = part_ptr + chunk.to(tl.int64) * 2 * C + cols
     tl.store(place, origin + total / count, here)
-    tl.store(place + C, tl.maximum(m2, 0.0), here)
+    tl.store(place + C, positive_part(m2), here)
 
 
 @triton.jit
@@ -139,7 +145,7 @@ def _finish_moments_kernel(
     total = tl.sum(sums, 0)
     size = M.to(tl.float32)
     mean = origin + total / size
-    m2 = tl.maximum(tl.sum(squares, 0) - total * total / size, 0.0)
+    m2 = positive_part(tl.sum(squares, 0) - total * total / size)
     rstd = 1.0 / tl.sqrt(m2 / size + eps)
     scale = tl.load(weight_ptr + cols, here, other=0.0) * rstd
     tl.store(table_ptr + cols, mean, here)
@@ -187,7 +193,7 @@ def _apply_kernel(
         if RELU:
             if BITS:
                 _store_bits(bits_ptr, z > 0, lines, tl.program_id(0), M, C, BLOCK_M, BLOCK_C)
-            z = tl.maximum(z, 0.0)
+            z = positive_part(z)
         tl.store(z_ptr + at, z.to(z_ptr.dtype.element_ty), inside)
 
 

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from geokr.norm_kernels import Tiling, cut, finish_reduce
+from geokr.norm_kernels import Tiling, cut, finish_reduce, positive_part
 
 _POOLING = Tiling(16, 64, 4, 65535)  # one tile a program, as far as a grid goes
 _UNPOOLING = Tiling(8, 64, 4, 2112)
@@ -64,12 +64,12 @@ def _pool_kernel(
             if NORM:
                 value = value * scale + shift
             value = tl.where(found, value, float("-inf"))
-            better = value > best
+            better = (value > best) | (value != value)  # NaN wins, as in torch
             best = tl.where(better, value, best)
             winner = tl.where(better, tap, winner)
         if NORM:
             winner = tl.where(best > 0, winner, 9)  # nobody
-            best = tl.maximum(best, 0.0)
+            best = positive_part(best)
         out = lines.to(tl.int64)[:, None] * C + cols[None, :]
         tl.store(z_ptr + out, best.to(z_ptr.dtype.element_ty), inside)
         if WINNER:

@@ -117,6 +117,20 @@ def test_stem_norm_relu_pool(shape):
     check([(out, expected), (norm.running_var, plain.running_var), *grads])
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_a_number_stays_so(bad):
+    """A ReLU or a maximum that made it 0 would hide a broken run from its loss."""
+    x, residual = images(2, 16, 6, 6), images(2, 16, 6, 6, seed=3)
+    x[1, 3, 2, 2] = bad
+    outs = [fused_norm.norm_relu(norm_of(16), x), fused_norm.norm_relu_pool(norm_of(16), x)]
+    outs.append(fused_norm.residual_norm(norm_of(16), x, residual)[0])
+    for out in outs:
+        assert out[:, 3].isnan().all()
+        assert out[:, :3].isfinite().all()
+    pooled, _ = pool_kernels.pool(images(1, 8, 4, 4).fill_(float("nan")).permute(0, 2, 3, 1), None, winners=False)
+    assert pooled.isnan().all()
+
+
 @pytest.mark.parametrize("size", [(8, 8), (7, 9)])
 def test_pooling_alone(size):
     x = images(2, 16, *size)
