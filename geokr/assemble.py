@@ -102,6 +102,18 @@ def _forwards(
     return compiled, compile_forward(how, teacher, images(), autocast)
 
 
+def _pair(
+    options: PretrainOptions, student: LandCoverModel, world: World, synchronized: bool
+) -> tuple[LandCoverModel, LandCoverModel]:
+    """Student and teacher on the device, in the memory format and with the batch norm of the run."""
+    layout = torch.channels_last if options.train.channels_last else torch.preserve_format
+    student.to(world.device).to(memory_format=layout)  # type: ignore[call-overload]
+    _check_teacher(options, student)
+    if synchronized:
+        student.backbone = synchronize_batchnorm(student.backbone, world.device.type)
+    return student, make_teacher(student, options.method, options.run.seed)
+
+
 def build_learner(
     options: PretrainOptions,
     spec: BackboneSpec,
@@ -119,14 +131,9 @@ def build_learner(
     Raises ConfigError for whatever in the configuration cannot be.
     """
     at_once = images_at_once(options.data.global_batch, world.size, options.train.accumulate)
-    layout = torch.channels_last if options.train.channels_last else torch.preserve_format
-    student = build_student(options, spec, classes, fresh=restore is None)
-    student.to(world.device).to(memory_format=layout)  # type: ignore[call-overload]
-    _check_teacher(options, student)
     synchronized = _synchronize(options, world, at_once)
-    if synchronized:
-        student.backbone = synchronize_batchnorm(student.backbone, world.device.type)
-    teacher = make_teacher(student, options.method, options.run.seed)
+    student = build_student(options, spec, classes, fresh=restore is None)
+    student, teacher = _pair(options, student, world, synchronized)
     fused = fuse_norms(options, student, world, synchronized=synchronized)
     precision = choose_precision(options.train.precision, world.device)
     run_step = choose_compute(options, world, precision)
