@@ -107,8 +107,8 @@ def encode_only(scene: Path) -> tuple[int, float]:
     from geokr import config
     from preprocess import kernels
     from preprocess.grid import offsets
+    from preprocess.image_codecs import encode_image
     from preprocess.options import PackOptions
-    from preprocess.scan import encode_image
 
     options = config.load(PackOptions, None)
     with rasterio.open(scene) as dataset:

@@ -24,11 +24,13 @@ from geokr.landcover import product_names
 from geokr.records import RecordError
 from preprocess import report
 from preprocess.engine import WorkerLost
-from preprocess.labels import LabelError
+from preprocess.inputs import PlanError
 from preprocess.options import PackOptions
-from preprocess.pack import Packed, PackError, check_writable, pack
-from preprocess.plan import Plan, PlanError, make_plan
+from preprocess.pack import Packed, pack
+from preprocess.plan import Plan, make_plan
 from preprocess.raster import RasterError
+from preprocess.sheets import LabelError
+from preprocess.workfolder import PackError, check_writable
 
 USER_ERRORS = (config.ConfigError, PlanError, RasterError, LabelError, PackError, RecordError, WorkerLost, OSError)
 

@@ -3,28 +3,20 @@
 A plan is a pure function of the inputs, the configuration and the seed. It reads headers only.
 """
 
-import glob
 import hashlib
 import json
-import os
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from geokr.config import suggestion
 from geokr.landcover import Legend, Product, build_legend, load_product
 from geokr.records import SCHEMA_VERSION, Band
-from preprocess import labels, raster
+from preprocess import bands, ground, labels, raster, sheets
 from preprocess.grid import Chunk, chunks
-from preprocess.labels import LabelSheet
+from preprocess.inputs import PlanError, find_files, scene_ids
 from preprocess.options import PackOptions
 from preprocess.raster import RasterError, Scene
-
-
-class PlanError(ValueError):
-    """Inputs that cannot become a dataset; the message names file or key and the remedy."""
+from preprocess.sheets import LabelSheet
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,77 +63,27 @@ class Plan:
         }
 
 
-def find_files(patterns: Sequence[str], what: str) -> list[str]:
-    """Files that match globs, or stand in text lists (``@list.txt``, a path a line), sorted, without doubles.
-
-    Raises PlanError for a pattern that matches nothing.
-    """
-    found: set[str] = set()
-    for pattern in patterns:
-        if pattern.startswith("@"):
-            found.update(_listed(pattern[1:], what))
-            continue
-        # a file whose name holds brackets is no pattern
-        matches = (
-            [pattern] if os.path.isfile(pattern) else list(filter(os.path.isfile, glob.iglob(pattern, recursive=True)))
-        )
-        if not matches:
-            hint = "a folder: add /*.tif to it" if os.path.isdir(pattern) else "nothing matches"
-            raise PlanError(f"{what} {pattern!r}: {hint} (current folder: {os.getcwd()})")
-        found.update(os.path.abspath(path) for path in matches)
-    return sorted(found)
-
-
-def _listed(path: str, what: str) -> list[str]:
-    try:
-        lines = [line.strip() for line in Path(path).read_text().splitlines()]
-    except OSError as error:
-        raise PlanError(f"{what} @{path}: the list cannot be read ({error})") from error
-    base = Path(path).resolve().parent
-    listed = [os.path.abspath(base / line) for line in lines if line and not line.startswith("#")]
-    if missing := [file for file in listed if not os.path.isfile(file)]:
-        raise PlanError(f"{what} @{path}: {len(missing)} of its files do not exist, the first is {missing[0]}")
-    return listed
-
-
-def scene_ids(paths: Sequence[str]) -> dict[str, str]:
-    """Path to scene id: the file's name without ending, with as many folders before it as make it unique.
-
-    Names in one folder that differ in nothing but the ending keep it.
-    """
-    bare = Counter(os.path.splitext(path)[0] for path in paths)
-    names = {path: Path(path).name if bare[os.path.splitext(path)[0]] > 1 else Path(path).stem for path in paths}
-    ids, depth = dict(names), 0
-    while len(set(ids.values())) < len(ids):
-        depth += 1
-        counts = Counter(ids.values())
-        for path, name in ids.items():
-            if counts[name] > 1:
-                ids[path] = "/".join((*Path(path).parts[-1 - depth : -1], names[path]))
-    return ids
-
-
 def make_plan(scene_patterns: Sequence[str], sheet_patterns: Sequence[str], product: str, options: PackOptions) -> Plan:
     """Raises PlanError, ConfigError, RasterError or LabelError before any pixel is read."""
     table = load_product(product)
     legend = make_legend(table, options)
     paths = find_files(scene_patterns, "--scenes")
     with raster.environment():
-        sheets = labels.label_sheets(
+        land_cover = sheets.label_sheets(
             [raster.read_sheet(path) for path in find_files(sheet_patterns, "--land-cover")], table
         )
         scenes, rejected = _read_scenes(paths, options)
-        _check_alike(scenes)
-        bands = _choose_bands(scenes[0], options)
-        _check_band_names(scenes, bands, options)
-        dtype = _tile_dtype(scenes[0], len(bands), options)
-        tasks = _scene_tasks(scenes, sheets, options)
+        bands.check_alike(scenes)
+        chosen = bands.choose_bands(scenes[0], options)
+        bands.check_band_names(scenes, chosen, options)
+        dtype = bands.tile_dtype(scenes[0], len(chosen), options)
+        tasks = _scene_tasks(scenes, land_cover, options)
     config = {
         "product": table.name,
         "product_table": table_digest(table, legend),
         **options.model_dump(mode="json", exclude={"workers"}),
     }
-    return Plan(options, table, legend, bands, dtype, tasks, tuple(sheets), rejected, config)
+    return Plan(options, table, legend, chosen, dtype, tasks, tuple(land_cover), rejected, config)
 
 
 def table_digest(product: Product, legend: Legend) -> str:
@@ -180,71 +122,15 @@ def _read_scenes(paths: Sequence[str], options: PackOptions) -> tuple[list[Scene
     return sorted(scenes, key=lambda scene: scene.scene_id), rejected
 
 
-def _check_alike(scenes: Sequence[Scene]) -> None:
-    first = scenes[0]
-    for scene in scenes[1:]:
-        for what, a, b in (
-            ("bands", len(first.band_names), len(scene.band_names)),
-            ("dtype", first.dtype, scene.dtype),
-        ):
-            if a != b:
-                raise PlanError(
-                    f"mixed scenes: {first.path} has {what} {a}, {scene.path} has {b}; pack them as separate datasets"
-                )
-
-
-def _choose_bands(scene: Scene, options: PackOptions) -> tuple[Band, ...]:
-    available = scene.band_names
-    wanted = options.tile.bands
-    if wanted is None:
-        wanted = tuple(i + 1 for i, name in enumerate(available) if name != "alpha")
-    numbers = []
-    for band in wanted:
-        if isinstance(band, str) and band not in available:
-            raise PlanError(
-                f"tile.bands: no band {band!r} in {scene.path}{suggestion(band, available)}; "
-                f"it has {', '.join(available)}"
-            )
-        number = available.index(band) + 1 if isinstance(band, str) else band
-        if not 1 <= number <= len(available):
-            raise PlanError(f"tile.bands: no band {number} in {scene.path}, which has 1 to {len(available)}")
-        numbers.append(number)
-    if len(set(numbers)) != len(numbers):
-        raise PlanError(f"tile.bands: a band stands twice in {list(wanted)}")
-    return tuple(Band(name=available[n - 1], number=n, wavelength_nm=scene.wavelengths_nm[n - 1]) for n in numbers)
-
-
-def _check_band_names(scenes: Sequence[Scene], bands: Sequence[Band], options: PackOptions) -> None:
-    """Bands chosen by number must carry the same names in every scene: band 1 must not be red here, blue there."""
-    for scene in scenes[1:]:
-        names = [band.name for band in _choose_bands(scene, options)]
-        if names != [band.name for band in bands]:
-            raise PlanError(
-                f"tile.bands: means {', '.join(band.name for band in bands)} in {scenes[0].path} but "
-                f"{', '.join(names)} in {scene.path}; choose bands by name, or pack them as separate datasets"
-            )
-
-
-def _tile_dtype(scene: Scene, bands: int, options: PackOptions) -> str:
-    dtype = scene.dtype if options.stretch.mode == "none" else "uint8"
-    if options.tile.codec == "jpeg" and (dtype != "uint8" or bands != 3):
-        raise PlanError(
-            f"tile.codec=jpeg holds 3 bands of 8 bits; here tiles have {bands} of {dtype} "
-            f"(scenes of {scene.dtype}, stretch.mode={options.stretch.mode}): use tile.codec=raw, or stretch to 8 bits"
-        )
-    pairs = len(options.stretch.limits or ())
-    if pairs not in (0, 1, bands):
-        raise PlanError(f"stretch.limits has {pairs} pairs for {bands} bands: give one pair, or one a band")
-    return dtype
-
-
-def _scene_tasks(scenes: Sequence[Scene], sheets: Sequence[LabelSheet], options: PackOptions) -> tuple[SceneTask, ...]:
+def _scene_tasks(
+    scenes: Sequence[Scene], land_cover: Sequence[LabelSheet], options: PackOptions
+) -> tuple[SceneTask, ...]:
     tasks = []
     for scene in scenes:
-        numbers = tuple(band.number for band in _choose_bands(scene, options))
+        numbers = tuple(band.number for band in bands.choose_bands(scene, options))
         _check_positions(scene, options)
-        under = labels.overlapping(scene.grid, scene.crs, sheets)
-        under = labels.sheets_of_nearest_year(under, scene.scene_id, scene.date)
+        under = labels.overlapping(scene.grid, scene.crs, land_cover)
+        under = sheets.sheets_of_nearest_year(under, scene.scene_id, scene.date)
         kx, ky = labels.subdivision(scene.grid, scene.crs, under)
         _check_block(scene, options)
         bytes_a_pixel = len(numbers) * (_itemsize(scene.dtype) * 2 + 1) + 1  # source, its preview, and a mask
@@ -284,7 +170,7 @@ def _check_positions(scene: Scene, options: PackOptions) -> None:
 
 
 def _check_block(scene: Scene, options: PackOptions) -> None:
-    steps = labels.ground_steps(scene.grid, scene.crs, *labels.middle_of(scene.grid, scene.crs))
+    steps = ground.ground_steps(scene.grid, scene.crs, *ground.middle_of(scene.grid, scene.crs))
     side = max(steps) * options.tile.size
     if options.split.val_fraction > 0 and options.split.block_m < 2 * side:
         raise PlanError(
@@ -295,7 +181,7 @@ def _check_block(scene: Scene, options: PackOptions) -> None:
 
 def _place(scene: Scene) -> str:
     x, y = scene.grid.xy(scene.grid.width / 2, scene.grid.height / 2)
-    lon, lat = raster.transform_points(scene.crs, labels.WGS84, x.reshape(1), y.reshape(1))
+    lon, lat = raster.transform_points(scene.crs, ground.WGS84, x.reshape(1), y.reshape(1))
     return f"longitude {lon[0]:.3f}, latitude {lat[0]:.3f}"
 
 

@@ -5,27 +5,23 @@ spilled to a file of its own in hash order and committed by a small JSON file, s
 short and run again, does no harm.
 """
 
-import hashlib
-import json
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import simplejpeg
 
 from geokr.landcover import Legend
-from geokr.records import Record, encode_record, frame
-from preprocess import blocks, kernels, labels, quality, raster, shards
+from geokr.records import Record
+from preprocess import blocks, ground, kernels, labels, quality, raster
 from preprocess.grid import Chunk, Grid
-from preprocess.labels import LabelSheet
+from preprocess.image_codecs import encode_image
 from preprocess.options import PackOptions
+from preprocess.pixels import read_valid
 from preprocess.raster import RasterError, Scene
+from preprocess.sheets import LabelSheet
+from preprocess.spill import Kept, band_sums, spill
 
-# One row of a chunk's table: where a tile's frame lies in the spill file, and its place in the global order.
-TABLE = np.dtype([("hash", "<u8"), ("offset", "<u8"), ("length", "<u4"), ("split", "u1")])
-MAX_SAMPLES = 4_000_000
 POINTS = 5  # a side of the lattice over a tile's footprint; odd, so that its middle is the tile's centre
 REASONS = (*quality.REASONS, "unlabelled", "straddles_split", "unreadable")
 
@@ -49,83 +45,7 @@ class Job:
 # ---------------------------------------------------------------------------------------------- stretch limits
 
 
-def sample_strides(width: int, height: int) -> tuple[int, int]:
-    """(columns, rows) between sampled pixels: one pixel in 20, fewer where that would be over MAX_SAMPLES."""
-    across, down = 5, 4
-    while (width // across) * (height // down) > MAX_SAMPLES:
-        across, down = across * 2, down * 2
-    return across, down
-
-
-def stretch_limits(scene: Scene, bands: tuple[int, ...], options: PackOptions) -> np.ndarray:
-    """(low, high) of each band, float64 [C, 2], low < high, in the scene's units.
-
-    Percentiles of a regular sample of pixels that have data and whose mean over bands is not 0 (the fill of scenes
-    that name no nodata), over all bands together (`joint`, and for previews where the mode is `none`) or each by
-    itself (`per_band`). Negative values, such as decibels, are data.
-    """
-    stretch = options.stretch
-    if stretch.limits is not None:
-        return np.array(stretch.limits * (len(bands) if len(stretch.limits) == 1 else 1), np.float64)
-    sample_NC = _sample(scene, bands)
-    if not len(sample_NC):
-        return np.tile([0.0, 1.0], (len(bands), 1))
-    if stretch.mode == "per_band":
-        limits = np.percentile(sample_NC, stretch.percentiles, axis=0).T.astype(np.float64)
-    else:
-        limits = np.tile(np.percentile(sample_NC, stretch.percentiles).astype(np.float64), (len(bands), 1))
-    limits[:, 1] = np.maximum(limits[:, 1], limits[:, 0] + 1e-6)  # a constant scene; its tiles are rejected as flat
-    return limits
-
-
-def _sample(scene: Scene, bands: tuple[int, ...]) -> np.ndarray:
-    """Sampled values [N, C] in the scene's dtype, read strip by strip."""
-    across, down = sample_strides(scene.grid.width, scene.grid.height)
-    row_bytes = scene.grid.width * len(bands) * np.dtype(scene.dtype).itemsize
-    strip = max(down, min(512, (64 << 20) // row_bytes) // down * down)
-    parts = []
-    for top in range(0, scene.grid.height, strip):
-        window = (0, top, scene.grid.width, min(strip, scene.grid.height - top))
-        pixels, valid = read_valid(scene, bands, window)
-        values = pixels[:, ::down, ::across].reshape(len(bands), -1).T
-        keep = (valid[::down, ::across].ravel() != 0) & (values.mean(axis=1, dtype=np.float64) != 0)
-        parts.append(values[keep])
-    return np.concatenate(parts)
-
-
-def read_valid(
-    scene: Scene, bands: tuple[int, ...], window: tuple[int, int, int, int]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels [C, H, W] and validity uint8 [H, W]: 0 by nodata, mask, alpha, NaN or infinity."""
-    pixels, mask = raster.read_pixels(scene, bands, window)
-    nodata = [scene.nodata[band - 1] for band in bands]
-    # a mask or alpha band says which pixels hold data, whatever their values
-    has = np.array([value is not None and mask is None for value in nodata])
-    # in the pixels' own precision: a tag of -9999.9 is not what a float32 pixel holds
-    values = np.array([0.0 if value is None else value for value in nodata], np.float64)
-    if pixels.dtype == np.float32:
-        values = values.astype(np.float32).astype(np.float64)
-    valid = kernels.valid_pixels(pixels, values, has)
-    if mask is not None:
-        valid &= (mask != 0).astype(np.uint8)
-    return pixels, valid
-
-
 # ------------------------------------------------------------------------------------------------------ chunks
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Kept:
-    """A tile that stays. side: blocks.TRAIN or VAL. sums: [2, C] of its pixels and their squares."""
-
-    side: int
-    sums: np.ndarray
-    record: Record
-
-
-def band_sums(tile_HWC: np.ndarray) -> np.ndarray:
-    """Sum and sum of squares of each band, [2, C]: int64 for integer pixels, else float64."""
-    return kernels.float_sums(tile_HWC) if tile_HWC.dtype.kind == "f" else kernels.integer_sums(tile_HWC)
 
 
 def scan_or_report(job: Job) -> dict[str, Any]:
@@ -174,7 +94,8 @@ def scan_chunk(job: Job) -> dict[str, Any]:
         tile_HWC = np.ascontiguousarray(image[top : top + size, left : left + size])
         record = _record(job, tile_HWC, tile_labels.fractions[t], share, place, lonlat, (left + column, top + row))
         tiles.append(Kept(side, band_sums(tile_HWC), record))
-    return _spill(job, tiles, Counter(reason for reason in reasons if reason))
+    rejected = Counter(reason for reason in reasons if reason)
+    return spill(job.folder, job.number, job.scene.scene_id, job.options.seed, tiles, rejected)
 
 
 def _judge(
@@ -193,12 +114,7 @@ def footprints(window: Grid, crs: str, origins: np.ndarray, size: int) -> tuple[
     steps = np.linspace(0, size, POINTS)
     columns = origins[:, 0, None, None] + steps[None, None, :]
     rows = origins[:, 1, None, None] + steps[None, :, None]
-    return raster.transform_points(crs, labels.WGS84, *window.xy(columns, rows))
-
-
-def tile_hash(seed: int, tile_id: str) -> int:
-    """Place of a tile in the global order, uint64; a function of nothing but seed and tile."""
-    return int.from_bytes(hashlib.blake2b(f"tile {seed} {tile_id}".encode(), digest_size=8).digest(), "little")
+    return raster.transform_points(crs, ground.WGS84, *window.xy(columns, rows))
 
 
 def _record(
@@ -226,65 +142,4 @@ def _record(
     )
 
 
-def encode_image(tile_HWC: np.ndarray, options: PackOptions) -> bytes:
-    """The tile's bytes by ``tile.codec``."""
-    if options.tile.codec == "raw":
-        return tile_HWC.astype(tile_HWC.dtype.newbyteorder("<"), copy=False).tobytes()
-    return simplejpeg.encode_jpeg(
-        tile_HWC,
-        quality=options.tile.jpeg_quality,
-        colorspace="RGB",
-        colorsubsampling=options.tile.jpeg_subsampling,
-        fastdct=False,  # the accurate transform: the same pixels in every decoder
-    )
-
-
 # ------------------------------------------------------------------------------------------------------- spill
-
-
-def spill_paths(folder: str | Path, number: int) -> tuple[Path, Path, Path]:
-    """(frames, table, commit) of a chunk."""
-    base = Path(folder)
-    return base / f"{number:08d}.frames", base / f"{number:08d}.npy", base / f"{number:08d}.json"
-
-
-def _spill(job: Job, tiles: list[Kept], rejected: Counter[str]) -> dict[str, Any]:
-    frames_path, table_path, commit_path = spill_paths(job.folder, job.number)
-    hashed = sorted(
-        ((tile_hash(job.options.seed, tile.record.tile_id), tile.side, tile.record) for tile in tiles),
-        key=lambda item: (item[0], item[2].tile_id),
-    )
-    table = np.zeros(len(hashed), TABLE)
-    at = 0
-    with shards.whole_file(frames_path) as file:
-        for i, (place, side, record) in enumerate(hashed):
-            data = frame(encode_record(record), shards.crc32c)
-            file.write(data)
-            table[i] = (place, at, len(data), side)
-            at += len(data)
-    with shards.whole_file(table_path) as file:
-        np.save(file, table)
-    commit = {
-        "number": job.number,
-        "scene_id": job.scene.scene_id,
-        "bytes": at,
-        "kept": len(hashed),
-        "rejected": dict(rejected),
-        "splits": [_sums([tile for tile in tiles if tile.side == side]) for side in (blocks.TRAIN, blocks.VAL)],
-    }
-    shards.write_whole(commit_path, json.dumps(commit).encode())
-    return commit
-
-
-def _sums(tiles: list[Kept]) -> dict[str, Any]:
-    """Totals over tiles of one split: tiles, pixels, band sums and sums of squares, and sums of fractions."""
-    if not tiles:
-        return {"tiles": 0}
-    total = np.sum([tile.sums.astype(object) for tile in tiles], axis=0)  # Python's integers have no limit
-    return {
-        "tiles": len(tiles),
-        "pixels": sum(tile.record.shape[0] * tile.record.shape[1] for tile in tiles),
-        "sum": total[0].tolist(),
-        "squares": total[1].tolist(),
-        "fractions": np.sum([tile.record.fractions.astype(np.float64) for tile in tiles], axis=0).tolist(),
-    }

@@ -21,7 +21,7 @@ import simplejpeg
 from geokr import records
 from geokr.records import Manifest, Record, RecordError, Shard
 from preprocess import engine, report, shards
-from preprocess.pack import sha256_of
+from preprocess.manifests import sha256_of
 
 Findings = tuple[list[str], list[str]]  # problems, tile ids
 

@@ -6,7 +6,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from rasterio.warp import transform as warp_points
 
-from preprocess import blocks, grid, labels, scan
+from preprocess import blocks, grid, ground, scan
 from preprocess.grid import Chunk, Grid, chunks, offsets
 from tests.scenes import NLCD, NO_QUALITY, ZION, needs_shared, noise, pack_quietly, patches, read_records, write_raster
 
@@ -282,9 +282,9 @@ def test_overlapping_scenes_agree_on_what_is_held_out(tmp_path):
 
 
 def test_pixels_have_a_size_on_the_ground_everywhere():
-    north = labels.ground_steps(Grid(10, 10, (1000, 0, -5000, 0, -1000, 5000)), "EPSG:3413", 5, 5)
+    north = ground.ground_steps(Grid(10, 10, (1000, 0, -5000, 0, -1000, 5000)), "EPSG:3413", 5, 5)
     np.testing.assert_allclose(north, 1000 / 0.97, rtol=0.02)  # the scale of that projection at the pole
-    utm = labels.ground_steps(Grid(10, 10, (30, 0, 5e5, 0, -30, 5e6)), "EPSG:32631", 5, 5)
+    utm = ground.ground_steps(Grid(10, 10, (30, 0, 5e5, 0, -30, 5e6)), "EPSG:32631", 5, 5)
     np.testing.assert_allclose(utm, 30, rtol=5e-3)
-    degrees = labels.ground_steps(Grid(10, 10, (1e-3, 0, 179.995, 0, -1e-3, 60.005)), "EPSG:4326", 5, 5)
+    degrees = ground.ground_steps(Grid(10, 10, (1e-3, 0, 179.995, 0, -1e-3, 60.005)), "EPSG:4326", 5, 5)
     np.testing.assert_allclose(degrees, (111.2 * 0.5, 111.2), rtol=5e-3)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from preprocess import kernels, quality
 from preprocess.options import QualityOptions
 from preprocess.raster import SCENE_DTYPES
-from preprocess.scan import band_sums
+from preprocess.spill import band_sums
 from tests.scenes import SHARED
 
 GOLDEN = SHARED / "golden/quality.npz"

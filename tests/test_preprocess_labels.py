@@ -15,10 +15,10 @@ from rasterio.warp import transform as warp_points
 
 from geokr import records
 from geokr.landcover import build_legend, load_product
-from preprocess import kernels, labels, raster
+from preprocess import kernels, labels, lattice, raster, sheets
 from preprocess.grid import Grid
-from preprocess.labels import LabelError
-from preprocess.plan import PlanError
+from preprocess.inputs import PlanError
+from preprocess.sheets import LabelError
 from tests.scenes import (
     NLCD,
     RAW,
@@ -509,7 +509,7 @@ def test_a_scene_of_the_whole_world(tmp_path, world):
 
 
 def entries(paths, product):
-    return labels.label_sheets([raster.read_sheet(str(path)) for path in paths], load_product(product))
+    return sheets.label_sheets([raster.read_sheet(str(path)) for path in paths], load_product(product))
 
 
 def test_polar_scenes_under_fine_land_cover(tmp_path):
@@ -552,7 +552,7 @@ def test_a_lattice_keeps_its_tolerance_at_every_pixel(case, size):
     grid = Grid(*size, at(crs, lon, lat, pixel, *size))
     degrees = target == "EPSG:4326"
     tolerance = 1e-5 if degrees else 1.0
-    nodes = labels.lattice(grid, crs, target, degrees, (tolerance, tolerance))
+    nodes = lattice.lattice(grid, crs, target, degrees, (tolerance, tolerance))
     columns, rows = np.meshgrid(np.arange(size[0]), np.arange(size[1]))
     a, b, c, d, e, f = grid.transform
     x, y = a * (columns + 0.5) + b * (rows + 0.5) + c, d * (columns + 0.5) + e * (rows + 0.5) + f
@@ -627,11 +627,11 @@ def test_random_grids(data):
 
 def test_product_of_another_name_gives_no_domain():
     table = load_product("io_lulc")
-    assert labels.nominal_cell(table, "31T_20200101-20210101.tif") == (0, 40, 6, 48)
-    assert labels.nominal_cell(table, "31X_20200101-20210101.tif") == (0, 72, 6, 84)
-    assert labels.nominal_cell(table, "31I_20200101-20210101.tif") is None
-    assert labels.nominal_cell(table, "whatever.tif") is None
-    assert labels.sheet_year(table, "31T_20200101-20210101.tif") == 2020
+    assert sheets.nominal_cell(table, "31T_20200101-20210101.tif") == (0, 40, 6, 48)
+    assert sheets.nominal_cell(table, "31X_20200101-20210101.tif") == (0, 72, 6, 84)
+    assert sheets.nominal_cell(table, "31I_20200101-20210101.tif") is None
+    assert sheets.nominal_cell(table, "whatever.tif") is None
+    assert sheets.sheet_year(table, "31T_20200101-20210101.tif") == 2020
 
 
 def test_no_overlap_says_where_the_scene_lies(tmp_path):

@@ -16,10 +16,10 @@ import rasterio
 import simplejpeg
 
 from geokr import records
-from preprocess import blocks, engine, pack, scan, shards
+from preprocess import blocks, engine, pack, sampling, shards, spill, workfolder
 from preprocess.engine import WorkerLost, run_all
-from preprocess.pack import PackError
-from preprocess.plan import PlanError
+from preprocess.inputs import PlanError
+from preprocess.workfolder import PackError
 from tests.scenes import (
     NO_QUALITY,
     RAW,
@@ -122,7 +122,7 @@ def test_another_seed_is_another_order_and_another_split(inputs, tmp_path):
 def test_the_order_is_the_hash_order_of_tile_ids(inputs):
     for split in records.SPLITS:
         ids = [r.tile_id for s, r in read_records(inputs.folder / "undisturbed") if s == split]
-        assert ids == sorted(ids, key=lambda tile: scan.tile_hash(5, tile))
+        assert ids == sorted(ids, key=lambda tile: spill.tile_hash(5, tile))
 
 
 def stamps(folder):
@@ -377,8 +377,8 @@ def test_other_inputs_are_refused(inputs, tmp_path, case):
 
 def test_a_second_packer_is_refused(inputs, tmp_path, capsys):
     out = tmp_path / "out"
-    (out / pack.WORK).mkdir(parents=True)
-    with pack._lock(out / pack.WORK):
+    (out / workfolder.WORK).mkdir(parents=True)
+    with workfolder.lock(out / workfolder.WORK):
         assert command(inputs.scenes, [inputs.cover], "worldcover", out, *KEYS, "workers=0") == 1
         assert "another process is packing into it" in capsys.readouterr().err
         assert set(contents(out)) == {".work/lock"}
@@ -389,10 +389,10 @@ def test_a_second_packer_is_refused(inputs, tmp_path, capsys):
 def test_a_dead_owners_lock_is_taken_over(inputs, tmp_path):
     out = tmp_path / "out"
     code = (
-        "import os, sys, signal, pathlib\nfrom preprocess import pack\n"
-        "with pack._lock(pathlib.Path(sys.argv[1])):\n    os.kill(os.getpid(), signal.SIGKILL)"
+        "import os, sys, signal, pathlib\nfrom preprocess import workfolder\n"
+        "with workfolder.lock(pathlib.Path(sys.argv[1])):\n    os.kill(os.getpid(), signal.SIGKILL)"
     )
-    assert subprocess.run([sys.executable, "-c", code, str(out / pack.WORK)], cwd=ROOT).returncode == -9
+    assert subprocess.run([sys.executable, "-c", code, str(out / workfolder.WORK)], cwd=ROOT).returncode == -9
     assert (out / ".work/lock").exists()
     inputs.pack(out)
     assert contents(out) == inputs.bytes
@@ -744,8 +744,8 @@ def test_stretch_modes(tmp_path, case, dtype):
 def test_a_large_scene_is_sampled_on_one_regular_grid(monkeypatch):
     """The grid runs on over the strips in which the scene is read."""
     for width, height in ((100, 100), (3001, 9000), (20_000, 30_000), (1 << 20, 1 << 20)):
-        across, down = scan.sample_strides(width, height)
-        assert (width // across) * (height // down) <= scan.MAX_SAMPLES
+        across, down = sampling.sample_strides(width, height)
+        assert (width // across) * (height // down) <= sampling.MAX_SAMPLES
         assert across * down >= 20
 
 
@@ -805,7 +805,7 @@ def test_the_bytes_of_the_format_stay(tmp_path):
     shard = shards.write_shard(tmp_path, "train", 0, frames)
     assert digest((tmp_path / shard.name).read_bytes()) == shard.sha256[:16] == "fefb208f5b03446a"
     assert (tmp_path / shard.index_name).read_text() == "0 307\n307 331\n638 331\n"
-    assert [scan.tile_hash(7, f"s:{n}:0") for n in range(2)] == [6016920751356188091, 16015757309763152741]
+    assert [spill.tile_hash(7, f"s:{n}:0") for n in range(2)] == [6016920751356188091, 16015757309763152741]
     assert "".join("tv"[blocks.is_validation(900, n, 7, 0.3)] for n in range(24)) == "vtttvtvvttttvvvvtttttttt"
 
 

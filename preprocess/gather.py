@@ -1,0 +1,77 @@
+"""Phase 2: every shard gathers its tiles from the spill files in the global hash order."""
+
+import json
+import os
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from geokr import records
+from geokr.records import Split
+from preprocess import blocks, shards, spill
+from preprocess.plan import Plan
+from preprocess.workfolder import WORK
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ShardJob:
+    """Which frames make a shard, in order: chunk number, offset and length of each."""
+
+    split: Split
+    number: int
+    chunks: np.ndarray
+    offsets: np.ndarray
+    lengths: np.ndarray
+    out: str
+
+
+def gather(job: ShardJob) -> dict[str, Any]:
+    out = Path(job.out)
+    work = out / WORK
+    shard = shards.write_shard(out, job.split, job.number, _frames(job, work / "spill"), work)
+    entry = shard.model_dump()
+    shards.write_whole(work / "shards" / f"{shard.name}.json", json.dumps(entry).encode())
+    return entry
+
+
+def _frames(job: ShardJob, folder: Path) -> Iterator[bytes]:
+    """Frames in the shard's order, each checked again; at most 64 spill files are open at a time."""
+    opened: OrderedDict[int, int] = OrderedDict()
+    try:
+        for chunk, offset, length in zip(job.chunks.tolist(), job.offsets.tolist(), job.lengths.tolist(), strict=True):
+            if chunk not in opened:
+                if len(opened) >= 64:
+                    os.close(opened.popitem(last=False)[1])
+                opened[chunk] = os.open(spill.spill_paths(folder, chunk)[0], os.O_RDONLY)
+            opened.move_to_end(chunk)
+            data = os.pread(opened[chunk], length, offset)
+            records.unframe(data, shards.crc32c, f"{spill.spill_paths(folder, chunk)[0]} at byte {offset}")
+            yield data
+    finally:
+        for descriptor in opened.values():
+            os.close(descriptor)
+
+
+def tables(plan: Plan, out: Path, commits: list[dict[str, Any]], kept: int) -> tuple[np.ndarray, np.ndarray]:
+    """All tiles' rows in global order: (chunk number of each, spill.TABLE rows). 25 bytes a tile."""
+    table, chunk_of = np.empty(kept, spill.TABLE), np.empty(kept, np.uint32)
+    at = 0
+    for commit in commits:
+        part = np.load(spill.spill_paths(out / WORK / "spill", commit["number"])[1])
+        table[at : at + len(part)], chunk_of[at : at + len(part)] = part, commit["number"]
+        at += len(part)
+    order = np.lexsort((table["offset"], chunk_of, table["hash"]))
+    return chunk_of[order], table[order]
+
+
+def shard_jobs(plan: Plan, out: Path, chunk_of: np.ndarray, table: np.ndarray) -> Iterator[ShardJob]:
+    splits: tuple[tuple[int, Split], ...] = ((blocks.TRAIN, "train"), (blocks.VAL, "val"))
+    for side, split in splits:
+        rows = np.flatnonzero(table["split"] == side)
+        for number, start in enumerate(range(0, len(rows), plan.options.shards.records)):
+            part = rows[start : start + plan.options.shards.records]
+            yield ShardJob(split, number, chunk_of[part], table["offset"][part], table["length"][part], str(out))

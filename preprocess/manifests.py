@@ -1,0 +1,98 @@
+"""What a finished run writes down about itself."""
+
+import hashlib
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from geokr import records
+from geokr.records import ClassInfo, Manifest, SceneInfo, Shard, SplitInfo, Tile
+from preprocess import blocks, scan
+from preprocess.damaged import Damaged
+from preprocess.plan import Plan
+
+
+def total_rejected(commits: list[dict[str, Any]]) -> Counter[str]:
+    total: Counter[str] = Counter()
+    for commit in commits:
+        total.update(commit["rejected"])
+    return total
+
+
+def _split_info(plan: Plan, commits: list[dict[str, Any]], side: int, parts: tuple[Shard, ...]) -> SplitInfo:
+    sums = [commit["splits"][side] for commit in commits if commit["splits"][side]["tiles"]]
+    tiles = sum(part["tiles"] for part in sums)
+    if not tiles:
+        return SplitInfo(records=0, shards=(), mean=(), std=(), prior=())
+    pixels = sum(part["pixels"] for part in sums)
+    mean, std = [], []
+    for band in range(len(plan.bands)):
+        # Python's integers have no limit: for integer pixels both moments are exact until the last division
+        total = sum(part["sum"][band] for part in sums)
+        squares = sum(part["squares"][band] for part in sums)
+        mean.append(total / pixels)
+        std.append(float(max(0, pixels * squares - total * total)) ** 0.5 / pixels)
+    prior = np.sum([part["fractions"] for part in sums], axis=0) / tiles
+    return SplitInfo(
+        records=tiles, shards=parts, mean=tuple(mean), std=tuple(std), prior=tuple((prior / prior.sum()).tolist())
+    )
+
+
+def make_manifest(
+    plan: Plan,
+    limits: dict[str, np.ndarray],
+    commits: list[dict[str, Any]],
+    damaged: Damaged,
+    finished: list[Shard],
+) -> Manifest:
+    kept: Counter[str] = Counter()
+    for commit in commits:
+        kept[commit["scene_id"]] += commit["kept"]
+    rejected = total_rejected(commits)
+    rejected["unreadable"] = sum(task.tiles for task in plan.tasks if task.scene.scene_id in damaged.scenes)
+    counts = {
+        "scenes": len(plan.tasks),
+        "scenes_rejected": len(plan.rejected) + len(damaged.scenes),
+        "scenes_without_land_cover": sum(not task.sheets for task in plan.tasks),
+        "positions": plan.tiles,
+        "kept": sum(kept.values()),
+        **{f"rejected_{reason}": rejected[reason] for reason in scan.REASONS},
+    }
+    stretched = plan.options.stretch.mode != "none"
+    scenes = tuple(
+        SceneInfo(
+            scene_id=task.scene.scene_id,
+            fingerprint=task.scene.fingerprint,
+            date=task.scene.date,
+            stretch_limits=tuple((low, high) for low, high in limits[task.scene.scene_id].tolist())
+            if stretched and task.scene.scene_id in limits and task.scene.scene_id not in damaged.scenes
+            else None,
+            kept=kept[task.scene.scene_id],
+        )
+        for task in plan.tasks
+    )
+    split = plan.options.split
+    by_split = {name: tuple(s for s in finished if s.name.startswith(f"{name}-")) for name in records.SPLITS}
+    return Manifest(
+        product=plan.product.name,
+        product_title=plan.product.title,
+        land_cover_years=tuple(sorted({sheet.year for sheet in plan.sheets if sheet.year is not None})),
+        land_cover_fingerprints=tuple(sheet.sheet.fingerprint for sheet in plan.sheets),
+        classes=tuple(ClassInfo(name=c.name, codes=c.codes, rgb=c.rgb) for c in plan.legend.classes),
+        bands=plan.bands,
+        tile=Tile(size=plan.options.tile.size, codec=plan.options.tile.codec, dtype=plan.dtype),  # type: ignore[arg-type]
+        train=_split_info(plan, commits, blocks.TRAIN, by_split["train"]),
+        val=_split_info(plan, commits, blocks.VAL, by_split["val"]),
+        split_rule=f"blocks of {split.block_m:g} m on one grid over the Earth, {split.val_fraction:g} of them held out "
+        f"by hash with seed {plan.options.seed}; tiles that touch both kinds dropped",
+        counts=counts,
+        scenes=scenes,
+        config=dict(plan.config),
+    )
+
+
+def sha256_of(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,101 @@
+"""Land-cover sheets: what their names say of year and place, and which codes of theirs mean nothing."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import date
+
+import numpy as np
+
+from geokr.landcover import LOOKUP_OFFSET, NODATA, Legend, Product
+from preprocess import raster
+from preprocess.ground import EVERYWHERE, Cap, cap_of
+
+Domain = tuple[float, float, float, float]
+
+
+class LabelError(ValueError):
+    """Land cover that cannot label the scenes; the message lists what was found."""
+
+
+@dataclass(frozen=True, slots=True)
+class LabelSheet:
+    """A sheet, the year in its name, and the nominal cell in degrees that its name stands for.
+
+    cap: a circle on the Earth that holds it: a unit vector to its middle and its radius in radians.
+    """
+
+    sheet: raster.Sheet
+    year: int | None
+    domain: Domain | None
+    cap: Cap = EVERYWHERE
+
+
+def nominal_cell(product: Product, name: str) -> Domain | None:
+    """(west, south, east, north) in degrees that a sheet's name stands for, or None if its name says nothing.
+
+    GlobeLand30: UTM zone and lowest absolute latitude of a 5 degree band; zones are 6 degrees wide, beyond
+    60 degrees of latitude 12. Impact Observatory: UTM zone and MGRS latitude band.
+    """
+    match = product.filename.match(name) if product.filename else None
+    named = match.groupdict() if match else {}
+    if "zone" not in named:
+        return None
+    zone = int(named["zone"])
+    west = -180.0 + 6 * (zone - 1)
+    if "hemisphere" in named and "lat" in named:
+        latitude = float(named["lat"])
+        width = 12.0 if latitude >= 60 else 6.0
+        if named["hemisphere"] in "nN":
+            return west, latitude, west + width, latitude + 5
+        return west, -latitude - 5, west + width, -latitude
+    if "band" in named:  # C..X without I and O, 8 degrees each from 80 S, the last one 12
+        place = "CDEFGHJKLMNPQRSTUVWX".find(named["band"])
+        south = -80.0 + 8 * place
+        return (west, south, west + 6, 84.0 if named["band"] == "X" else south + 8) if place >= 0 else None
+    return None
+
+
+def sheet_year(product: Product, name: str) -> int | None:
+    """The year in a sheet's name, by the product's pattern."""
+    match = product.filename.match(name) if product.filename else None
+    named = match.groupdict() if match else {}
+    year = named.get("year") or (named.get("start") or "")[:4]
+    return int(year) if year else None
+
+
+def label_sheets(sheets: Sequence[raster.Sheet], product: Product) -> list[LabelSheet]:
+    """Sheets with what their names say, in order of their names (then paths)."""
+    ordered = sorted(sheets, key=lambda s: (s.name, s.path))
+    return [
+        LabelSheet(s, sheet_year(product, s.name), nominal_cell(product, s.name), cap_of(s.grid, s.crs))
+        for s in ordered
+    ]
+
+
+def lookup_of(legend: Legend, sheet: raster.Sheet) -> np.ndarray:
+    """The legend's lookup with the sheet's own nodata tag joined to the product's nodata codes."""
+    nodata = sheet.nodata
+    if nodata is None or not float(nodata).is_integer() or not -32768 <= nodata <= 65535:
+        return legend.lookup
+    lookup = legend.lookup.copy()
+    lookup[int(nodata) + LOOKUP_OFFSET] = NODATA
+    return lookup
+
+
+def sheets_of_nearest_year(sheets: Sequence[LabelSheet], scene_id: str, acquired: str) -> list[LabelSheet]:
+    """The sheets of one year: the only one there is, or the nearest to the scene's date (the earlier on a tie).
+
+    Raises LabelError if there are several and the scene has no date.
+    """
+    years = sorted({sheet.year for sheet in sheets if sheet.year is not None})
+    if len(years) <= 1:
+        return list(sheets)
+    if not acquired:
+        raise LabelError(
+            f"scene {scene_id}: the land cover holds the years {', '.join(map(str, years))} and the scene has no "
+            "date to choose by; give the sheets of one year, or scenes with a date in their tags or names"
+        )
+    day = date.fromisoformat(acquired)
+    when = day.year + (day.timetuple().tm_yday - 1) / 365.25
+    nearest = min(years, key=lambda year: (abs(year + 0.5 - when), year))
+    return [sheet for sheet in sheets if sheet.year in (None, nearest)]

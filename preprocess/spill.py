@@ -1,0 +1,89 @@
+"""What a chunk leaves on the disk: its kept tiles' frames in hash order, a table of them, and a commit.
+
+The commit is written last: a chunk without one is scanned again.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from geokr.records import Record, encode_record, frame
+from preprocess import blocks, kernels, shards
+
+# One row of a chunk's table: where a tile's frame lies in the spill file, and its place in the global order.
+TABLE = np.dtype([("hash", "<u8"), ("offset", "<u8"), ("length", "<u4"), ("split", "u1")])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Kept:
+    """A tile that stays. side: blocks.TRAIN or VAL. sums: [2, C] of its pixels and their squares."""
+
+    side: int
+    sums: np.ndarray
+    record: Record
+
+
+def band_sums(tile_HWC: np.ndarray) -> np.ndarray:
+    """Sum and sum of squares of each band, [2, C]: int64 for integer pixels, else float64."""
+    return kernels.float_sums(tile_HWC) if tile_HWC.dtype.kind == "f" else kernels.integer_sums(tile_HWC)
+
+
+def tile_hash(seed: int, tile_id: str) -> int:
+    """Place of a tile in the global order, uint64; a function of nothing but seed and tile."""
+    return int.from_bytes(hashlib.blake2b(f"tile {seed} {tile_id}".encode(), digest_size=8).digest(), "little")
+
+
+def spill_paths(folder: str | Path, number: int) -> tuple[Path, Path, Path]:
+    """(frames, table, commit) of a chunk."""
+    base = Path(folder)
+    return base / f"{number:08d}.frames", base / f"{number:08d}.npy", base / f"{number:08d}.json"
+
+
+def spill(
+    folder: str, number: int, scene_id: str, seed: int, tiles: list[Kept], rejected: Counter[str]
+) -> dict[str, Any]:
+    """Writes a chunk's tiles and commits them; returns the commit's content."""
+    frames_path, table_path, commit_path = spill_paths(folder, number)
+    hashed = sorted(
+        ((tile_hash(seed, tile.record.tile_id), tile.side, tile.record) for tile in tiles),
+        key=lambda item: (item[0], item[2].tile_id),
+    )
+    table = np.zeros(len(hashed), TABLE)
+    at = 0
+    with shards.whole_file(frames_path) as file:
+        for i, (place, side, record) in enumerate(hashed):
+            data = frame(encode_record(record), shards.crc32c)
+            file.write(data)
+            table[i] = (place, at, len(data), side)
+            at += len(data)
+    with shards.whole_file(table_path) as file:
+        np.save(file, table)
+    commit = {
+        "number": number,
+        "scene_id": scene_id,
+        "bytes": at,
+        "kept": len(hashed),
+        "rejected": dict(rejected),
+        "splits": [_sums([tile for tile in tiles if tile.side == side]) for side in (blocks.TRAIN, blocks.VAL)],
+    }
+    shards.write_whole(commit_path, json.dumps(commit).encode())
+    return commit
+
+
+def _sums(tiles: list[Kept]) -> dict[str, Any]:
+    """Totals over tiles of one split: tiles, pixels, band sums and sums of squares, and sums of fractions."""
+    if not tiles:
+        return {"tiles": 0}
+    total = np.sum([tile.sums.astype(object) for tile in tiles], axis=0)  # Python's integers have no limit
+    return {
+        "tiles": len(tiles),
+        "pixels": sum(tile.record.shape[0] * tile.record.shape[1] for tile in tiles),
+        "sum": total[0].tolist(),
+        "squares": total[1].tolist(),
+        "fractions": np.sum([tile.record.fractions.astype(np.float64) for tile in tiles], axis=0).tolist(),
+    }
