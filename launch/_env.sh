@@ -100,9 +100,9 @@ check_modules() {
   shift 2
   for extra in "$@"; do
     case $extra in
-      pack) modules="$modules rasterio numba google_crc32c simplejpeg tqdm" ;;
-      train) modules="$modules torch torchvision timm safetensors tensorboard matplotlib numba tqdm" ;;
-      dev) modules="$modules pytest hypothesis tfrecord" ;;
+      pack) modules="$modules rasterio numba google_crc32c simplejpeg lz4 pyarrow pystac tqdm" ;;
+      train) modules="$modules torch torchvision timm safetensors tensorboard matplotlib numba lz4 tqdm" ;;
+      dev) modules="$modules pytest hypothesis tfrecord distributed geopandas selenium" ;;
     esac
   done
   # shellcheck disable=SC2086  # a list of words
