@@ -18,7 +18,8 @@ import numpy as np
 
 from geokr.landcover import LOOKUP_OFFSET, NODATA, UNKNOWN, Legend
 from preprocess import ground, kernels, lattice, raster
-from preprocess.grid import Grid
+from preprocess.coordinates import WGS84
+from preprocess.place import Place
 from preprocess.sheets import Domain, LabelError, LabelSheet, lookup_of
 
 # What is interpolated between exact points stays within this many land-cover pixels: UTM to Albers at 30 m settles at a
@@ -33,32 +34,31 @@ STRIP_PIXELS = 4 << 20
 # --------------------------------------------------------------------------------------- pixel sizes, overlap
 
 
-def subdivision(scene: Grid, crs: str, sheets: Sequence[LabelSheet]) -> tuple[int, int]:
+def subdivision(scene: Place, sheets: Sequence[LabelSheet]) -> tuple[int, int]:
     """(kx, ky): label pixels a scene pixel along its columns and rows, by the finest of the sheets.
 
     Sizes are compared on the ground at the scene's middle. A ratio within a hundredth of a whole number counts
     as that number, since projections stretch lengths by up to that.
     """
-    middle = ground.middle_of(scene, crs)
-    sx, sy = ground.ground_steps(scene, crs, *middle)
+    middle = ground.middle_of(scene)
+    sx, sy = ground.ground_steps(scene, *middle)
     kx = ky = 1
-    centre_x, centre_y = scene.xy(*middle)
     for entry in sheets:
         sheet = entry.sheet
-        x, y = raster.transform_points(crs, sheet.crs, np.array([centre_x]), np.array([centre_y]))
+        x, y = scene.points(sheet.crs, np.array([middle[0]]), np.array([middle[1]]))
         if not np.isfinite(x[0]):
             continue
         if sheet.geographic:
             y = np.clip(y, -ground.SIZED_LATITUDE, ground.SIZED_LATITUDE)
         column, row = sheet.grid.pixel(x, y)
-        lx, ly = ground.ground_steps(sheet.grid, sheet.crs, float(column[0]), float(row[0]))
+        lx, ly = ground.ground_steps(sheet.place, float(column[0]), float(row[0]))
         if np.isfinite([sx, sy, lx, ly]).all() and lx > 0 and ly > 0:
             kx = max(kx, math.ceil(sx / lx - 0.01))
             ky = max(ky, math.ceil(sy / ly - 0.01))
     return kx, ky
 
 
-def overlapping(scene: Grid, crs: str, sheets: Sequence[LabelSheet]) -> list[LabelSheet]:
+def overlapping(scene: Place, sheets: Sequence[LabelSheet]) -> list[LabelSheet]:
     """The sheets that may lie under a scene.
 
     The scene's outline goes into each near sheet's CRS, never the other way: a world map's bounds mean nothing in
@@ -66,13 +66,13 @@ def overlapping(scene: Grid, crs: str, sheets: Sequence[LabelSheet]) -> list[Lab
     """
     found = []
     lattices: dict[str, np.ndarray] = {}
-    here = ground.cap_of(scene, crs)
+    here = ground.cap_of(scene)
     for entry in sheets:
         sheet = entry.sheet
         if ground.apart(here, entry.cap):
             continue
         if sheet.crs not in lattices:
-            lattices[sheet.crs] = lattice.points(scene, crs, sheet.crs, sheet.geographic, *ground.regular(scene, 16))
+            lattices[sheet.crs] = lattice.points(scene, sheet.crs, sheet.geographic, *ground.regular(scene, 16))
         column, row = sheet.grid.pixel(lattices[sheet.crs][..., 0], lattices[sheet.crs][..., 1])
         if not np.isfinite(column).all() or _pieces(sheet, column, row):
             found.append(entry)
@@ -110,27 +110,27 @@ def _pieces(sheet: raster.Sheet, columns: np.ndarray, rows: np.ndarray) -> list[
 # --------------------------------------------------------------------------------------------------- labels
 
 
-def label_grid(grid: Grid, crs: str, sheets: Sequence[LabelSheet], legend: Legend) -> np.ndarray:
-    """Label of every pixel of a grid, uint8 [height, width]: class index, IGNORED, or NODATA.
+def label_grid(place: Place, sheets: Sequence[LabelSheet], legend: Legend) -> np.ndarray:
+    """Label of every pixel of a place, uint8 [height, width]: class index, IGNORED, or NODATA.
 
     Raises LabelError listing codes that the product does not have, or for a sheet that cannot be read.
     """
-    labels = np.full((grid.height, grid.width), NODATA, np.uint8)
-    place = ground.cap_of(grid, crs, parts=4)
+    labels = np.full((place.height, place.width), NODATA, np.uint8)
+    here = ground.cap_of(place, parts=4)
     lattices: dict[str, np.ndarray] = {}
     hits: list[tuple[LabelSheet, np.ndarray]] = []
     for entry in sheets:
         sheet = entry.sheet
-        if ground.apart(place, entry.cap):
+        if ground.apart(here, entry.cap):
             continue
         if sheet.crs not in lattices:
             tolerance = _tolerance([other.sheet for other in sheets if other.sheet.crs == sheet.crs])
-            lattices[sheet.crs] = lattice.lattice(grid, crs, sheet.crs, sheet.geographic, tolerance)
+            lattices[sheet.crs] = lattice.lattice(place, sheet.crs, sheet.geographic, tolerance)
         pixels = _in_pixels(lattices[sheet.crs], sheet)
         if np.isfinite(pixels).any() and _pieces(sheet, pixels[..., 0], pixels[..., 1]):
             hits.append((entry, pixels))
     if len(hits) > 1 and any(entry.domain is not None for entry, _ in hits):
-        lonlat = lattice.lattice(grid, crs, ground.WGS84, True, (DOMAIN_ERROR, DOMAIN_ERROR))
+        lonlat = lattice.lattice(place, WGS84, True, (DOMAIN_ERROR, DOMAIN_ERROR))
         for entry, pixels in hits:
             if entry.domain is not None:
                 _gather(labels, entry, pixels, legend, lonlat, entry.domain)
@@ -191,8 +191,7 @@ class TileLabels:
 
 
 def tile_labels(
-    window: Grid,
-    crs: str,
+    window: Place,
     sheets: Sequence[LabelSheet],
     subdivisions: tuple[int, int],
     valid_HW: np.ndarray,
@@ -202,7 +201,7 @@ def tile_labels(
 ) -> TileLabels:
     """Labels of the tiles of a chunk.
 
-    window: the chunk's grid. valid_HW: uint8, 0 where the scene has no data. origins_T2: int64 first (column, row)
+    window: the chunk's place. valid_HW: uint8, 0 where the scene has no data. origins_T2: int64 first (column, row)
     of each tile in the window. Raises LabelError.
     """
     kx, ky = subdivisions
@@ -210,7 +209,7 @@ def tile_labels(
     strip = max(1, STRIP_PIXELS // (window.width * kx * ky))
     for top in range(0, window.height, strip):
         part = window.window(0, top, window.width, min(strip, window.height - top))
-        labels = label_grid(part.subdivided(kx, ky), crs, sheets, legend)
+        labels = label_grid(part.subdivided(kx, ky), sheets, legend)
         kernels.add_tile_histograms(counts, labels, valid_HW, origins_T2, size, kx, ky, top)
     counted = counts[:, : len(legend.classes)]
     total = counted.sum(axis=1)

@@ -2,8 +2,7 @@
 
 import numpy as np
 
-from preprocess import raster
-from preprocess.grid import Grid
+from preprocess.place import Place
 
 # Bilinear interpolation of exact points at this spacing, halved until its error is below MAX_ERROR land-cover
 # pixels: UTM to Albers at 30 m settles at 16. Only the surroundings of a pole need spacing 1.
@@ -14,9 +13,9 @@ SPACING = 64
 EDGE_SPACING = 8
 
 
-def points(grid: Grid, crs: str, target: str, geographic: bool, columns: np.ndarray, rows: np.ndarray) -> np.ndarray:
+def points(place: Place, target: str, geographic: bool, columns: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """Exact target coordinates [..., 2] of pixel positions [P, Q]; longitudes run on over the antimeridian."""
-    x, y = raster.transform_points(crs, target, *grid.xy(columns, rows))
+    x, y = place.points(target, columns, rows)
     known = np.isfinite(x)
     if geographic and known.all():
         x = np.unwrap(np.unwrap(x, period=360, axis=1), period=360, axis=0)
@@ -29,8 +28,8 @@ def points(grid: Grid, crs: str, target: str, geographic: bool, columns: np.ndar
     return np.stack([x, y], axis=-1)
 
 
-def lattice(grid: Grid, crs: str, target: str, geographic: bool, tolerance: tuple[float, float]) -> np.ndarray:
-    """Exact coordinates in another CRS at nodes of a grid, float64 [rows, columns, 2].
+def lattice(place: Place, target: str, geographic: bool, tolerance: tuple[float, float]) -> np.ndarray:
+    """Exact coordinates in another CRS at nodes over a place, float64 [rows, columns, 2].
 
     The nodes lie evenly from the centre of the first pixel to that of the last, so close that what is interpolated
     bilinearly between them stays within ``tolerance`` (units of the target, per axis); at worst on every pixel.
@@ -38,11 +37,11 @@ def lattice(grid: Grid, crs: str, target: str, geographic: bool, tolerance: tupl
     lattice, which is the one returned. In the middle alone it would not show: coordinates of one conformal
     projection in another are harmonic, and there the two curvatures cancel.
     """
-    across, down = _cells(grid.width), _cells(grid.height)
-    coarse = _nodes(grid, crs, target, geographic, across, down)
-    while (spacing := max((grid.width - 1) / across, (grid.height - 1) / down) / 2) > 1:
+    across, down = _cells(place.width), _cells(place.height)
+    coarse = _nodes(place, target, geographic, across, down)
+    while (spacing := max((place.width - 1) / across, (place.height - 1) / down) / 2) > 1:
         across, down = 2 * across, 2 * down
-        fine = _nodes(grid, crs, target, geographic, across, down)
+        fine = _nodes(place, target, geographic, across, down)
         between = _halfway(coarse)
         error = np.abs(between - fine)
         if geographic:  # the two lattices may lie a whole turn apart
@@ -52,17 +51,17 @@ def lattice(grid: Grid, crs: str, target: str, geographic: bool, tolerance: tupl
         if (settled | lost).all():
             return fine
         coarse = fine
-    return _nodes(grid, crs, target, geographic, max(1, grid.width - 1), max(1, grid.height - 1))
+    return _nodes(place, target, geographic, max(1, place.width - 1), max(1, place.height - 1))
 
 
 def _cells(pixels: int) -> int:
     return max(1, -(-(pixels - 1) // SPACING))
 
 
-def _nodes(grid: Grid, crs: str, target: str, geographic: bool, across: int, down: int) -> np.ndarray:
-    columns = 0.5 + np.arange(across + 1) * ((grid.width - 1) / across)
-    rows = 0.5 + np.arange(down + 1) * ((grid.height - 1) / down)
-    return points(grid, crs, target, geographic, *np.meshgrid(columns, rows))
+def _nodes(place: Place, target: str, geographic: bool, across: int, down: int) -> np.ndarray:
+    columns = 0.5 + np.arange(across + 1) * ((place.width - 1) / across)
+    rows = 0.5 + np.arange(down + 1) * ((place.height - 1) / down)
+    return points(place, target, geographic, *np.meshgrid(columns, rows))
 
 
 def _halfway(nodes: np.ndarray) -> np.ndarray:

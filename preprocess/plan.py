@@ -9,9 +9,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from geokr.landcover import Legend, Product, build_legend, load_product
 from geokr.records import SCHEMA_VERSION, Band
 from preprocess import bands, ground, labels, raster, sheets
+from preprocess.coordinates import WGS84
 from preprocess.grid import Chunk, chunks
 from preprocess.inputs import PlanError, find_files, scene_ids
 from preprocess.options import PackOptions
@@ -129,13 +132,13 @@ def _scene_tasks(
     for scene in scenes:
         numbers = tuple(band.number for band in bands.choose_bands(scene, options))
         _check_positions(scene, options)
-        under = labels.overlapping(scene.grid, scene.crs, land_cover)
+        under = labels.overlapping(scene.place, land_cover)
         under = sheets.sheets_of_nearest_year(under, scene.scene_id, scene.date)
-        kx, ky = labels.subdivision(scene.grid, scene.crs, under)
+        kx, ky = labels.subdivision(scene.place, under)
         _check_block(scene, options)
         bytes_a_pixel = len(numbers) * (_itemsize(scene.dtype) * 2 + 1) + 1  # source, its preview, and a mask
         tile = options.tile
-        cut = tuple(chunks(scene.grid.width, scene.grid.height, tile.size, tile.step, bytes_a_pixel))
+        cut = tuple(chunks(scene.place.width, scene.place.height, tile.size, tile.step, bytes_a_pixel))
         tasks.append(SceneTask(scene, numbers, tuple(under), (kx, ky), cut if under else ()))
     if not any(task.sheets for task in tasks):
         raise PlanError(
@@ -143,7 +146,7 @@ def _scene_tasks(
             f"{tasks[0].scene.path} lies at {_place(tasks[0].scene)}; check --land-cover, and the rasters' CRS"
         )
     if not any(task.chunks for task in tasks):
-        sizes = {f"{task.scene.grid.width}x{task.scene.grid.height}" for task in tasks}
+        sizes = {f"{task.scene.place.width}x{task.scene.place.height}" for task in tasks}
         raise PlanError(
             f"no scene holds a tile of {options.tile.size} pixels (scenes of {', '.join(sorted(sizes))}); set tile.size"
         )
@@ -160,17 +163,17 @@ MAX_POSITIONS = 1 << 27
 
 def _check_positions(scene: Scene, options: PackOptions) -> None:
     tile = options.tile
-    across, down = (len(range(0, n - tile.size + 1, tile.step)) for n in (scene.grid.width, scene.grid.height))
+    across, down = (len(range(0, n - tile.size + 1, tile.step)) for n in (scene.place.width, scene.place.height))
     if across * down > MAX_POSITIONS:
         raise PlanError(
             f"{scene.path}: {across * down} tiles of {tile.size} px every {tile.step} px in "
-            f"{scene.grid.width} x {scene.grid.height} pixels, at most {MAX_POSITIONS} are possible: "
+            f"{scene.place.width} x {scene.place.height} pixels, at most {MAX_POSITIONS} are possible: "
             "use a larger tile.step, or cut the scene; if that is not its size, its header is damaged"
         )
 
 
 def _check_block(scene: Scene, options: PackOptions) -> None:
-    steps = ground.ground_steps(scene.grid, scene.crs, *ground.middle_of(scene.grid, scene.crs))
+    steps = ground.ground_steps(scene.place, *ground.middle_of(scene.place))
     side = max(steps) * options.tile.size
     if options.split.val_fraction > 0 and options.split.block_m < 2 * side:
         raise PlanError(
@@ -180,8 +183,7 @@ def _check_block(scene: Scene, options: PackOptions) -> None:
 
 
 def _place(scene: Scene) -> str:
-    x, y = scene.grid.xy(scene.grid.width / 2, scene.grid.height / 2)
-    lon, lat = raster.transform_points(scene.crs, ground.WGS84, x.reshape(1), y.reshape(1))
+    lon, lat = scene.place.points(WGS84, np.array([scene.place.width / 2]), np.array([scene.place.height / 2]))
     return f"longitude {lon[0]:.3f}, latitude {lat[0]:.3f}"
 
 

@@ -1,4 +1,4 @@
-"""Reading rasters: the only module that touches GDAL (through rasterio).
+"""Reading rasters: the only module that opens files with GDAL (through rasterio).
 
 Everything that leaves it is plain data, so a task for another process or machine carries paths, never handles.
 """
@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 import rasterio
 from rasterio._err import CPLE_BaseError
-from rasterio.crs import CRS
 from rasterio.enums import ColorInterp, MaskFlags
 from rasterio.errors import CRSError, RasterioError, RasterioIOError
-from rasterio.warp import transform as warp_points
 from rasterio.windows import Window
 
+from preprocess.errors import RasterError
 from preprocess.grid import Grid
+from preprocess.place import AffinePlace, Place
 
 # First bytes to the only driver that may open such a file. A file that merely pretends to be an image, such as a
 # VRT or WMS description named .tif, could make GDAL read other files or the network.
@@ -48,25 +48,16 @@ ENVIRONMENT: dict[str, Any] = {
 }
 
 
-class RasterError(ValueError):
-    """A raster that cannot be used; ``reason`` is a short key to count by."""
-
-    def __init__(self, message: str, reason: str = "unreadable") -> None:
-        super().__init__(message)
-        self.reason = reason
-
-
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """What planning needs to know of a scene. ``crs`` is WKT; ``nodata`` one value a band or None.
+    """What planning needs to know of a scene. ``place`` is its size and ground; ``nodata`` one value a band or None.
 
     masked: whether a mask or alpha band says which pixels hold data. date: ISO or empty.
     """
 
     path: str
     scene_id: str
-    grid: Grid
-    crs: str
+    place: Place
     dtype: str
     band_names: tuple[str, ...]
     wavelengths_nm: tuple[float | None, ...]
@@ -87,6 +78,10 @@ class Sheet:
     geographic: bool
     nodata: float | None
     fingerprint: str
+
+    @property
+    def place(self) -> AffinePlace:
+        return AffinePlace(self.grid, self.crs)
 
 
 @contextmanager
@@ -228,8 +223,7 @@ def read_scene(path: str, scene_id: str, nodata: float | None = None) -> Scene:
         return Scene(
             path=path,
             scene_id=scene_id,
-            grid=grid,
-            crs=crs,
+            place=AffinePlace(grid, crs),
             dtype=dtypes.pop(),
             band_names=names,
             wavelengths_nm=_wavelengths(dataset),
@@ -278,45 +272,3 @@ def read_codes(sheet: Sheet, window: tuple[int, int, int, int]) -> np.ndarray:
     """Class codes [H, W] of a sheet in (column, row, width, height). Raises RasterError if it is damaged there."""
     with _opened(sheet.path) as dataset:
         return dataset.read(1, window=Window(*window))  # type: ignore[call-arg]
-
-
-def transform_points(source: str, target: str, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Coordinates in another CRS (both WKT or EPSG:..), float64, NaN where the target cannot express a point.
-
-    Geographic coordinates are longitude, latitude in degrees.
-    """
-    if source == target:
-        return np.array(x, np.float64), np.array(y, np.float64)
-    shape = np.shape(x)
-    flat = np.stack([np.ravel(x), np.ravel(y)]).astype(np.float64)
-    expressible = np.isfinite(flat).all(axis=0)
-    if _parsed(source).is_geographic:
-        expressible &= np.abs(flat[1]) <= 90
-    moved = np.full_like(flat, np.nan)
-    with environment():
-        moved[:, expressible] = _transformed(_parsed(source), _parsed(target), flat[:, expressible])
-    moved[:, ~np.isfinite(moved).all(axis=0)] = np.nan
-    return moved[0].reshape(shape), moved[1].reshape(shape)
-
-
-def _transformed(source: CRS, target: CRS, points_2N: np.ndarray) -> np.ndarray:
-    """Points in another CRS, [2, N]. One bad point makes the library refuse all, so those are found by halving."""
-    if points_2N.shape[1] == 0:
-        return points_2N
-    try:
-        return np.array(warp_points(source, target, points_2N[0], points_2N[1])[:2], np.float64)
-    except CRSError as error:
-        raise RasterError(f"no way from the CRS {str(source)[:80]} to {str(target)[:80]}: {error}", "no_crs") from error
-    except CPLE_BaseError:
-        if points_2N.shape[1] == 1:
-            return np.full_like(points_2N, np.nan)
-    half = points_2N.shape[1] // 2
-    return np.concatenate(
-        [_transformed(source, target, points_2N[:, part]) for part in (np.s_[:half], np.s_[half:])], 1
-    )
-
-
-def _parsed(crs: str, _cache: dict[str, CRS] = {}) -> CRS:  # noqa: B006 - the default is the cache
-    if crs not in _cache:
-        _cache[crs] = CRS.from_user_input(crs)
-    return _cache[crs]

@@ -40,12 +40,12 @@ def stretch_limits(scene: Scene, bands: tuple[int, ...], options: PackOptions) -
 
 def _sample(scene: Scene, bands: tuple[int, ...]) -> np.ndarray:
     """Sampled values [N, C] in the scene's dtype, read strip by strip."""
-    across, down = sample_strides(scene.grid.width, scene.grid.height)
-    row_bytes = scene.grid.width * len(bands) * np.dtype(scene.dtype).itemsize
+    across, down = sample_strides(scene.place.width, scene.place.height)
+    row_bytes = scene.place.width * len(bands) * np.dtype(scene.dtype).itemsize
     strip = max(down, min(512, (64 << 20) // row_bytes) // down * down)
     parts = []
-    for top in range(0, scene.grid.height, strip):
-        window = (0, top, scene.grid.width, min(strip, scene.grid.height - top))
+    for top in range(0, scene.place.height, strip):
+        window = (0, top, scene.place.width, min(strip, scene.place.height - top))
         pixels, valid = read_valid(scene, bands, window)
         values = pixels[:, ::down, ::across].reshape(len(bands), -1).T
         keep = (valid[::down, ::across].ravel() != 0) & (values.mean(axis=1, dtype=np.float64) != 0)

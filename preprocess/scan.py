@@ -13,11 +13,13 @@ import numpy as np
 
 from geokr.landcover import Legend
 from geokr.records import Record
-from preprocess import blocks, ground, kernels, labels, quality, raster
-from preprocess.grid import Chunk, Grid
+from preprocess import blocks, kernels, labels, quality
+from preprocess.coordinates import WGS84
+from preprocess.grid import Chunk
 from preprocess.image_codecs import encode_image
 from preprocess.options import PackOptions
 from preprocess.pixels import read_valid
+from preprocess.place import Place
 from preprocess.raster import RasterError, Scene
 from preprocess.sheets import LabelSheet
 from preprocess.spill import Kept, band_sums, spill
@@ -62,7 +64,7 @@ def scan_chunk(job: Job) -> dict[str, Any]:
     Raises RasterError for a damaged scene or sheet, LabelError for unknown codes.
     """
     column, row, width, height = job.chunk.window
-    window = job.scene.grid.window(column, row, width, height)
+    window = job.scene.place.window(column, row, width, height)
     pixels, valid = read_valid(job.scene, job.bands, job.chunk.window)
     grey = kernels.stretch_to_uint8(pixels, job.limits, valid)
     image = kernels.interleave(pixels, valid) if job.options.stretch.mode == "none" else grey
@@ -71,10 +73,8 @@ def scan_chunk(job: Job) -> dict[str, Any]:
     reasons = _judge(grey, valid, origins, size, job.options)
     tile_labels = None
     if any(reason is None for reason in reasons):
-        tile_labels = labels.tile_labels(
-            window, job.scene.crs, job.sheets, job.subdivisions, valid, origins, size, job.legend
-        )
-    longitudes, latitudes = footprints(window, job.scene.crs, origins, size)
+        tile_labels = labels.tile_labels(window, job.sheets, job.subdivisions, valid, origins, size, job.legend)
+    longitudes, latitudes = footprints(window, origins, size)
     tiles = []
     for t, (left, top) in enumerate(origins.tolist()):
         if reasons[t] is not None or tile_labels is None:
@@ -109,12 +109,12 @@ def _judge(
     return reasons
 
 
-def footprints(window: Grid, crs: str, origins: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+def footprints(window: Place, origins: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Longitudes and latitudes, float64 [tiles, POINTS, POINTS], of a lattice over each tile's footprint."""
     steps = np.linspace(0, size, POINTS)
     columns = origins[:, 0, None, None] + steps[None, None, :]
     rows = origins[:, 1, None, None] + steps[None, :, None]
-    return raster.transform_points(crs, ground.WGS84, *window.xy(columns, rows))
+    return window.points(WGS84, *np.broadcast_arrays(columns, rows))
 
 
 def _record(
@@ -122,10 +122,11 @@ def _record(
     tile_HWC: np.ndarray,
     fractions: np.ndarray,
     share: float,
-    place: Grid,
+    place: Place,
     lonlat: tuple[float, float],
     origin: tuple[int, int],
 ) -> Record:
+    transform, crs = place.georeference()
     return Record(
         image=encode_image(tile_HWC, job.options),
         codec=job.options.tile.codec,
@@ -134,8 +135,8 @@ def _record(
         fractions=fractions.astype(np.float32),
         valid_fraction=share,
         lonlat=lonlat,
-        transform=place.transform,
-        crs=job.scene.crs,
+        transform=transform,
+        crs=crs,
         scene_id=job.scene.scene_id,
         tile_id=f"{job.scene.scene_id}:{origin[0]}:{origin[1]}",
         date=job.scene.date,

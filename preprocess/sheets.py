@@ -66,10 +66,7 @@ def sheet_year(product: Product, name: str) -> int | None:
 def label_sheets(sheets: Sequence[raster.Sheet], product: Product) -> list[LabelSheet]:
     """Sheets with what their names say, in order of their names (then paths)."""
     ordered = sorted(sheets, key=lambda s: (s.name, s.path))
-    return [
-        LabelSheet(s, sheet_year(product, s.name), nominal_cell(product, s.name), cap_of(s.grid, s.crs))
-        for s in ordered
-    ]
+    return [LabelSheet(s, sheet_year(product, s.name), nominal_cell(product, s.name), cap_of(s.place)) for s in ordered]
 
 
 def lookup_of(legend: Legend, sheet: raster.Sheet) -> np.ndarray:

@@ -8,6 +8,7 @@ from rasterio.warp import transform as warp_points
 
 from preprocess import blocks, grid, ground, scan
 from preprocess.grid import Chunk, Grid, chunks, offsets
+from preprocess.place import AffinePlace
 from tests.scenes import NLCD, NO_QUALITY, ZION, needs_shared, noise, pack_quietly, patches, read_records, write_raster
 
 numbers = st.floats(-1e3, 1e3).filter(lambda v: v == 0 or abs(v) > 1e-3)
@@ -168,7 +169,7 @@ def test_every_point_of_a_tile_lies_in_a_cell_that_was_considered(place):
         cos, sin = pixel * np.cos(turn), pixel * np.sin(turn)
         one = (cos, sin, rng.uniform(*xs), sin, -cos, rng.uniform(*ys))
         window = Grid(size, size, one)
-        lon, lat = scan.footprints(window, crs, np.array([[0, 0]]), size)
+        lon, lat = scan.footprints(AffinePlace(window, crs), np.array([[0, 0]]), size)
         inside = np.concatenate([rng.uniform(0, size, (1500, 2)), [(0, 0), (size, size), (0, size), (size, 0)]])
         edge = rng.uniform(0, size, (400, 2))
         edge[:200, 0], edge[200:, 1] = rng.choice([0, size], 200), rng.choice([0, size], 200)
@@ -190,7 +191,7 @@ def test_every_point_of_a_tile_lies_in_a_cell_that_was_considered(place):
 @pytest.mark.parametrize("corners", [(-4, -4), (-60, -60), (-63.5, -0.5), (-32, -64), (-64, 0)])
 def test_a_tile_around_a_pole_touches_the_cells_around_it(corners):
     window = Grid(64, 64, (100.0, 0, corners[0] * 100.0, 0, -100.0, -corners[1] * 100.0))
-    lon, lat = scan.footprints(window, "EPSG:3413", np.array([[0, 0]]), 64)
+    lon, lat = scan.footprints(AffinePlace(window, "EPSG:3413"), np.array([[0, 0]]), 64)
     found = considered(lon[0], lat[0], 1000.0)
     x, y = on_ground(window.transform, np.random.default_rng(0).uniform(0, 64, (5000, 2)))
     truth = cell_of(*np.array(warp_points("EPSG:3413", "EPSG:4326", x, y)[:2]), 1000.0)
@@ -203,7 +204,7 @@ def test_far_from_poles_few_cells_are_considered_in_vain():
     more = 0
     for _ in range(200):
         window = Grid(256, 256, (10.0, 0, rng.uniform(3e5, 7e5), 0, -10.0, rng.uniform(2e6, 6e6)))
-        lon, lat = scan.footprints(window, "EPSG:32631", np.array([[0, 0]]), 256)
+        lon, lat = scan.footprints(AffinePlace(window, "EPSG:32631"), np.array([[0, 0]]), 256)
         x, y = on_ground(window.transform, rng.uniform(0, 256, (3000, 2)))
         truth = cell_of(*np.array(warp_points("EPSG:32631", "EPSG:4326", x, y)[:2]), 20_000.0)
         more += len(considered(lon[0], lat[0], 20_000.0) - truth)
@@ -282,9 +283,9 @@ def test_overlapping_scenes_agree_on_what_is_held_out(tmp_path):
 
 
 def test_pixels_have_a_size_on_the_ground_everywhere():
-    north = ground.ground_steps(Grid(10, 10, (1000, 0, -5000, 0, -1000, 5000)), "EPSG:3413", 5, 5)
+    north = ground.ground_steps(AffinePlace(Grid(10, 10, (1000, 0, -5000, 0, -1000, 5000)), "EPSG:3413"), 5, 5)
     np.testing.assert_allclose(north, 1000 / 0.97, rtol=0.02)  # the scale of that projection at the pole
-    utm = ground.ground_steps(Grid(10, 10, (30, 0, 5e5, 0, -30, 5e6)), "EPSG:32631", 5, 5)
+    utm = ground.ground_steps(AffinePlace(Grid(10, 10, (30, 0, 5e5, 0, -30, 5e6)), "EPSG:32631"), 5, 5)
     np.testing.assert_allclose(utm, 30, rtol=5e-3)
-    degrees = ground.ground_steps(Grid(10, 10, (1e-3, 0, 179.995, 0, -1e-3, 60.005)), "EPSG:4326", 5, 5)
+    degrees = ground.ground_steps(AffinePlace(Grid(10, 10, (1e-3, 0, 179.995, 0, -1e-3, 60.005)), "EPSG:4326"), 5, 5)
     np.testing.assert_allclose(degrees, (111.2 * 0.5, 111.2), rtol=5e-3)

@@ -16,8 +16,10 @@ from rasterio.warp import transform as warp_points
 from geokr import records
 from geokr.landcover import build_legend, load_product
 from preprocess import kernels, labels, lattice, raster, sheets
+from preprocess.coordinates import transform_points
 from preprocess.grid import Grid
 from preprocess.inputs import PlanError
+from preprocess.place import AffinePlace
 from preprocess.sheets import LabelError
 from tests.scenes import (
     NLCD,
@@ -225,7 +227,7 @@ def test_a_sheet_on_the_other_side_of_the_earth_does_no_harm(tmp_path):
     ]
     near = cover(tmp_path, "n31_45_2020lc030.tif")
     grid = Grid(90, 70, at(UTM31, 4.0, 47.0, 30, 90, 70))
-    under = labels.overlapping(grid, UTM31, entries([*far, near], "globeland30"))
+    under = labels.overlapping(AffinePlace(grid, UTM31), entries([*far, near], "globeland30"))
     assert [entry.sheet.name for entry in under] == [near.name]
     check(
         tmp_path,
@@ -504,7 +506,7 @@ def test_a_scene_of_the_whole_world(tmp_path, world):
     # a small sheet in UTM beside it: most of the scene's ground lies where UTM 31 means nothing
     with rasterio.open(one) as file:
         grid = Grid(180, 90, tuple(file.transform)[:6])
-        found = labels.overlapping(grid, file.crs.to_wkt(), entries(sheets, world))
+        found = labels.overlapping(AffinePlace(grid, file.crs.to_wkt()), entries(sheets, world))
     assert len(found) == 2
 
 
@@ -527,7 +529,7 @@ def test_polar_scenes_under_fine_land_cover(tmp_path):
     grid = Grid(150, 150, tuple(at("EPSG:3413", lon, lat, 10, 150, 150)))
     crs = rasterio.crs.CRS.from_epsg(3413).to_wkt()
     legend = build_legend(load_product("worldcover"))
-    found = labels.label_grid(grid, crs, entries([sheet], "worldcover"), legend)
+    found = labels.label_grid(AffinePlace(grid, crs), entries([sheet], "worldcover"), legend)
     other = OtherWay("worldcover", [sheet]).labels(grid.transform, crs, 150, 1, 1)
     names = np.array([entry.name for entry in legend.classes])
     assert (names[np.minimum(found, len(names) - 1)] == other).mean() > 0.9995
@@ -552,7 +554,7 @@ def test_a_lattice_keeps_its_tolerance_at_every_pixel(case, size):
     grid = Grid(*size, at(crs, lon, lat, pixel, *size))
     degrees = target == "EPSG:4326"
     tolerance = 1e-5 if degrees else 1.0
-    nodes = lattice.lattice(grid, crs, target, degrees, (tolerance, tolerance))
+    nodes = lattice.lattice(AffinePlace(grid, crs), target, degrees, (tolerance, tolerance))
     columns, rows = np.meshgrid(np.arange(size[0]), np.arange(size[1]))
     a, b, c, d, e, f = grid.transform
     x, y = a * (columns + 0.5) + b * (rows + 0.5) + c, d * (columns + 0.5) + e * (rows + 0.5) + f
@@ -571,7 +573,7 @@ def test_a_map_pixel_at_the_pole_does_not_shrink_to_nothing(tmp_path):
     )
     one = Grid(100, 100, (100.0, 0, -5000.0, 0, -100.0, 5000.0))
     crs = rasterio.crs.CRS.from_epsg(3413).to_wkt()
-    kx, ky = labels.subdivision(one, crs, entries([sheet], "worldcover"))
+    kx, ky = labels.subdivision(AffinePlace(one, crs), entries([sheet], "worldcover"))
     assert 1 <= kx <= 20
     assert 1 <= ky <= 20
 
@@ -581,7 +583,7 @@ def test_a_map_pixel_at_the_pole_does_not_shrink_to_nothing(tmp_path):
 
 def test_points_a_crs_cannot_express_do_not_spoil_the_others():
     lon, lat = np.array([3.0, 0.0, 93.0, 3.0, np.nan, 4.0]), np.array([45.0, 95.0, 0.0, 46.0, 1.0, np.inf])
-    x, y = raster.transform_points("EPSG:4326", UTM31, lon, lat)
+    x, y = transform_points("EPSG:4326", UTM31, lon, lat)
     np.testing.assert_array_equal(np.isfinite(x), [True, False, False, True, False, False])
     np.testing.assert_array_equal(np.isnan(x), np.isnan(y))
     np.testing.assert_allclose((x[0], y[0]), place(UTM31, 3.0, 45.0))
@@ -618,7 +620,9 @@ def test_random_grids(data):
         sheet = write_raster(Path(folder) / "c.tif", patches(side, 200, 200, GLOBELAND, 1), map_transform, map_crs)
         legend = build_legend(load_product("globeland30"))
         wkt = rasterio.crs.CRS.from_user_input(crs).to_wkt()
-        found = labels.label_grid(Grid(side, side, transform), wkt, entries([sheet], "globeland30"), legend)
+        found = labels.label_grid(
+            AffinePlace(Grid(side, side, transform), wkt), entries([sheet], "globeland30"), legend
+        )
         other = OtherWay("globeland30", [sheet]).labels(transform, wkt, side, 1, 1)
     names = np.array([*(entry.name for entry in legend.classes), None], object)
     differ = names[np.minimum(found, len(names) - 1)] != other

@@ -1,0 +1,54 @@
+"""Coordinates of one CRS in another: the part of GDAL that opens no file."""
+
+import numpy as np
+import rasterio
+from rasterio._err import CPLE_BaseError
+from rasterio.crs import CRS
+from rasterio.errors import CRSError
+from rasterio.warp import transform as warp_points
+
+from preprocess.errors import RasterError
+
+WGS84 = "EPSG:4326"
+
+
+def transform_points(source: str, target: str, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Coordinates in another CRS (both WKT or EPSG:..), float64, NaN where the target cannot express a point.
+
+    Geographic coordinates are longitude, latitude in degrees.
+    """
+    if source == target:
+        return np.array(x, np.float64), np.array(y, np.float64)
+    shape = np.shape(x)
+    flat = np.stack([np.ravel(x), np.ravel(y)]).astype(np.float64)
+    expressible = np.isfinite(flat).all(axis=0)
+    if _parsed(source).is_geographic:
+        expressible &= np.abs(flat[1]) <= 90
+    moved = np.full_like(flat, np.nan)
+    with rasterio.Env(OGR_CT_FORCE_TRADITIONAL_GIS_ORDER="YES"):  # longitude first in every geographic CRS
+        moved[:, expressible] = _transformed(_parsed(source), _parsed(target), flat[:, expressible])
+    moved[:, ~np.isfinite(moved).all(axis=0)] = np.nan
+    return moved[0].reshape(shape), moved[1].reshape(shape)
+
+
+def _transformed(source: CRS, target: CRS, points_2N: np.ndarray) -> np.ndarray:
+    """Points in another CRS, [2, N]. One bad point makes the library refuse all, so those are found by halving."""
+    if points_2N.shape[1] == 0:
+        return points_2N
+    try:
+        return np.array(warp_points(source, target, points_2N[0], points_2N[1])[:2], np.float64)
+    except CRSError as error:
+        raise RasterError(f"no way from the CRS {str(source)[:80]} to {str(target)[:80]}: {error}", "no_crs") from error
+    except CPLE_BaseError:
+        if points_2N.shape[1] == 1:
+            return np.full_like(points_2N, np.nan)
+    half = points_2N.shape[1] // 2
+    return np.concatenate(
+        [_transformed(source, target, points_2N[:, part]) for part in (np.s_[:half], np.s_[half:])], 1
+    )
+
+
+def _parsed(crs: str, _cache: dict[str, CRS] = {}) -> CRS:  # noqa: B006 - the default is the cache
+    if crs not in _cache:
+        _cache[crs] = CRS.from_user_input(crs)
+    return _cache[crs]
