@@ -14,6 +14,7 @@ from geokr import records
 from geokr.records import Split
 from preprocess import blocks, shards, spill
 from preprocess.plan import Plan
+from preprocess.stages import Clock
 from preprocess.workfolder import WORK
 
 
@@ -30,10 +31,12 @@ class ShardJob:
 
 
 def gather(job: ShardJob) -> dict[str, Any]:
-    out = Path(job.out)
+    """Writes a shard; returns its commit's content: {shard: its entry in the manifest, stages}."""
+    out, clock = Path(job.out), Clock()
     work = out / WORK
-    shard = shards.write_shard(out, job.split, job.number, _frames(job, work / "spill"), work)
-    entry = shard.model_dump()
+    with clock("gather"):
+        shard = shards.write_shard(out, job.split, job.number, _frames(job, work / "spill"), work)
+    entry = {"shard": shard.model_dump(), "stages": clock.times}
     shards.write_whole(work / "shards" / f"{shard.name}.json", json.dumps(entry).encode())
     return entry
 

@@ -9,8 +9,8 @@ import contextlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import numpy as np
 
 from geokr import records
 from geokr.records import Manifest, Shard
-from preprocess import blocks, engine, gather, manifests, sampling, scan, shards, spill, workfolder
+from preprocess import blocks, engine, gather, manifests, sampling, scan, shards, spill, stages, workfolder
 from preprocess.damaged import Damaged
 from preprocess.plan import Plan, SceneTask
 from preprocess.raster import RasterError
@@ -29,11 +29,15 @@ Progress = Callable[[str, int, int], None]  # (phase, done, of)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Packed:
-    """What a run did. written: False where the folder already held this very dataset."""
+    """What a run did. written: False where the folder already held this very dataset.
+
+    stages: where its workers' time went: stage to (CPU seconds, seconds that passed), see preprocess.stages.
+    """
 
     manifest: Manifest
     written: bool
     seconds: float
+    stages: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
 
 def pack(plan: Plan, out: Path, progress: Progress) -> Packed:
@@ -52,18 +56,23 @@ def pack(plan: Plan, out: Path, progress: Progress) -> Packed:
         # another process may have come first, or one died between the manifest and clearing up
         manifest = workfolder.finished(plan, out)
         written = manifest is None
+        spent: dict[str, list[float]] = {}
         if manifest is None:
             workfolder.open_work(plan, out, work)
-            manifest = _make(plan, out, work, workers, progress)
+            manifest = _make(plan, out, work, workers, progress, spent)
         shutil.rmtree(work)
-    return Packed(manifest, written, seconds=time.monotonic() - start)
+    return Packed(manifest, written, time.monotonic() - start, stages.in_order(spent))
 
 
-def _make(plan: Plan, out: Path, work: Path, workers: int, progress: Progress) -> Manifest:
+def _make(
+    plan: Plan, out: Path, work: Path, workers: int, progress: Progress, spent: dict[str, list[float]]
+) -> Manifest:
     damaged = Damaged(plan)
-    limits = _phase_limits(plan, work, damaged, workers, progress)
+    limits = _phase_limits(plan, work, damaged, workers, progress, spent)
     commits = _phase_scan(plan, work, limits, damaged, workers, progress)
-    finished = _phase_gather(plan, out, commits, workers, progress)
+    finished = _phase_gather(plan, out, commits, workers, progress, spent)
+    for commit in commits:
+        stages.add(spent, commit["stages"])
     manifest = manifests.make_manifest(plan, limits, commits, damaged, finished)
     shards.write_whole(out / records.MANIFEST, records.dump_manifest(manifest), work)
     return manifest
@@ -82,24 +91,30 @@ class _LimitsJob:
     path: str
 
 
-def _limits_of(job: _LimitsJob) -> tuple[str, list[list[float]] | str]:
-    """(scene id, its limits or what is wrong with it)."""
+def _limits_of(job: _LimitsJob) -> tuple[str, dict[str, Any] | str]:
+    """(scene id, {limits, stages} or what is wrong with it)."""
+    clock = stages.Clock()
     try:
-        limits = sampling.stretch_limits(job.task.scene, job.task.bands, job.options).tolist()
+        with clock("sample"):
+            limits = sampling.stretch_limits(job.task.scene, job.task.bands, job.options).tolist()
     except RasterError as error:
         return job.task.scene.scene_id, str(error)
-    shards.write_whole(Path(job.path), json.dumps(limits).encode())
-    return job.task.scene.scene_id, limits
+    commit = {"limits": limits, "stages": clock.times}
+    shards.write_whole(Path(job.path), json.dumps(commit).encode())
+    return job.task.scene.scene_id, commit
 
 
-def _phase_limits(plan: Plan, work: Path, damaged: Damaged, workers: int, progress: Progress) -> dict[str, np.ndarray]:
+def _phase_limits(
+    plan: Plan, work: Path, damaged: Damaged, workers: int, progress: Progress, spent: dict[str, list[float]]
+) -> dict[str, np.ndarray]:
     """Limits of every scene that could be read, by scene id."""
     limits: dict[str, np.ndarray] = {}
     jobs = []
     for number, task in enumerate(plan.tasks):
         path = work / f"limits-{number:06d}.json"
         if (done := workfolder.read_commit(path)) is not None:
-            limits[task.scene.scene_id] = np.array(done)
+            limits[task.scene.scene_id] = np.array(done["limits"])
+            stages.add(spent, done["stages"])
         elif task.chunks:
             jobs.append(_LimitsJob(replace(task, chunks=(), sheets=()), plan.options, str(path)))
     done = len(limits)
@@ -109,7 +124,8 @@ def _phase_limits(plan: Plan, work: Path, damaged: Damaged, workers: int, progre
             if isinstance(value, str):
                 damaged.add(scene_id, value)
             else:
-                limits[scene_id] = np.array(value)
+                limits[scene_id] = np.array(value["limits"])
+                stages.add(spent, value["stages"])
             progress("stretch limits", done + number, done + len(jobs))
     return limits
 
@@ -155,7 +171,12 @@ def _phase_scan(
 
 
 def _phase_gather(
-    plan: Plan, out: Path, commits: list[dict[str, Any]], workers: int, progress: Progress
+    plan: Plan,
+    out: Path,
+    commits: list[dict[str, Any]],
+    workers: int,
+    progress: Progress,
+    spent: dict[str, list[float]],
 ) -> list[Shard]:
     kept = sum(commit["kept"] for commit in commits)
     if not kept:
@@ -173,8 +194,10 @@ def _phase_gather(
         name = f"{job.split}-{job.number:05d}.tfrecord"
         entry = workfolder.read_commit(out / WORK / "shards" / f"{name}.json")
         index = out / name.replace(".tfrecord", ".idx")
-        if entry and (out / name).exists() and (out / name).stat().st_size == entry["bytes"] and index.exists():
-            finished.append(Shard.model_validate(entry))
+        bytes_there = (out / name).stat().st_size if (out / name).exists() else -1
+        if entry and bytes_there == entry["shard"]["bytes"] and index.exists():
+            finished.append(Shard.model_validate(entry["shard"]))
+            stages.add(spent, entry["stages"])
         else:
             todo.append(job)
     done = sum(shard.records for shard in finished)
@@ -182,8 +205,9 @@ def _phase_gather(
     name_of = lambda job: f"shard {job.split}-{job.number:05d}"  # noqa: E731
     with contextlib.closing(engine.run_all(gather.gather, todo, workers, name_of)) as results:
         for entry in results:
-            finished.append(Shard.model_validate(entry))
-            done += entry["records"]
+            finished.append(Shard.model_validate(entry["shard"]))
+            stages.add(spent, entry["stages"])
+            done += entry["shard"]["records"]
             progress("shards", done, kept)
     return sorted(finished, key=lambda shard: shard.name)
 

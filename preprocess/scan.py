@@ -13,16 +13,17 @@ import numpy as np
 
 from geokr.landcover import Legend
 from geokr.records import Record
-from preprocess import blocks, kernels, labels, quality
+from preprocess import blocks, kernels, quality
 from preprocess.coordinates import WGS84
 from preprocess.grid import Chunk
-from preprocess.image_codecs import encode_image
+from preprocess.labels import TileLabels, tile_labels
 from preprocess.options import PackOptions
 from preprocess.pixels import read_valid
 from preprocess.place import Place
 from preprocess.raster import RasterError, Scene
 from preprocess.sheets import LabelSheet
 from preprocess.spill import Kept, band_sums, spill
+from preprocess.stages import Clock
 
 POINTS = 5  # a side of the lattice over a tile's footprint; odd, so that its middle is the tile's centre
 REASONS = (*quality.REASONS, "unlabelled", "straddles_split", "unreadable")
@@ -44,12 +45,6 @@ class Job:
     folder: str
 
 
-# ---------------------------------------------------------------------------------------------- stretch limits
-
-
-# ------------------------------------------------------------------------------------------------------ chunks
-
-
 def scan_or_report(job: Job) -> dict[str, Any]:
     """:func:`scan_chunk`, or what is wrong with the scene: {number, scene_id, damage}. Nothing is spilled then."""
     try:
@@ -58,55 +53,101 @@ def scan_or_report(job: Job) -> dict[str, Any]:
         return {"number": job.number, "scene_id": job.scene.scene_id, "damage": str(error)}
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class View:
+    """A chunk's pixels and the tiles in them.
+
+    image: [H, W, C], what tiles are cut from. grey: its 8-bit preview [H, W, C], often the same array. valid: uint8
+    [H, W], 0 where there is no data. origins: int64 [tiles, 2], first (column, row) of each tile in these pixels.
+    reasons: why each tile is rejected, or None; every step fills in what it finds.
+    """
+
+    job: Job
+    place: Place
+    image: np.ndarray
+    grey: np.ndarray
+    valid: np.ndarray
+    origins: np.ndarray
+    reasons: list[str | None]
+
+
 def scan_chunk(job: Job) -> dict[str, Any]:
     """Reads a chunk, judges and labels its tiles, encodes the kept ones, spills them. Returns the commit's content.
 
     Raises RasterError for a damaged scene or sheet, LabelError for unknown codes.
     """
+    clock = Clock()
+    view = read_view(job, clock)
+    with clock("judge"):
+        judge(view)
+    with clock("label"):
+        tile_labels = label(view)
+    with clock("place"):
+        tiles = place_tiles(view, tile_labels)
+    with clock("statistics"):
+        sums = [band_sums(np.ascontiguousarray(tile.pixels)) for tile in tiles]
+    rejected = Counter(reason for reason in view.reasons if reason)
+    return spill(job.folder, job.number, job.scene.scene_id, job.options, tiles, sums, rejected, clock)
+
+
+def read_view(job: Job, clock: Clock) -> View:
     column, row, width, height = job.chunk.window
-    window = job.scene.place.window(column, row, width, height)
-    pixels, valid = read_valid(job.scene, job.bands, job.chunk.window)
-    grey = kernels.stretch_to_uint8(pixels, job.limits, valid)
-    image = kernels.interleave(pixels, valid) if job.options.stretch.mode == "none" else grey
+    with clock("read"):
+        pixels, valid = read_valid(job.scene, job.bands, job.chunk.window)
+    with clock("stretch"):
+        grey = kernels.stretch_to_uint8(pixels, job.limits, valid)
+        image = kernels.interleave(pixels, valid) if job.options.stretch.mode == "none" else grey
     origins = job.chunk.origins() - (column, row)
-    size = job.chunk.size
-    reasons = _judge(grey, valid, origins, size, job.options)
-    tile_labels = None
-    if any(reason is None for reason in reasons):
-        tile_labels = labels.tile_labels(window, job.sheets, job.subdivisions, valid, origins, size, job.legend)
-    longitudes, latitudes = footprints(window, origins, size)
+    place = job.scene.place.window(column, row, width, height)
+    return View(job, place, image, grey, valid, origins, [None] * len(origins))
+
+
+def judge(view: View) -> None:
+    """The quality rules' verdict on every tile."""
+    size, rules = view.job.chunk.size, view.job.options.quality
+    for t, (left, top) in enumerate(view.origins.tolist()):
+        part = slice(top, top + size), slice(left, left + size)
+        histogram = kernels.grey_sum_histogram(view.grey[part])
+        share = float(view.valid[part].mean())
+        view.reasons[t] = quality.rejection(histogram, view.grey.shape[2], share, rules)
+
+
+def label(view: View) -> TileLabels | None:
+    """Class fractions of every tile, or None where not one is left."""
+    if all(view.reasons):
+        return None
+    job = view.job
+    found = tile_labels(view.place, job.sheets, job.subdivisions, view.valid, view.origins, job.chunk.size, job.legend)
+    for t in np.flatnonzero(found.valid_fraction < job.options.labels.min_valid_fraction).tolist():
+        view.reasons[t] = view.reasons[t] or "unlabelled"
+    return found
+
+
+def place_tiles(view: View, found: TileLabels | None) -> list[Kept]:
+    """The tiles that stay: those that have a place on the Earth, on one side of the split."""
+    job, size = view.job, view.job.chunk.size
+    split = job.options.split
+    if found is None or all(view.reasons):
+        return []
+    longitudes, latitudes = footprints(view.place, view.origins, size)
     tiles = []
-    for t, (left, top) in enumerate(origins.tolist()):
-        if reasons[t] is not None or tile_labels is None:
+    for t, (left, top) in enumerate(view.origins.tolist()):
+        if view.reasons[t]:
             continue
-        share = float(tile_labels.valid_fraction[t])
-        if share < job.options.labels.min_valid_fraction or not np.isfinite(longitudes[t] + latitudes[t]).all():
-            reasons[t] = "unlabelled"
+        if not np.isfinite(longitudes[t] + latitudes[t]).all():
+            view.reasons[t] = "unlabelled"
             continue
-        split = job.options.split
         side = blocks.side_of(longitudes[t], latitudes[t], split.block_m, job.options.seed, split.val_fraction)
         if side == blocks.BOTH:
-            reasons[t] = "straddles_split"
+            view.reasons[t] = "straddles_split"
             continue
+        pixels_HWC = view.image[top : top + size, left : left + size]
         middle = longitudes[t][POINTS // 2, POINTS // 2], latitudes[t][POINTS // 2, POINTS // 2]
         lonlat = ((middle[0] + 180) % 360 - 180, middle[1])  # a scene in degrees may run beyond 180
-        place = window.window(left, top, size, size)
-        tile_HWC = np.ascontiguousarray(image[top : top + size, left : left + size])
-        record = _record(job, tile_HWC, tile_labels.fractions[t], share, place, lonlat, (left + column, top + row))
-        tiles.append(Kept(side, band_sums(tile_HWC), record))
-    rejected = Counter(reason for reason in reasons if reason)
-    return spill(job.folder, job.number, job.scene.scene_id, job.options.seed, tiles, rejected)
-
-
-def _judge(
-    grey: np.ndarray, valid: np.ndarray, origins: np.ndarray, size: int, options: PackOptions
-) -> list[str | None]:
-    reasons = []
-    for left, top in origins.tolist():
-        part = slice(top, top + size), slice(left, left + size)
-        histogram = kernels.grey_sum_histogram(grey[part])
-        reasons.append(quality.rejection(histogram, grey.shape[2], float(valid[part].mean()), options.quality))
-    return reasons
+        place = view.place.window(left, top, size, size)
+        record = _record(job, pixels_HWC, found, t, place, lonlat, (left, top))
+        tiles.append(Kept(side, record, pixels_HWC))
+    return tiles
 
 
 def footprints(window: Place, origins: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -119,28 +160,27 @@ def footprints(window: Place, origins: np.ndarray, size: int) -> tuple[np.ndarra
 
 def _record(
     job: Job,
-    tile_HWC: np.ndarray,
-    fractions: np.ndarray,
-    share: float,
+    pixels_HWC: np.ndarray,
+    found: TileLabels,
+    t: int,
     place: Place,
     lonlat: tuple[float, float],
     origin: tuple[int, int],
 ) -> Record:
+    """What a record says of a tile; its image is still empty. origin: first (column, row) in the chunk."""
     transform, crs = place.georeference()
+    column, row = job.chunk.columns[0] + origin[0], job.chunk.rows[0] + origin[1]
     return Record(
-        image=encode_image(tile_HWC, job.options),
+        image=b"",
         codec=job.options.tile.codec,
-        shape=tile_HWC.shape,  # type: ignore[arg-type]
-        dtype=tile_HWC.dtype.name,
-        fractions=fractions.astype(np.float32),
-        valid_fraction=share,
+        shape=pixels_HWC.shape,  # type: ignore[arg-type]
+        dtype=pixels_HWC.dtype.name,
+        fractions=found.fractions[t].astype(np.float32),
+        valid_fraction=float(found.valid_fraction[t]),
         lonlat=lonlat,
         transform=transform,
         crs=crs,
         scene_id=job.scene.scene_id,
-        tile_id=f"{job.scene.scene_id}:{origin[0]}:{origin[1]}",
+        tile_id=f"{job.scene.scene_id}:{column}:{row}",
         date=job.scene.date,
     )
-
-
-# ------------------------------------------------------------------------------------------------------- spill

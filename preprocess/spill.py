@@ -5,8 +5,8 @@ The commit is written last: a chunk without one is scanned again.
 
 import hashlib
 import json
-from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,9 @@ import numpy as np
 
 from geokr.records import Record, encode_record, frame
 from preprocess import blocks, kernels, shards
+from preprocess.image_codecs import encode_image
+from preprocess.options import PackOptions
+from preprocess.stages import Clock
 
 # One row of a chunk's table: where a tile's frame lies in the spill file, and its place in the global order.
 TABLE = np.dtype([("hash", "<u8"), ("offset", "<u8"), ("length", "<u4"), ("split", "u1")])
@@ -21,11 +24,11 @@ TABLE = np.dtype([("hash", "<u8"), ("offset", "<u8"), ("length", "<u4"), ("split
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Kept:
-    """A tile that stays. side: blocks.TRAIN or VAL. sums: [2, C] of its pixels and their squares."""
+    """A tile that stays. side: blocks.TRAIN or VAL. record: all but its image, which is made of pixels [H, W, C]."""
 
     side: int
-    sums: np.ndarray
     record: Record
+    pixels: np.ndarray
 
 
 def band_sums(tile_HWC: np.ndarray) -> np.ndarray:
@@ -45,45 +48,60 @@ def spill_paths(folder: str | Path, number: int) -> tuple[Path, Path, Path]:
 
 
 def spill(
-    folder: str, number: int, scene_id: str, seed: int, tiles: list[Kept], rejected: Counter[str]
+    folder: str,
+    number: int,
+    scene_id: str,
+    options: PackOptions,
+    tiles: Sequence[Kept],
+    sums: Sequence[np.ndarray],
+    rejected: Mapping[str, int],
+    clock: Clock,
 ) -> dict[str, Any]:
-    """Writes a chunk's tiles and commits them; returns the commit's content."""
+    """Encodes a chunk's tiles one after the other, writes them and commits them; returns the commit's content.
+
+    sums: [2, C] of each tile's pixels and their squares.
+    """
     frames_path, table_path, commit_path = spill_paths(folder, number)
-    hashed = sorted(
-        ((tile_hash(seed, tile.record.tile_id), tile.side, tile.record) for tile in tiles),
-        key=lambda item: (item[0], item[2].tile_id),
-    )
-    table = np.zeros(len(hashed), TABLE)
+    places = [tile_hash(options.seed, tile.record.tile_id) for tile in tiles]
+    order = sorted(range(len(tiles)), key=lambda t: (places[t], tiles[t].record.tile_id))
+    table = np.zeros(len(order), TABLE)
     at = 0
-    with shards.whole_file(frames_path) as file:
-        for i, (place, side, record) in enumerate(hashed):
-            data = frame(encode_record(record), shards.crc32c)
+    with clock("spill"), shards.whole_file(frames_path) as file:
+        for i, t in enumerate(order):
+            with clock("encode"):
+                image = encode_image(np.ascontiguousarray(tiles[t].pixels), options)
+            with clock("record"):
+                data = frame(encode_record(replace(tiles[t].record, image=image)), shards.crc32c)
             file.write(data)
-            table[i] = (place, at, len(data), side)
+            table[i] = (places[t], at, len(data), tiles[t].side)
             at += len(data)
-    with shards.whole_file(table_path) as file:
+    with clock("spill"), shards.whole_file(table_path) as file:
         np.save(file, table)
     commit = {
         "number": number,
         "scene_id": scene_id,
         "bytes": at,
-        "kept": len(hashed),
+        "kept": len(tiles),
         "rejected": dict(rejected),
-        "splits": [_sums([tile for tile in tiles if tile.side == side]) for side in (blocks.TRAIN, blocks.VAL)],
+        "splits": [
+            _sums([(tile, part) for tile, part in zip(tiles, sums, strict=True) if tile.side == side])
+            for side in (blocks.TRAIN, blocks.VAL)
+        ],
+        "stages": clock.times,
     }
     shards.write_whole(commit_path, json.dumps(commit).encode())
     return commit
 
 
-def _sums(tiles: list[Kept]) -> dict[str, Any]:
+def _sums(tiles: Sequence[tuple[Kept, np.ndarray]]) -> dict[str, Any]:
     """Totals over tiles of one split: tiles, pixels, band sums and sums of squares, and sums of fractions."""
     if not tiles:
         return {"tiles": 0}
-    total = np.sum([tile.sums.astype(object) for tile in tiles], axis=0)  # Python's integers have no limit
+    total = np.sum([sums.astype(object) for _, sums in tiles], axis=0)  # Python's integers have no limit
     return {
         "tiles": len(tiles),
-        "pixels": sum(tile.record.shape[0] * tile.record.shape[1] for tile in tiles),
+        "pixels": sum(tile.record.shape[0] * tile.record.shape[1] for tile, _ in tiles),
         "sum": total[0].tolist(),
         "squares": total[1].tolist(),
-        "fractions": np.sum([tile.record.fractions.astype(np.float64) for tile in tiles], axis=0).tolist(),
+        "fractions": np.sum([tile.record.fractions.astype(np.float64) for tile, _ in tiles], axis=0).tolist(),
     }
