@@ -121,7 +121,12 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
         key, text = match.groups()
         if key in parsed:
             raise ConfigError(f"override {key}: given twice; keep one")
-        parsed[key] = _value(text, f"override {override!r}")
+        try:
+            parsed[key] = _value(text, f"override {override!r}")
+        except ConfigError as error:
+            if text[:1] not in set("{*&!%@`"):
+                raise
+            raise ConfigError(f"{error}\ntext that begins with {text[0]} needs quotes: {key}='\"{text}\"'") from error
     return parsed
 
 

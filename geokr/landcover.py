@@ -6,7 +6,7 @@ dataset is made with: the product's classes after merging and dropping, and a lo
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from typing import Any
 
@@ -35,7 +35,9 @@ class Product:
     """A land-cover product's table.
 
     nodata: codes that say nothing. ignore: codes with a meaning that never trains (sea, clouds).
-    filename: a pattern for its sheets' names with named groups, or None.
+    filename: a pattern for its sheets' names with named groups, or None. uncoloured: codes of classes for which the
+    table has no colour, so that a sheet's own may stand. probability_bands: classes in the order of the bands of a
+    sheet that holds their probabilities; empty where there are no such sheets.
     """
 
     name: str
@@ -46,6 +48,8 @@ class Product:
     filename: re.Pattern[str] | None
     groups: Mapping[str, tuple[int, ...]]
     licence: str | None
+    uncoloured: frozenset[int] = frozenset()
+    probability_bands: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +57,13 @@ class Legend:
     """The classes a dataset trains on. ``lookup[code + 32768]`` is a class index, NODATA, IGNORED or UNKNOWN.
 
     lookup: uint8 of 98,304 entries, so that int16 and uint16 rasters (-32768..65535) index it too.
+    band_classes: a class index or IGNORED for each probability band of the product.
     """
 
     product: str
     classes: tuple[LandCoverClass, ...]
     lookup: np.ndarray
+    band_classes: tuple[int, ...] = ()
 
 
 LOOKUP_OFFSET = 32768
@@ -115,7 +121,26 @@ def _parse_product(table: dict[str, Any], where: str) -> Product:
         filename=pattern,
         groups=_groups(table.get("groups") or {}, seen, where),
         licence=table.get("licence"),
+        uncoloured=_uncoloured(table),
+        probability_bands=_probability_bands(table.get("probability_bands") or [], [c.name for c in classes], where),
     )
+
+
+def _uncoloured(table: Mapping[str, Any]) -> frozenset[int]:
+    entries = table.get("classes") or {}
+    return frozenset(code for own, entry in entries.items() if "rgb" not in entry for code in _all_codes(own, entry))
+
+
+def _all_codes(code: int, entry: Mapping[str, Any]) -> tuple[int, ...]:
+    return code, *entry.get("also", ())
+
+
+def _probability_bands(bands: Any, names: list[str], where: str) -> tuple[str, ...]:
+    if not isinstance(bands, list) or len(set(map(str, bands))) != len(bands):
+        raise ConfigError(f"{where}: probability_bands: expected a list of class names, each once, got {bands!r}")
+    if strangers := [band for band in bands if band not in names]:
+        raise ConfigError(f"{where}: probability_bands: no class is called {strangers[0]!r}")
+    return tuple(bands)
 
 
 def _codes(values: Any, key: str, where: str) -> tuple[int, ...]:
@@ -213,4 +238,15 @@ def build_legend(
         lookup[np.array(entry.codes) + LOOKUP_OFFSET] = index
     lookup[np.array(sorted(outside), np.int64) + LOOKUP_OFFSET] = IGNORED
     lookup[np.array(sorted(product.nodata), np.int64) + LOOKUP_OFFSET] = NODATA
-    return Legend(product.name, tuple(merged.values()), lookup)
+    first_code = {entry.name: entry.codes[0] for entry in product.classes}
+    bands = tuple(int(lookup[first_code[name] + LOOKUP_OFFSET]) for name in product.probability_bands)
+    return Legend(product.name, tuple(merged.values()), lookup, bands)
+
+
+def with_colours(legend: Legend, product: Product, colours: Mapping[int, tuple[int, int, int]]) -> Legend:
+    """The legend with a sheet's own colours (by code) for classes that the product's table gives none."""
+    classes = []
+    for entry in legend.classes:
+        own = [colours[code] for code in entry.codes if code in colours]
+        classes.append(replace(entry, rgb=own[0]) if own and entry.codes[0] in product.uncoloured else entry)
+    return replace(legend, classes=tuple(classes))

@@ -74,7 +74,7 @@ def overlapping(scene: Place, sheets: Sequence[LabelSheet]) -> list[LabelSheet]:
         if sheet.crs not in lattices:
             lattices[sheet.crs] = lattice.points(scene, sheet.crs, sheet.geographic, *ground.regular(scene, 16))
         column, row = sheet.grid.pixel(lattices[sheet.crs][..., 0], lattices[sheet.crs][..., 1])
-        if not np.isfinite(column).all() or _pieces(sheet, column, row):
+        if not np.isfinite(column).all() or pieces(sheet, column, row):
             found.append(entry)
     return found
 
@@ -86,36 +86,32 @@ def _in_pixels(points: np.ndarray, sheet: raster.Sheet) -> np.ndarray:
     return np.stack(sheet.grid.pixel(points[..., 0], points[..., 1]), axis=-1)
 
 
-def _period(sheet: raster.Sheet) -> float:
+def period(sheet: raster.Sheet) -> float:
     """Columns in 360 degrees of longitude; 0 for a sheet whose columns do not come round."""
     a, b = sheet.grid.transform[:2]
     return 360.0 / abs(a) if sheet.geographic and b == 0 else 0.0
 
 
-def _pieces(sheet: raster.Sheet, columns: np.ndarray, rows: np.ndarray) -> list[tuple[int, int, int, int]]:
+def pieces(sheet: raster.Sheet, columns: np.ndarray, rows: np.ndarray) -> list[tuple[int, int, int, int]]:
     """Windows (column, row, width, height) of a sheet that hold given pixel positions: none, one, or two where
     the positions run over the antimeridian of a map of the world."""
-    period = _period(sheet)
+    around = period(sheet)
     top = max(0, math.floor(np.nanmin(rows)) - 1)
     bottom = min(sheet.grid.height, math.ceil(np.nanmax(rows)) + 1)
-    pieces = []
-    for turn in (-1, 0, 1) if period else (0,):
-        left = max(0, math.floor(np.nanmin(columns) + turn * period) - 1)
-        right = min(sheet.grid.width, math.ceil(np.nanmax(columns) + turn * period) + 1)
+    found = []
+    for turn in (-1, 0, 1) if around else (0,):
+        left = max(0, math.floor(np.nanmin(columns) + turn * around) - 1)
+        right = min(sheet.grid.width, math.ceil(np.nanmax(columns) + turn * around) + 1)
         if right > left and bottom > top:
-            pieces.append((left, top, right - left, bottom - top))
-    return pieces
+            found.append((left, top, right - left, bottom - top))
+    return found
 
 
 # --------------------------------------------------------------------------------------------------- labels
 
 
-def label_grid(place: Place, sheets: Sequence[LabelSheet], legend: Legend) -> np.ndarray:
-    """Label of every pixel of a place, uint8 [height, width]: class index, IGNORED, or NODATA.
-
-    Raises LabelError listing codes that the product does not have, or for a sheet that cannot be read.
-    """
-    labels = np.full((place.height, place.width), NODATA, np.uint8)
+def sheets_under(place: Place, sheets: Sequence[LabelSheet]) -> list[tuple[LabelSheet, np.ndarray]]:
+    """The sheets under a place, each with a lattice over it of the sheet's pixel positions (see lattice.lattice)."""
     here = ground.cap_of(place, parts=4)
     lattices: dict[str, np.ndarray] = {}
     hits: list[tuple[LabelSheet, np.ndarray]] = []
@@ -127,8 +123,18 @@ def label_grid(place: Place, sheets: Sequence[LabelSheet], legend: Legend) -> np
             tolerance = _tolerance([other.sheet for other in sheets if other.sheet.crs == sheet.crs])
             lattices[sheet.crs] = lattice.lattice(place, sheet.crs, sheet.geographic, tolerance)
         pixels = _in_pixels(lattices[sheet.crs], sheet)
-        if np.isfinite(pixels).any() and _pieces(sheet, pixels[..., 0], pixels[..., 1]):
+        if np.isfinite(pixels).any() and pieces(sheet, pixels[..., 0], pixels[..., 1]):
             hits.append((entry, pixels))
+    return hits
+
+
+def label_grid(place: Place, sheets: Sequence[LabelSheet], legend: Legend) -> np.ndarray:
+    """Label of every pixel of a place, uint8 [height, width]: class index, IGNORED, or NODATA.
+
+    Raises LabelError listing codes that the product does not have, or for a sheet that cannot be read.
+    """
+    labels = np.full((place.height, place.width), NODATA, np.uint8)
+    hits = sheets_under(place, sheets)
     if len(hits) > 1 and any(entry.domain is not None for entry, _ in hits):
         lonlat = lattice.lattice(place, WGS84, True, (DOMAIN_ERROR, DOMAIN_ERROR))
         for entry, pixels in hits:
@@ -158,14 +164,14 @@ def _gather(
     if not (labels == NODATA).any():
         return
     lookup = lookup_of(legend, entry.sheet)
-    for window in _pieces(entry.sheet, pixels[..., 0], pixels[..., 1]):
+    for window in pieces(entry.sheet, pixels[..., 0], pixels[..., 1]):
         try:
             codes = raster.read_codes(entry.sheet, window)
         except raster.RasterError as error:  # not the scene's fault, so never a reason to leave the scene out
             raise LabelError(str(error)) from error
         kernels.gather_labels(
             labels, NODATA, pixels, codes, lookup, LOOKUP_OFFSET, np.array(window[:2], np.float64),
-            _period(entry.sheet), pixels if lonlat is None else lonlat,
+            period(entry.sheet), pixels if lonlat is None else lonlat,
             np.array(domain or (0, 0, 0, 0), np.float64), domain is not None,
         )  # fmt: skip
         if (labels == UNKNOWN).any():

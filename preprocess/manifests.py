@@ -56,6 +56,7 @@ def make_manifest(
         "scenes": len(plan.tasks),
         "scenes_rejected": len(plan.rejected) + len(damaged.scenes),
         "scenes_without_land_cover": sum(not task.sheets for task in plan.tasks),
+        **({"scenes_without_mask": sum(not task.scene.mask for task in plan.tasks)} if plan.options.mask.kind else {}),
         "positions": plan.tiles,
         "kept": sum(kept.values()),
         **{f"rejected_{reason}": rejected[reason] for reason in scan.REASONS},

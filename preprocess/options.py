@@ -88,6 +88,33 @@ class LabelOptions(Options):
     """Rejected as `unlabelled` if less than this share of the tile's ground has a class that counts."""
 
 
+class MaskOptions(Options):
+    """Cloud masks beside the scenes. A masked pixel keeps its value and its label; tiles with many are left out."""
+
+    kind: Literal["scl", "qa_pixel", "pixel_qa", "bqa", "values", "bits"] | None = None
+    """What the masks hold; null for none. `scl`: Sentinel-2 scene classification. `qa_pixel`: Landsat Collection 2.
+    `pixel_qa`, `bqa`: Landsat Collection 1, Level-2 and Level-1. `values`, `bits`: a raster of your own."""
+    pattern: str | None = None
+    """Where a scene's mask is, from the scene's folder on: `./{stem}_clouds.tif`, with `{stem}` (the file's name
+    without ending), `{base}` (that without a band's part), `{scene}` (the scene's id), `{folder}` and `*`; null for
+    the usual names."""
+    reject: tuple[int | str, ...] | None = None
+    """Classes that speak against a pixel, by name (`cloud_high`), value or bit number; null for clouds, their shadows
+    and pixels without data."""
+    max_fraction: float = Field(default=0.1, ge=0, le=1)
+    """Rejected as `cloud` if more than this share of a tile's pixels is masked."""
+    required: bool = True
+    """Whether a scene without a mask is an error; else it is taken as it is, and counted."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.kind in ("values", "bits") and (self.pattern is None or self.reject is None):
+            raise ValueError(f"mask.kind={self.kind} needs mask.pattern (where masks are) and mask.reject (numbers)")
+        if self.kind is None and (self.pattern is not None or self.reject is not None):
+            raise ValueError("mask.pattern and mask.reject go with mask.kind: say what the masks hold")
+        return self
+
+
 class SceneOptions(Options):
     nodata: float | None = None
     """Value that means no data in scenes whose files do not name one (often 0)."""
@@ -109,6 +136,7 @@ class PackOptions(Options):
     """What decides a dataset's bytes, together with the scenes and the land cover; and `workers`, which does not."""
 
     scene: SceneOptions = SceneOptions()
+    mask: MaskOptions = MaskOptions()
     tile: TileOptions = TileOptions()
     stretch: StretchOptions = StretchOptions()
     quality: QualityOptions = QualityOptions()

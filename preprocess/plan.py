@@ -13,7 +13,7 @@ import numpy as np
 
 from geokr.landcover import Legend, Product, build_legend, load_product
 from geokr.records import SCHEMA_VERSION, Band
-from preprocess import bands, ground, labels, raster, sheets
+from preprocess import bands, ground, labels, masks, raster, sheets
 from preprocess.coordinates import WGS84
 from preprocess.grid import Chunk, chunks
 from preprocess.inputs import PlanError, find_files, scene_ids
@@ -75,6 +75,7 @@ def make_plan(scene_patterns: Sequence[str], sheet_patterns: Sequence[str], prod
         land_cover = sheets.label_sheets(
             [raster.read_sheet(path) for path in find_files(sheet_patterns, "--land-cover")], table
         )
+        legend = sheets.with_sheet_colours(legend, table, land_cover)
         scenes, rejected = _read_scenes(paths, options)
         bands.check_alike(scenes)
         chosen = bands.choose_bands(scenes[0], options)
@@ -84,7 +85,8 @@ def make_plan(scene_patterns: Sequence[str], sheet_patterns: Sequence[str], prod
     config = {
         "product": table.name,
         "product_table": table_digest(table, legend),
-        **options.model_dump(mode="json", exclude={"workers"}),
+        # not where masks were looked for: their fingerprints say which they are
+        **options.model_dump(mode="json", exclude={"workers": True, "mask": {"pattern"}}),
     }
     return Plan(options, table, legend, chosen, dtype, tasks, tuple(land_cover), rejected, config)
 
@@ -111,7 +113,7 @@ def _read_scenes(paths: Sequence[str], options: PackOptions) -> tuple[list[Scene
     scenes, rejected, messages = [], {}, []
     for path, scene_id in scene_ids(paths).items():
         try:
-            scenes.append(raster.read_scene(path, scene_id, options.scene.nodata))
+            scenes.append(masks.with_mask(raster.read_scene(path, scene_id, options.scene.nodata), options.mask))
         except RasterError as error:
             rejected[scene_id] = error.reason
             messages.append(str(error))

@@ -37,7 +37,8 @@ SIGNATURES = {
 # A 10 m raster around the whole Earth has 4 million columns. Beyond this a header is damaged or made to harm.
 MAX_SIDE = 1 << 23
 SCENE_DTYPES = ("uint8", "uint16", "int16", "float32")
-SHEET_DTYPES = ("uint8", "uint16", "int16")
+SHEET_DTYPES = ("uint8", "int8", "uint16", "int16")
+PROBABILITY_DTYPES = ("uint8", "uint16", "int16", "float32", "float64")
 
 ENVIRONMENT: dict[str, Any] = {
     "GDAL_CACHEMAX": 64 << 20,  # bytes; the default is 5 % of the machine's memory for every process
@@ -52,7 +53,7 @@ ENVIRONMENT: dict[str, Any] = {
 class Scene:
     """What planning needs to know of a scene. ``place`` is its size and ground; ``nodata`` one value a band or None.
 
-    masked: whether a mask or alpha band says which pixels hold data. date: ISO or empty.
+    masked: whether a mask or alpha band says which pixels hold data. date: ISO or empty. mask: of clouds, beside it.
     """
 
     path: str
@@ -65,11 +66,14 @@ class Scene:
     masked: bool
     date: str
     fingerprint: str
+    mask: "Sheet | None" = None
 
 
 @dataclass(frozen=True, slots=True)
 class Sheet:
-    """A land-cover raster. geographic: whether its columns are longitudes. year: from its name, or None."""
+    """A land-cover raster. geographic: whether its columns are longitudes. bands: 1-based numbers of those that hold
+    the classes' probabilities, in the product's order; none where it holds codes.
+    """
 
     path: str
     name: str
@@ -78,6 +82,7 @@ class Sheet:
     geographic: bool
     nodata: float | None
     fingerprint: str
+    bands: tuple[int, ...] = ()
 
     @property
     def place(self) -> AffinePlace:
@@ -105,7 +110,7 @@ def _opened(path: str) -> Iterator[Any]:
         raise RasterError(f"{path}: cannot be read ({error.strerror})") from error
     driver = next((name for signature, name in SIGNATURES.items() if start.startswith(signature)), None)
     if driver is None:
-        raise RasterError(f"{path}: is neither GeoTIFF nor JPEG 2000; convert it with gdal_translate", "format")
+        raise RasterError(f"{path}: is neither GeoTIFF nor JPEG 2000; {_conversion(path, start)}", "format")
     try:
         with environment(), rasterio.open(path, driver=driver) as dataset:
             yield dataset
@@ -115,6 +120,23 @@ def _opened(path: str) -> Iterator[Any]:
         ) from error
     except (RasterioError, CRSError, CPLE_BaseError) as error:
         raise RasterError(f"{path}: {error}") from error
+
+
+def _conversion(path: str, start: bytes) -> str:
+    """How a file that begins like this becomes a GeoTIFF. rasterio's wheels hold no driver for HDF."""
+    name = Path(path).name
+    if start.startswith(b"\x0e\x03\x13\x01"):
+        return (
+            "it is HDF4, as MODIS comes. Convert it with a GDAL that reads HDF4 (conda's libgdal-hdf4, OSGeo's "
+            f"containers): gdal_translate 'HDF4_EOS:EOS_GRID:\"{name}\":MCD12Q1:LC_Type1' {Path(path).stem}.tif"
+        )
+    if start.startswith((b"\x89HDF", b"CDF\x01", b"CDF\x02")):
+        driver = "HDF5" if start.startswith(b"\x89HDF") else "NETCDF"
+        return (
+            f"it is HDF5 or netCDF. gdalinfo {name} lists what is in it; convert the layer you need: "
+            f"gdal_translate '{driver}:\"{name}\":LAYER' {Path(path).stem}.tif"
+        )
+    return "convert it with gdal_translate"
 
 
 def fingerprint(path: str, header: tuple[Any, ...]) -> str:
@@ -234,13 +256,18 @@ def read_scene(path: str, scene_id: str, nodata: float | None = None) -> Scene:
         )
 
 
-def read_sheet(path: str) -> Sheet:
-    """A land-cover sheet's header. Raises RasterError for more than one band or a dtype that holds no codes."""
+def read_sheet(path: str, probabilities: Sequence[str] = ()) -> Sheet:
+    """A land-cover sheet's header. probabilities: the classes that a sheet of many bands holds probabilities of.
+
+    Raises RasterError for bands that hold neither codes nor those.
+    """
     with _opened(path) as dataset:
-        if dataset.count != 1 or dataset.dtypes[0] not in SHEET_DTYPES:
+        bands = _probability_bands(dataset, probabilities)
+        if not bands and (dataset.count != 1 or dataset.dtypes[0] not in SHEET_DTYPES):
+            other = f", or a band for each of {', '.join(probabilities)}" if probabilities else ""
             raise RasterError(
                 f"{path}: {dataset.count} band(s) of {dataset.dtypes[0]}; a land-cover sheet has one band of "
-                f"{', '.join(SHEET_DTYPES)} with class codes"
+                f"{', '.join(SHEET_DTYPES)} with class codes{other}"
             )
         crs, grid, name = _crs(dataset, path), _grid(dataset, path), Path(path).name
         return Sheet(
@@ -251,8 +278,31 @@ def read_sheet(path: str) -> Sheet:
             geographic=dataset.crs.is_geographic,
             nodata=dataset.nodata,
             # the name too: it says which year and which part of the Earth a sheet stands for
-            fingerprint=fingerprint(path, (name, crs, grid.transform, dataset.nodata)),
+            fingerprint=fingerprint(path, (name, crs, grid.transform, dataset.nodata, *bands)),
+            bands=bands,
         )
+
+
+def _probability_bands(dataset: Any, classes: Sequence[str]) -> tuple[int, ...]:
+    """Numbers of the bands that hold the classes' probabilities: by their descriptions, else in the classes' order,
+    where there are as many or one more, as Earth Engine exports them with the most likely class behind them."""
+    if not classes or set(dataset.dtypes) - set(PROBABILITY_DTYPES):
+        return ()
+    named = {(name or "").strip().lower(): number for number, name in enumerate(dataset.descriptions, 1)}
+    if all(name.lower() in named for name in classes):
+        return tuple(named[name.lower()] for name in classes)
+    nameless = not any(dataset.descriptions)
+    return tuple(range(1, len(classes) + 1)) if nameless and 0 <= dataset.count - len(classes) <= 1 else ()
+
+
+def read_colours(path: str) -> dict[int, tuple[int, int, int]]:
+    """The colour table of a sheet, code to RGB; without black, which stands for codes that have no colour."""
+    with _opened(path) as dataset:
+        try:
+            table = dataset.colormap(1)
+        except ValueError:  # it has none
+            return {}
+    return {code: colour[:3] for code, colour in table.items() if any(colour[:3])}
 
 
 def read_pixels(scene: Scene, bands: Sequence[int], window: tuple[int, int, int, int]) -> tuple[np.ndarray, Any]:
@@ -266,6 +316,12 @@ def read_pixels(scene: Scene, bands: Sequence[int], window: tuple[int, int, int,
         pixels = dataset.read(list(bands), window=area)
         mask = dataset.dataset_mask(window=area) if scene.masked else None
     return pixels, mask
+
+
+def read_probabilities(sheet: Sheet, window: tuple[int, int, int, int]) -> np.ndarray:
+    """The probability bands [K, H, W] of a sheet, as they are stored. Raises RasterError if it is damaged there."""
+    with _opened(sheet.path) as dataset:
+        return dataset.read(list(sheet.bands), window=Window(*window))  # type: ignore[call-arg]
 
 
 def read_codes(sheet: Sheet, window: tuple[int, int, int, int]) -> np.ndarray:

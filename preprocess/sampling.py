@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from preprocess.options import PackOptions
+from preprocess import masks
+from preprocess.options import MaskOptions, PackOptions
 from preprocess.pixels import read_valid
 from preprocess.raster import Scene
 
@@ -20,14 +21,14 @@ def sample_strides(width: int, height: int) -> tuple[int, int]:
 def stretch_limits(scene: Scene, bands: tuple[int, ...], options: PackOptions) -> np.ndarray:
     """(low, high) of each band, float64 [C, 2], low < high, in the scene's units.
 
-    Percentiles of a regular sample of pixels that have data and whose mean over bands is not 0 (the fill of scenes
-    that name no nodata), over all bands together (`joint`, and for previews where the mode is `none`) or each by
-    itself (`per_band`). Negative values, such as decibels, are data.
+    Percentiles of a regular sample of pixels that have data, that no mask beside the scene speaks against, and whose
+    mean over bands is not 0 (the fill of scenes that name no nodata), over all bands together (`joint`, and for
+    previews where the mode is `none`) or each by itself (`per_band`). Negative values, such as decibels, are data.
     """
     stretch = options.stretch
     if stretch.limits is not None:
         return np.array(stretch.limits * (len(bands) if len(stretch.limits) == 1 else 1), np.float64)
-    sample_NC = _sample(scene, bands)
+    sample_NC = _sample(scene, bands, options.mask)
     if not len(sample_NC):
         return np.tile([0.0, 1.0], (len(bands), 1))
     if stretch.mode == "per_band":
@@ -38,7 +39,7 @@ def stretch_limits(scene: Scene, bands: tuple[int, ...], options: PackOptions) -
     return limits
 
 
-def _sample(scene: Scene, bands: tuple[int, ...]) -> np.ndarray:
+def _sample(scene: Scene, bands: tuple[int, ...], mask: MaskOptions) -> np.ndarray:
     """Sampled values [N, C] in the scene's dtype, read strip by strip."""
     across, down = sample_strides(scene.place.width, scene.place.height)
     row_bytes = scene.place.width * len(bands) * np.dtype(scene.dtype).itemsize
@@ -47,6 +48,8 @@ def _sample(scene: Scene, bands: tuple[int, ...]) -> np.ndarray:
     for top in range(0, scene.place.height, strip):
         window = (0, top, scene.place.width, min(strip, scene.place.height - top))
         pixels, valid = read_valid(scene, bands, window)
+        if scene.mask is not None:
+            valid &= 1 - masks.masked_pixels(scene.mask, scene.place.window(*window), mask)
         values = pixels[:, ::down, ::across].reshape(len(bands), -1).T
         keep = (valid[::down, ::across].ravel() != 0) & (values.mean(axis=1, dtype=np.float64) != 0)
         parts.append(values[keep])

@@ -13,7 +13,7 @@ import numpy as np
 
 from geokr.landcover import Legend
 from geokr.records import Record
-from preprocess import blocks, kernels, quality
+from preprocess import blocks, kernels, masks, quality
 from preprocess.coordinates import WGS84
 from preprocess.grid import Chunk
 from preprocess.labels import TileLabels, tile_labels
@@ -26,7 +26,7 @@ from preprocess.spill import Kept, band_sums, spill
 from preprocess.stages import Clock
 
 POINTS = 5  # a side of the lattice over a tile's footprint; odd, so that its middle is the tile's centre
-REASONS = (*quality.REASONS, "unlabelled", "straddles_split", "unreadable")
+REASONS = (*quality.REASONS, "cloud", "unlabelled", "straddles_split", "unreadable")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -80,6 +80,8 @@ def scan_chunk(job: Job) -> dict[str, Any]:
     view = read_view(job, clock)
     with clock("judge"):
         judge(view)
+    with clock("mask"):
+        reject_clouds(view)
     with clock("label"):
         tile_labels = label(view)
     with clock("place"):
@@ -110,6 +112,18 @@ def judge(view: View) -> None:
         histogram = kernels.grey_sum_histogram(view.grey[part])
         share = float(view.valid[part].mean())
         view.reasons[t] = quality.rejection(histogram, view.grey.shape[2], share, rules)
+
+
+def reject_clouds(view: View) -> None:
+    """The verdict of the mask beside the scene: too many pixels that have data and are masked."""
+    job, size = view.job, view.job.chunk.size
+    if job.scene.mask is None or all(reason == "nodata" for reason in view.reasons):
+        return
+    masked = view.valid & masks.masked_pixels(job.scene.mask, view.place, job.options.mask)
+    for t, (left, top) in enumerate(view.origins.tolist()):
+        share = float(masked[top : top + size, left : left + size].mean())
+        if share > job.options.mask.max_fraction and view.reasons[t] != "nodata":
+            view.reasons[t] = "cloud"  # rather than what clouds look like: too bright, or flat
 
 
 def label(view: View) -> TileLabels | None:

@@ -6,7 +6,7 @@ from datetime import date
 
 import numpy as np
 
-from geokr.landcover import LOOKUP_OFFSET, NODATA, Legend, Product
+from geokr.landcover import LOOKUP_OFFSET, NODATA, Legend, Product, with_colours
 from preprocess import raster
 from preprocess.ground import EVERYWHERE, Cap, cap_of
 
@@ -67,6 +67,14 @@ def label_sheets(sheets: Sequence[raster.Sheet], product: Product) -> list[Label
     """Sheets with what their names say, in order of their names (then paths)."""
     ordered = sorted(sheets, key=lambda s: (s.name, s.path))
     return [LabelSheet(s, sheet_year(product, s.name), nominal_cell(product, s.name), cap_of(s.place)) for s in ordered]
+
+
+def with_sheet_colours(legend: Legend, product: Product, sheets: Sequence[LabelSheet]) -> Legend:
+    """The legend with colours from the first sheet that has a colour table, for classes that the product gives none."""
+    if not any(entry.codes[0] in product.uncoloured for entry in legend.classes):
+        return legend
+    colours = next((found for entry in sheets if (found := raster.read_colours(entry.sheet.path))), {})
+    return with_colours(legend, product, colours)
 
 
 def lookup_of(legend: Legend, sheet: raster.Sheet) -> np.ndarray:

@@ -12,6 +12,7 @@ STAGES = {
     "read": "reading pixels and finding which hold data",
     "stretch": "stretching to 8 bits",
     "judge": "quality rules",
+    "mask": "reading the mask beside the scene",
     "label": "reading land cover and counting it under tiles",
     "place": "footprints, split, what a record says of its tile",
     "statistics": "sums for the dataset's mean and deviation",

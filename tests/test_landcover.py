@@ -31,15 +31,85 @@ def test_every_packaged_product(name):
     assert (legend.lookup[strangers] == UNKNOWN).all()
 
 
+# What the gathered tables call unverified, or lack, and the products' own legends say.
+MORE_NODATA = {"corine": {49, 50, 990, 995, 999}}
+
+
 @pytest.mark.skipif(not (SHARED / "landcover").is_dir(), reason="the source tables are not beside this checkout")
-@pytest.mark.parametrize("name", landcover.product_names())
-def test_the_packaged_tables_are_the_gathered_ones(name):
-    table = yaml.safe_load((SHARED / f"landcover/{name}.yaml").read_text())
-    product = load_product(name)
-    assert product.nodata == frozenset(table["nodata"])
+@pytest.mark.parametrize("path", sorted((SHARED / "landcover").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_packaged_tables_are_the_gathered_ones(path):
+    table = yaml.safe_load(path.read_text())
+    product = load_product(path.stem)
+    assert product.nodata == frozenset(table["nodata"]) | MORE_NODATA.get(path.stem, set())
+    assert product.ignore == frozenset(table["ignore"])
     if "classes" in table:
-        expected = {code: entry["name"] for code, entry in table["classes"].items()}
-        assert {entry.codes[0]: entry.name for entry in product.classes} == expected
+        expected = {
+            code: (entry["name"], tuple(entry.get("rgb", ())), (code, *entry.get("also", ())))
+            for code, entry in table["classes"].items()
+        }
+        found = {
+            entry.codes[0]: (entry.name, () if entry.codes[0] in product.uncoloured else entry.rgb, entry.codes)
+            for entry in product.classes
+        }
+        assert found == expected
+    assert {name: list(codes) for name, codes in product.groups.items()} == table.get("groups", {})
+    if path.stem == "corine":
+        colours = {entry["name"]: tuple(entry["rgb"]) for entry in table["groups_by_first_digit"].values()}
+        assert {entry.name: entry.rgb for entry in product.classes} == colours
+        order = table["raster_order"]
+        for entry in product.classes:
+            ranks, members = np.split(np.array(entry.codes), 2)
+            assert [order[rank - 1] for rank in ranks] == members.tolist()
+
+
+def test_names_of_sheets_say_their_year():
+    names = {
+        "corine": ("U2018_CLC2018_V2020_20u1.tif", "2018"),
+        "corine44": ("U2006_CLC2000_V2020_20u1.tif", "2000"),
+        "modis_igbp": ("MCD12Q1.A2019001.h18v04.061.2022169161028.tif", "2019"),
+        "nlcd": ("Annual_NLCD_LndCov_2011_CU_C1V0.tif", "2011"),
+        "worldcover": ("ESA_WorldCover_10m_2021_v200_N00E006_Map.tif", "2021"),
+        "cgls_lc100": ("E020N60_PROBAV_LC100_global_v3.0.1_2019-nrt_Discrete-Classification-map_EPSG-4326.tif", "2019"),
+    }
+    for product, (name, year) in names.items():
+        assert load_product(product).filename.match(name)["year"] == year
+    scene = "20200817T105031_20200817T105430_T31UFS.tif"
+    assert load_product("dynamicworld").filename.match(scene)["start"] == "20200817"
+
+
+def test_corine_in_full_has_the_same_groups():
+    full, grouped = load_product("corine44"), load_product("corine")
+    assert len(full.classes) == 44
+    merge = {name: [c.name for c in full.classes if c.codes[0] in codes] for name, codes in full.groups.items()}
+    by_group = build_legend(full, merge)
+    assert [entry.name for entry in by_group.classes] == [entry.name for entry in grouped.classes]
+    assert (by_group.lookup == build_legend(grouped).lookup).all()
+    for entry in full.classes:
+        rank, code = entry.codes
+        assert 1 <= rank <= 44
+        assert 111 <= code <= 523
+    assert [entry.codes[1] for entry in full.classes] == sorted(entry.codes[1] for entry in full.classes)
+
+
+def test_a_sheet_colours_what_the_table_does_not():
+    product = load_product("modis_igbp")
+    legend = build_legend(product, {"forest": ["evergreen_needleleaf_forest", "mixed_forest"]}, ("savannas",))
+    coloured = landcover.with_colours(legend, product, {5: (1, 2, 3), 17: (4, 5, 6), 9: (7, 8, 9)})
+    by_name = {entry.name: entry.rgb for entry in coloured.classes}
+    assert by_name["forest"] == (1, 2, 3)
+    assert by_name["water_bodies"] == (4, 5, 6)
+    assert by_name["croplands"] == {entry.name: entry.rgb for entry in legend.classes}["croplands"]
+    worldcover = load_product("worldcover")
+    legend = build_legend(worldcover)
+    assert landcover.with_colours(legend, worldcover, {10: (1, 1, 1)}).classes == legend.classes
+
+
+def test_probability_bands():
+    product = load_product("dynamicworld")
+    assert build_legend(product).band_classes == tuple(range(9))
+    legend = build_legend(product, {"green": ["trees", "grass"]}, ("water",))
+    assert next(entry.name for entry in legend.classes) == "green"
+    assert legend.band_classes == (IGNORED, 0, 0, 1, 2, 3, 4, 5, 6)
 
 
 def test_globeland30():
@@ -123,6 +193,9 @@ BAD_TABLES = {
         {"classes": {1: {"name": "a", "also": [2]}, 2: {"name": "b"}}},
         "2 belongs to both 'a'",
     ),
+    "probability of no class": ({"probability_bands": ["a", "nothing"]}, "no class is called 'nothing'"),
+    "probability twice": ({"probability_bands": ["a", "a"]}, "each once"),
+    "probability as a word": ({"probability_bands": "a"}, "expected a list of class names"),
     "code too large": ({"classes": {70000: {"name": "a"}}}, "whole numbers -32768..65535"),
     "code too small": ({"classes": {-40000: {"name": "a"}}}, "whole numbers -32768..65535"),
     "also is no list": ({"classes": {1: {"name": "a", "also": 3}}}, "classes: 1: also: expected a list"),
