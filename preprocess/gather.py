@@ -12,21 +12,27 @@ import numpy as np
 
 from geokr import records
 from geokr.records import Split
-from preprocess import blocks, shards, spill
+from preprocess import blocks, shards, spill, tile_table
 from preprocess.plan import Plan
 from preprocess.stages import Clock
+from preprocess.tile_facts import unpack_facts
 from preprocess.workfolder import WORK
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ShardJob:
-    """Which frames make a shard, in order: chunk number, offset and length of each."""
+    """Which frames make a shard, in order: chunk number, offset and length of each, and length of the facts behind it.
+
+    classes: their names.
+    """
 
     split: Split
     number: int
     chunks: np.ndarray
     offsets: np.ndarray
     lengths: np.ndarray
+    facts: np.ndarray
+    classes: tuple[str, ...]
     out: str
 
 
@@ -34,24 +40,43 @@ def gather(job: ShardJob) -> dict[str, Any]:
     """Writes a shard; returns its commit's content: {shard: its entry in the manifest, stages}."""
     out, clock = Path(job.out), Clock()
     work = out / WORK
+    facts: list[bytes] = []
     with clock("gather"):
-        shard = shards.write_shard(out, job.split, job.number, _frames(job, work / "spill"), work)
+        shard = shards.write_shard(out, job.split, job.number, _frames(job, work / "spill", facts), work)
+    with clock("footprints"):
+        ends = np.cumsum(job.lengths, dtype=np.int64)
+        table = tile_table.make_table(
+            unpack_facts(facts, len(job.classes)),
+            job.split,
+            shard.name,
+            0,
+            ends - job.lengths,
+            job.lengths,
+            job.classes,
+        )
+        tile_table.write_part(work / tile_table.PARTS, table, shard.name)
     entry = {"shard": shard.model_dump(), "stages": clock.times}
     shards.write_whole(work / "shards" / f"{shard.name}.json", json.dumps(entry).encode())
     return entry
 
 
-def _frames(job: ShardJob, folder: Path) -> Iterator[bytes]:
-    """Frames in the shard's order, each checked again; at most 64 spill files are open at a time."""
+def _frames(job: ShardJob, folder: Path, facts: list[bytes]) -> Iterator[bytes]:
+    """Frames in the shard's order, each checked again; at most 64 spill files are open at a time.
+
+    facts: gets what lies behind each frame.
+    """
     opened: OrderedDict[int, int] = OrderedDict()
     try:
-        for chunk, offset, length in zip(job.chunks.tolist(), job.offsets.tolist(), job.lengths.tolist(), strict=True):
+        columns = (job.chunks.tolist(), job.offsets.tolist(), job.lengths.tolist(), job.facts.tolist())
+        for chunk, offset, length, behind in zip(*columns, strict=True):
             if chunk not in opened:
                 if len(opened) >= 64:
                     os.close(opened.popitem(last=False)[1])
                 opened[chunk] = os.open(spill.spill_paths(folder, chunk)[0], os.O_RDONLY)
             opened.move_to_end(chunk)
-            data = os.pread(opened[chunk], length, offset)
+            both = os.pread(opened[chunk], length + behind, offset)
+            data = both[:length]
+            facts.append(both[length:])
             records.unframe(data, shards.crc32c, f"{spill.spill_paths(folder, chunk)[0]} at byte {offset}")
             yield data
     finally:
@@ -60,7 +85,7 @@ def _frames(job: ShardJob, folder: Path) -> Iterator[bytes]:
 
 
 def tables(plan: Plan, out: Path, commits: list[dict[str, Any]], kept: int) -> tuple[np.ndarray, np.ndarray]:
-    """All tiles' rows in global order: (chunk number of each, spill.TABLE rows). 25 bytes a tile."""
+    """All tiles' rows in global order: (chunk number of each, spill.TABLE rows). 27 bytes a tile."""
     table, chunk_of = np.empty(kept, spill.TABLE), np.empty(kept, np.uint32)
     at = 0
     for commit in commits:
@@ -72,9 +97,20 @@ def tables(plan: Plan, out: Path, commits: list[dict[str, Any]], kept: int) -> t
 
 
 def shard_jobs(plan: Plan, out: Path, chunk_of: np.ndarray, table: np.ndarray) -> Iterator[ShardJob]:
+    names = tuple(entry.name for entry in plan.legend.classes)
     splits: tuple[tuple[int, Split], ...] = ((blocks.TRAIN, "train"), (blocks.VAL, "val"))
     for side, split in splits:
         rows = np.flatnonzero(table["split"] == side)
         for number, start in enumerate(range(0, len(rows), plan.options.shards.records)):
             part = rows[start : start + plan.options.shards.records]
-            yield ShardJob(split, number, chunk_of[part], table["offset"][part], table["length"][part], str(out))
+            rows_here = table[part]
+            yield ShardJob(
+                split,
+                number,
+                chunk_of[part],
+                rows_here["offset"],
+                rows_here["length"],
+                rows_here["facts"],
+                names,
+                str(out),
+            )

@@ -76,6 +76,43 @@ def grey_sum_histogram(grey_HWC):
 
 
 @njit(nogil=True, cache=True)
+def _percentile(histogram_S, pixels, percent):
+    """Percentile of the values a histogram counts, interpolated linearly between neighbours as NumPy does."""
+    position = percent / 100 * (pixels - 1)
+    below = int(np.floor(position))
+    above = min(below + 1, pixels - 1)
+    low = high = -1
+    seen = 0
+    for value in range(len(histogram_S)):
+        seen += histogram_S[value]
+        if low < 0 and seen > below:
+            low = value
+        if seen > above:
+            high = value
+            break
+    return low + (high - low) * (position - below)
+
+
+@njit(nogil=True, cache=True)
+def grey_measures(histogram_S, bands, dark_below, bright_above):
+    """(share of pixels below ``dark_below``, share above ``bright_above``, 99th minus 1st percentile, mean, highest)
+    of the mean grey level over ``bands``, from :func:`grey_sum_histogram`."""
+    pixels = dark = bright = total = brightest = 0
+    for value in range(len(histogram_S)):
+        count = histogram_S[value]
+        if count:
+            pixels += count
+            total += count * value
+            brightest = value
+            if value / bands < dark_below:
+                dark += count
+            if value / bands > bright_above:
+                bright += count
+    contrast = (_percentile(histogram_S, pixels, 99.0) - _percentile(histogram_S, pixels, 1.0)) / bands
+    return dark / pixels, bright / pixels, contrast, total / pixels / bands, brightest / bands
+
+
+@njit(nogil=True, cache=True)
 def integer_sums(pixels_HWC):
     """Sum and sum of squares of each band, int64 [2, C]: exact, so any order of adding gives the same."""
     height, width, bands = pixels_HWC.shape

@@ -25,6 +25,8 @@ from preprocess.raster import RasterError
 from preprocess.workfolder import WORK, PackError
 
 Progress = Callable[[str, int, int], None]  # (phase, done, of)
+# What else is made of a finished dataset while .work is still there: (manifest, the folder .work, stages of this run).
+Finish = Callable[[Manifest, Path, Mapping[str, tuple[float, float]]], None]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,9 +42,10 @@ class Packed:
     stages: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
 
-def pack(plan: Plan, out: Path, progress: Progress) -> Packed:
+def pack(plan: Plan, out: Path, progress: Progress, finish: Finish | None = None) -> Packed:
     """Makes the dataset ``out`` holds after it, or finds it made.
 
+    finish: called once the manifest is there, also where an earlier run ended between the manifest and clearing up.
     Raises PlanError if ``out`` holds another dataset or an unfinished run of another configuration, PackError if
     another process is packing there or not one tile is left, and whatever scanning raises.
     """
@@ -60,6 +63,8 @@ def pack(plan: Plan, out: Path, progress: Progress) -> Packed:
         if manifest is None:
             workfolder.open_work(plan, out, work)
             manifest = _make(plan, out, work, workers, progress, spent)
+        if finish is not None:
+            finish(manifest, work, stages.in_order(spent))
         shutil.rmtree(work)
     return Packed(manifest, written, time.monotonic() - start, stages.in_order(spent))
 

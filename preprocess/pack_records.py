@@ -22,8 +22,9 @@ from tqdm import tqdm
 from geokr import config
 from geokr.landcover import product_names
 from geokr.records import RecordError
-from preprocess import report
+from preprocess import report, tile_table
 from preprocess.engine import WorkerLost
+from preprocess.finishing import Finishing
 from preprocess.inputs import PlanError
 from preprocess.options import PackOptions
 from preprocess.pack import Packed, pack
@@ -103,18 +104,20 @@ def run(arguments: Sequence[str]) -> int:
     for scene_id, reason in plan.rejected.items():
         print(f"left out: {scene_id} ({reason})", file=sys.stderr)
     bars = Bars()
+    finishing = Finishing(chosen.out, bars)
     try:
-        packed: Packed = pack(plan, chosen.out, bars)
+        packed: Packed = pack(plan, chosen.out, bars, finishing.with_work)
+        finishing.afterwards(packed.manifest)
     finally:
         bars.close()
     if not packed.written:
         print(f"{chosen.out}: already holds this dataset, nothing to do")
     print(report.summary(packed.manifest, packed.seconds if packed.written else None))
-    for warning in report.warnings(packed.manifest):
+    for warning in (*report.warnings(packed.manifest), *finishing.warnings):
         print(f"warning: {warning}", file=sys.stderr)
     print(
-        f"\nrecords: {chosen.out}\nnext: python -m geokr.pretrain --config configs/geokr_resnet50.yaml "
-        f"data.records={chosen.out} run.dir=out/run"
+        f"\nrecords: {chosen.out}\ntiles:   {chosen.out / tile_table.NAME} (QGIS, geopandas)\nnext:    python -m "
+        f"geokr.pretrain --config configs/geokr_resnet50.yaml data.records={chosen.out} run.dir=out/run"
     )
     return 0
 

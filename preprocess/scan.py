@@ -6,7 +6,7 @@ short and run again, does no harm.
 """
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from geokr.landcover import Legend
 from geokr.records import Record
 from preprocess import blocks, kernels, masks, quality
 from preprocess.coordinates import WGS84
+from preprocess.footprints import ring_of
 from preprocess.grid import Chunk
 from preprocess.labels import TileLabels, tile_labels
 from preprocess.options import PackOptions
@@ -24,6 +25,7 @@ from preprocess.raster import RasterError, Scene
 from preprocess.sheets import LabelSheet
 from preprocess.spill import Kept, band_sums, spill
 from preprocess.stages import Clock
+from preprocess.tile_facts import QUALITY, pack_facts
 
 POINTS = 5  # a side of the lattice over a tile's footprint; odd, so that its middle is the tile's centre
 REASONS = (*quality.REASONS, "cloud", "unlabelled", "straddles_split", "unreadable")
@@ -59,7 +61,8 @@ class View:
 
     image: [H, W, C], what tiles are cut from. grey: its 8-bit preview [H, W, C], often the same array. valid: uint8
     [H, W], 0 where there is no data. origins: int64 [tiles, 2], first (column, row) of each tile in these pixels.
-    reasons: why each tile is rejected, or None; every step fills in what it finds.
+    reasons: why each tile is rejected, or None; measures: what the quality rules looked at. Every step fills in what
+    it finds.
     """
 
     job: Job
@@ -69,6 +72,7 @@ class View:
     valid: np.ndarray
     origins: np.ndarray
     reasons: list[str | None]
+    measures: list[quality.Measures] = field(default_factory=list)
 
 
 def scan_chunk(job: Job) -> dict[str, Any]:
@@ -111,7 +115,9 @@ def judge(view: View) -> None:
         part = slice(top, top + size), slice(left, left + size)
         histogram = kernels.grey_sum_histogram(view.grey[part])
         share = float(view.valid[part].mean())
-        view.reasons[t] = quality.rejection(histogram, view.grey.shape[2], share, rules)
+        found = quality.measures(histogram, view.grey.shape[2], share, rules)
+        view.measures.append(found)
+        view.reasons[t] = quality.rejection(found, rules)
 
 
 def reject_clouds(view: View) -> None:
@@ -160,7 +166,8 @@ def place_tiles(view: View, found: TileLabels | None) -> list[Kept]:
         lonlat = ((middle[0] + 180) % 360 - 180, middle[1])  # a scene in degrees may run beyond 180
         place = view.place.window(left, top, size, size)
         record = _record(job, pixels_HWC, found, t, place, lonlat, (left, top))
-        tiles.append(Kept(side, record, pixels_HWC))
+        facts = pack_facts(record, ring_of(longitudes[t], latitudes[t]), view.measures[t][: len(QUALITY)])
+        tiles.append(Kept(side, record, pixels_HWC, facts))
     return tiles
 
 

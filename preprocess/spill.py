@@ -1,4 +1,5 @@
-"""What a chunk leaves on the disk: its kept tiles' frames in hash order, a table of them, and a commit.
+"""What a chunk leaves on the disk: its kept tiles' frames in hash order, each with the tile's facts behind it, a table
+of them, and a commit.
 
 The commit is written last: a chunk without one is scanned again.
 """
@@ -18,17 +19,22 @@ from preprocess.image_codecs import encode_image
 from preprocess.options import PackOptions
 from preprocess.stages import Clock
 
-# One row of a chunk's table: where a tile's frame lies in the spill file, and its place in the global order.
-TABLE = np.dtype([("hash", "<u8"), ("offset", "<u8"), ("length", "<u4"), ("split", "u1")])
+# One row of a chunk's table: where a tile's frame lies in the spill file, how many bytes of facts follow it
+# (preprocess.tile_facts), and its place in the global order.
+TABLE = np.dtype([("hash", "<u8"), ("offset", "<u8"), ("length", "<u4"), ("facts", "<u2"), ("split", "u1")])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Kept:
-    """A tile that stays. side: blocks.TRAIN or VAL. record: all but its image, which is made of pixels [H, W, C]."""
+    """A tile that stays. side: blocks.TRAIN or VAL. record: all but its image, which is made of pixels [H, W, C].
+
+    facts: for tiles.parquet.
+    """
 
     side: int
     record: Record
     pixels: np.ndarray
+    facts: bytes
 
 
 def band_sums(tile_HWC: np.ndarray) -> np.ndarray:
@@ -73,8 +79,9 @@ def spill(
             with clock("record"):
                 data = frame(encode_record(replace(tiles[t].record, image=image)), shards.crc32c)
             file.write(data)
-            table[i] = (places[t], at, len(data), tiles[t].side)
-            at += len(data)
+            file.write(tiles[t].facts)
+            table[i] = (places[t], at, len(data), len(tiles[t].facts), tiles[t].side)
+            at += len(data) + len(tiles[t].facts)
     with clock("spill"), shards.whole_file(table_path) as file:
         np.save(file, table)
     commit = {

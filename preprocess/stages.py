@@ -20,6 +20,7 @@ STAGES = {
     "record": "records to frames with checksums",
     "spill": "writing frames to the spill file",
     "gather": "reading frames back, checking and hashing them, writing shards",
+    "footprints": "a shard's rows of tiles.parquet",
 }
 
 # Stage to (CPU seconds, seconds that passed): where the second is much larger, it waits for a disk or for cores.

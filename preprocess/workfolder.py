@@ -16,6 +16,7 @@ from preprocess.inputs import PlanError
 from preprocess.plan import Plan, identity_json
 
 WORK = ".work"
+EXTRAS = ("tiles.parquet", "report.html")  # made from a finished dataset, and made again where they are missing
 
 
 class PackError(RuntimeError):
@@ -78,7 +79,7 @@ def open_work(plan: Plan, out: Path, work: Path) -> None:
 
 
 def _ours(name: str) -> bool:
-    return name.endswith((".tfrecord", ".idx", ".log"))
+    return name.endswith((".tfrecord", ".idx", ".log")) or name in EXTRAS
 
 
 @contextlib.contextmanager

@@ -23,6 +23,7 @@ from preprocess import pack_records, shards
 from preprocess.options import PackOptions
 from preprocess.pack import pack
 from preprocess.plan import make_plan
+from preprocess.workfolder import EXTRAS
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 ZION = SHARED / "data/zion/derived_zion_landsat8_RGBN_uint16.tif"
@@ -120,8 +121,9 @@ def pixels_of(record: Record) -> np.ndarray:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file of a folder by its path in it."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    """Every file of a folder by its path in it, but for what the contract leaves out (tiles.parquet, report.html)."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in EXTRAS]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 # ------------------------------------------------------------------------------------------- labels, another way

@@ -145,11 +145,18 @@ def test_tile_histograms_do_not_depend_on_strips(size, kx, ky, strip, seed):
 # ------------------------------------------------------------------------------------------------ quality
 
 
+def verdict(histogram, share, rules):
+    return quality.rejection(quality.measures(histogram, 3, share, rules), rules)
+
+
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.integers(0, 765), min_size=1, max_size=300), st.sampled_from([0, 0.5, 1, 37.7, 50, 98, 99, 100]))
-def test_percentile_is_numpys(values, percent):
-    histogram = np.bincount(values, minlength=766)
-    assert quality.percentile(histogram, percent) == pytest.approx(np.percentile(values, percent), abs=1e-9)
+@given(st.lists(st.integers(0, 765), min_size=1, max_size=300), st.sampled_from([20.0, 37.7]))
+def test_measures_are_numpys(values, dark_below):
+    found = quality.measures(np.bincount(values, minlength=766), 3, 0.5, QualityOptions(dark_below=dark_below))
+    level = np.array(values) / 3
+    low, high = np.percentile(level, (1, 99))
+    expected = (0.5, np.mean(level < dark_below), np.mean(level > 230), high - low, level.mean(), level.max())
+    assert found == pytest.approx(expected, abs=1e-9)
 
 
 @pytest.mark.skipif(not GOLDEN.exists(), reason="the published verdicts are not beside this checkout")
@@ -158,7 +165,7 @@ def test_published_verdicts():
     verdicts = []
     for tile_CHW in golden["tiles_chw_uint8"]:
         histogram = kernels.grey_sum_histogram(tile_CHW.transpose(1, 2, 0))
-        verdicts.append(quality.rejection(histogram, 3, 1.0, QualityOptions()) is None)
+        verdicts.append(verdict(histogram, 1.0, QualityOptions()) is None)
     assert 0 < sum(verdicts) < len(verdicts) == 108
     wrong = [
         (i, str(golden["origin"][i])) for i, (a, b) in enumerate(zip(verdicts, golden["kept"], strict=True)) if a != b
@@ -168,7 +175,7 @@ def test_published_verdicts():
 
 def judged(tile, share=1.0, **rules):
     grey = np.repeat(np.asarray(tile, np.uint8)[..., None], 3, -1)
-    return quality.rejection(kernels.grey_sum_histogram(grey), 3, share, QualityOptions(**rules))
+    return verdict(kernels.grey_sum_histogram(grey), share, QualityOptions(**rules))
 
 
 FINE = np.linspace(30, 220, 400).reshape(20, 20)

@@ -1,0 +1,266 @@
+"""``tiles.parquet``: one row a tile, as GeoParquet 1.1, so that QGIS, geopandas and DuckDB show what a dataset holds.
+
+It is made from parts, one a shard, that gathering leaves in ``.work``; shards without one are read again. Row groups
+hold many shards, and the driver holds one row group at a time.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from datetime import date
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from geokr import records
+from geokr.records import Manifest, Shard
+from preprocess import footprints, shards
+from preprocess.tile_facts import QUALITY, Facts, facts_of_records
+
+NAME = "tiles.parquet"
+PARTS = "tiles"  # folder of the parts in .work
+ROW_GROUP = 1 << 16  # rows; some 20 MB in memory, and few enough groups for any number of tiles
+BATCH = 256  # records read at a time where a shard has no part
+
+_BBOX = pa.struct([(name, pa.float64()) for name in ("xmin", "ymin", "xmax", "ymax")])
+_BEFORE = (
+    ("tile_id", pa.string()),
+    ("scene_id", pa.string()),
+    ("split", pa.string()),
+    ("date", pa.date32()),
+    ("lon", pa.float64()),
+    ("lat", pa.float64()),
+    ("dominant", pa.string()),
+    ("dominant_share", pa.float32()),
+    ("valid_fraction", pa.float32()),
+    *((name, pa.float32()) for name in QUALITY),
+    ("shard", pa.string()),
+    ("record", pa.int64()),
+    ("offset", pa.int64()),
+    ("bytes", pa.int64()),
+)
+_AFTER = (("bbox", _BBOX), ("geometry", pa.binary()))
+
+
+def class_columns(names: Sequence[str]) -> list[str]:
+    """The columns of classes: their names, behind ``class_`` where another column has that name."""
+    taken = {name for name, _ in (*_BEFORE, *_AFTER)}
+    return [f"class_{name}" if name in taken else name for name in names]
+
+
+def schema(names: Sequence[str]) -> pa.Schema:
+    """names: of the classes."""
+    return pa.schema([*_BEFORE, *((name, pa.float32()) for name in class_columns(names)), *_AFTER])
+
+
+def make_table(
+    facts: Facts, split: str, shard: str, first: int, offsets: np.ndarray, sizes: np.ndarray, names: Sequence[str]
+) -> pa.Table:
+    """Rows of tiles that follow one another in a shard. first: record number, in the shard, of the first of them.
+
+    offsets, sizes: int64 of their frames in the shard.
+    """
+    rows, count = facts.rows, len(facts.rows)
+    geometry, bounds = footprints.wkb(rows["ring"])
+    best = rows["fractions"].argmax(axis=1)
+    tile_ids, scene_ids, dates = zip(*facts.texts, strict=True)
+    known = {text: _day(text) for text in set(dates)}
+    quality = [pa.array(column, from_pandas=True) for column in np.ascontiguousarray(rows["quality"].T)]
+    before = [
+        pa.array(tile_ids),
+        pa.array(scene_ids),
+        pa.array([split] * count),
+        pa.array([known[text] for text in dates], pa.date32()),
+        pa.array(rows["lonlat"][:, 0].astype(np.float64)),
+        pa.array(rows["lonlat"][:, 1].astype(np.float64)),
+        pa.array(np.array(names, object)[best], pa.string()),
+        pa.array(rows["fractions"][np.arange(count), best]),
+        pa.array(np.ascontiguousarray(rows["valid_fraction"])),
+        *quality,
+        pa.array([shard] * count),
+        pa.array(np.arange(first, first + count)),
+        pa.array(np.asarray(offsets, np.int64)),
+        pa.array(np.asarray(sizes, np.int64)),
+    ]
+    shares = [pa.array(column) for column in np.ascontiguousarray(rows["fractions"].T)]
+    bbox = pa.StructArray.from_arrays(
+        [pa.array(c, from_pandas=True) for c in np.ascontiguousarray(bounds.T)], fields=list(_BBOX)
+    )
+    return pa.Table.from_arrays([*before, *shares, bbox, pa.array(geometry, pa.binary())], schema=schema(names))
+
+
+def _day(text: str) -> date | None:
+    try:
+        return date.fromisoformat(text)
+    except ValueError:  # empty, or what only a program that is not this one would write
+        return None
+
+
+# ------------------------------------------------------------------------------------------------------- parts
+
+
+def part_path(folder: Path, shard: str) -> Path:
+    return folder / f"{shard}.arrow"
+
+
+def write_part(folder: Path, table: pa.Table, shard: str) -> None:
+    """Leaves a shard's rows where :func:`write` finds them."""
+    folder.mkdir(exist_ok=True)
+    with shards.whole_file(part_path(folder, shard)) as file, pa.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table)
+
+
+def _read_part(folder: Path, shard: Shard, wanted: pa.Schema) -> pa.Table | None:
+    try:
+        with pa.ipc.open_file(part_path(folder, shard.name)) as file:
+            table = file.read_all()
+    except (OSError, pa.ArrowInvalid):
+        return None
+    return table if table.schema.equals(wanted) and table.num_rows == shard.records else None
+
+
+def rows_of_shard(folder: Path, shard: Shard, names: Sequence[str]) -> Iterator[pa.Table]:
+    """A shard's rows from its records. Raises RecordError."""
+    spans = records.open_index(folder, shard)
+    split = shard.name.split("-")[0]
+    frames = shards.read_frames(folder / shard.name)
+    for first in range(0, shard.records, BATCH):
+        part = spans[first : first + BATCH]
+        read = [records.decode_record(next(frames)[1], f"{shard.name}: record {first + i}") for i in range(len(part))]
+        yield make_table(facts_of_records(read, len(names)), split, shard.name, first, part[:, 0], part[:, 1], names)
+
+
+# ------------------------------------------------------------------------------------------------- the whole file
+
+
+def shards_of(manifest: Manifest) -> list[Shard]:
+    return [shard for name in records.SPLITS for shard in manifest.split(name).shards]
+
+
+def _digests(listed: Sequence[Shard]) -> dict[str, str]:
+    return {shard.name: shard.sha256[:16] for shard in listed}
+
+
+def held_shards(path: Path) -> dict[str, str]:
+    """The shards that a tiles.parquet was made from and their hashes' beginnings; empty if it is none or damaged."""
+    try:
+        text = (pq.read_metadata(path).metadata or {}).get(b"geokr", b"{}")
+        return dict(json.loads(text).get("shards", {}))
+    except (OSError, ValueError, pa.ArrowException):
+        return {}
+
+
+def is_current(out: Path, manifest: Manifest) -> bool:
+    """Whether the folder's tiles.parquet is that of this dataset."""
+    return held_shards(out / NAME) == _digests(shards_of(manifest))
+
+
+def write(
+    out: Path, manifest: Manifest, parts: Path, scratch: Path | None, progress: Callable[[int, int], None]
+) -> None:
+    """Writes ``out/tiles.parquet``. parts: folder of what gathering left. scratch: for the unfinished file.
+
+    What an older tiles.parquet says of shards that are still there is kept. Raises OSError, RecordError.
+    """
+    names = [entry.name for entry in manifest.classes]
+    listed, wanted = shards_of(manifest), schema([entry.name for entry in manifest.classes])
+    old = held_shards(out / NAME)
+    kept = {name for name, digest in _digests(listed).items() if old.get(name) == digest}
+    done, total = 0, sum(shard.records for shard in listed)
+    with shards.whole_file(out / NAME, scratch) as file, _Writer(file, wanted) as writer:
+        for table in _kept_rows(out / NAME, kept, wanted):
+            writer.add(table)
+            done += table.num_rows
+            progress(done, total)
+        for shard in listed:
+            if shard.name in kept:
+                continue
+            part = _read_part(parts, shard, wanted)
+            for table in [part] if part is not None else rows_of_shard(out, shard, names):
+                writer.add(table)
+                done += table.num_rows
+                progress(done, total)
+        writer.close(manifest)
+
+
+def _kept_rows(path: Path, kept: set[str], wanted: pa.Schema) -> Iterator[pa.Table]:
+    if not kept:
+        return
+    with pq.ParquetFile(path) as old:
+        for group in range(old.num_row_groups):
+            table = old.read_row_group(group).cast(wanted)
+            yield table.filter(pc.call_function("is_in", [table["shard"]], pc.SetLookupOptions(pa.array(sorted(kept)))))
+
+
+class _Writer:
+    """Rows to row groups, and what GeoParquet's metadata say of all of them."""
+
+    def __init__(self, file: Any, wanted: pa.Schema) -> None:
+        self.waiting, self.rows = [], 0
+        self.bounds = np.array([np.inf, np.inf, -np.inf, -np.inf])
+        self.kinds: set[str] = set()
+        self.file = pq.ParquetWriter(
+            file, wanted, compression="zstd", write_page_index=True, store_schema=False,
+            use_dictionary=["scene_id", "split", "date", "dominant", "shard"],  # type: ignore[arg-type]
+        )  # fmt: skip
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        with suppress(OSError, pa.ArrowException):  # after an error: nothing but to let go of the file
+            self.file.close()
+
+    def add(self, table: pa.Table) -> None:
+        while table.num_rows:
+            room = ROW_GROUP - self.rows
+            self.waiting.append(table.slice(0, room))
+            self.rows += min(room, table.num_rows)
+            table = table.slice(room)
+            if self.rows == ROW_GROUP:
+                self._flush()
+
+    def _flush(self) -> None:
+        table = pa.concat_tables(self.waiting).combine_chunks()
+        bbox = table["bbox"].combine_chunks()
+        for i, (field, pick) in enumerate(zip(bbox.flatten(), (min, min, max, max), strict=True)):
+            extreme = pc.call_function("min_max", [field])[
+                "min" if pick is min else "max"
+            ].as_py()  # skips unknown ground
+            self.bounds[i] = self.bounds[i] if extreme is None else pick(self.bounds[i], extreme)
+        kinds = {data[1] for data in table["geometry"].to_pylist() if data is not None}
+        self.kinds |= {{3: "Polygon", 6: "MultiPolygon"}[kind] for kind in kinds}
+        self.file.write_table(table, row_group_size=ROW_GROUP)
+        self.waiting, self.rows = [], 0
+
+    def close(self, manifest: Manifest) -> None:
+        if self.rows:
+            self._flush()
+        self.file.add_key_value_metadata({"geo": json.dumps(self._geo()), "geokr": json.dumps(_about(manifest))})
+        self.file.close()
+
+    def _geo(self) -> dict[str, Any]:
+        column = {
+            "encoding": "WKB",
+            "geometry_types": sorted(self.kinds),  # without "crs": OGC:CRS84, longitude and latitude
+            "orientation": "counterclockwise",
+            "edges": "planar",
+            **({"bbox": self.bounds.tolist()} if np.isfinite(self.bounds).all() else {}),
+            "covering": {"bbox": {name: ["bbox", name] for name in ("xmin", "ymin", "xmax", "ymax")}},
+        }
+        return {"version": "1.1.0", "primary_column": "geometry", "columns": {"geometry": column}}
+
+
+def _about(manifest: Manifest) -> dict[str, Any]:
+    return {
+        "product": manifest.product,
+        "classes": [{"name": entry.name, "column": column, "rgb": list(entry.rgb)} for entry, column in zip(
+            manifest.classes, class_columns([entry.name for entry in manifest.classes]), strict=True)],
+        "manifest_sha256": hashlib.sha256(records.dump_manifest(manifest)).hexdigest(),
+        "shards": _digests(shards_of(manifest)),
+    }  # fmt: skip
