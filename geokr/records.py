@@ -17,6 +17,7 @@ A record's number in its split, in shard order, is its record id.
 
 import hashlib
 import json
+import math
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -24,12 +25,14 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
 from geokr import example
 
 SCHEMA = "geokr-records"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+# Version 1 lacks the keys that are marked `added`; it reads as if they had their defaults.
+READABLE_VERSIONS = (1, 2)
 MANIFEST = "manifest.json"
 SPLITS = ("train", "val")
 DTYPES = ("uint8", "uint16", "int16", "float32")
@@ -203,8 +206,23 @@ def _check_record(record: Record, where: str) -> None:
 # -------------------------------------------------------------------------------------------- manifest
 
 
+def added(default: Any, **constraints: Any) -> Any:
+    """A manifest's key that version 1 did not know. It is written only where it differs from its default, so that
+    a manifest of version 1 is written again as it was read: a training run knows its dataset by that hash."""
+    return Field(default=default, json_schema_extra={"added": True}, **constraints)
+
+
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        tree = write(self)
+        for name, field in type(self).model_fields.items():
+            extra = field.json_schema_extra
+            if isinstance(extra, dict) and extra.get("added") and getattr(self, name) == field.default:
+                tree.pop(name, None)
+        return tree
 
 
 class Shard(_Part):
@@ -221,6 +239,17 @@ class Shard(_Part):
         return self.name.removesuffix(".tfrecord") + ".idx"
 
 
+class Moments(_Part):
+    """What a split's statistics are made from, so that those of more tiles can be made from both: number of pixels,
+    sum and sum of squares of each band (whole numbers of any size where the dtype is an integer), and the sum of each
+    class's fractions over the tiles."""
+
+    pixels: int = Field(ge=0)
+    sum: tuple[int | float, ...]
+    squares: tuple[int | float, ...]
+    fractions: tuple[float, ...]
+
+
 class SplitInfo(_Part):
     """One split. mean, std: per band, in the record's own units, over all pixels of its tiles, from integer sums
     where the dtype is an integer. prior: mean of its tiles' fractions."""
@@ -230,6 +259,7 @@ class SplitInfo(_Part):
     mean: tuple[float, ...]
     std: tuple[float, ...]
     prior: tuple[float, ...]
+    moments: Moments | None = added(None)
 
 
 class ClassInfo(_Part):
@@ -264,11 +294,28 @@ class SceneInfo(_Part):
     kept: int
 
 
+class Part(_Part):
+    """What one run of the packer added: so many scenes and shards after those of the parts before it, and which of
+    ``land_cover_fingerprints`` it was labelled by (numbers from 0)."""
+
+    scenes: int = Field(ge=0)
+    train_shards: int = Field(ge=0)
+    val_shards: int = Field(ge=0)
+    land_cover: tuple[int, ...]
+
+
 class Manifest(_Part):
-    """``manifest.json``. ``config`` is the packing configuration without paths, workers or hosts."""
+    """``manifest.json``. ``config`` is the packing configuration without paths, workers or hosts.
+
+    version counts the runs that added to the dataset; parts says what each of them did, from version 2 on. left_out:
+    scenes that could not be used, by id, with the reason.
+    """
 
     schema_name: Literal["geokr-records"] = Field(alias="schema", default="geokr-records")
-    schema_version: Literal[1] = 1
+    schema_version: Literal[1, 2] = SCHEMA_VERSION
+    version: int = added(1, ge=1)
+    parts: tuple[Part, ...] = added(())
+    left_out: dict[str, str] = added({})
     product: str
     product_title: str
     land_cover_years: tuple[int, ...]
@@ -308,10 +355,10 @@ def load_manifest(folder: str | Path) -> Manifest:
         found = (tree["schema"], tree["schema_version"])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise RecordError(f"{path}: damaged or not a geokr manifest ({error}); pack again") from error
-    if found != (SCHEMA, SCHEMA_VERSION):
+    if found[0] != SCHEMA or type(found[1]) is not int or found[1] not in READABLE_VERSIONS:
         raise RecordError(
-            f"{path}: expected schema {SCHEMA!r} version {SCHEMA_VERSION}, got {found[0]!r} version {found[1]!r}; "
-            "pack again with this version of geokr, or use the version that made it"
+            f"{path}: expected schema {SCHEMA!r} version {' or '.join(map(str, READABLE_VERSIONS))}, got {found[0]!r} "
+            f"version {found[1]!r}; pack again with this version of geokr, or use the version that made it"
         )
     try:
         manifest = Manifest.model_validate(tree)
@@ -338,7 +385,15 @@ def _split_fault(manifest: Manifest, name: Split) -> str:
     statistics = ((part.mean, manifest.bands), (part.std, manifest.bands), (part.prior, manifest.classes))
     if part.records and not all(len(v) == len(of) and np.isfinite(v).all() for v, of in statistics):
         return f"its statistics do not fit {len(manifest.bands)} bands and {len(manifest.classes)} classes"
+    if moments := part.moments:
+        of = ((moments.sum, manifest.bands), (moments.squares, manifest.bands), (moments.fractions, manifest.classes))
+        if not all(len(values) == len(those) and _finite(values) for values, those in of):
+            return f"its moments do not fit {len(manifest.bands)} bands and {len(manifest.classes)} classes"
     return ""
+
+
+def _finite(values: tuple[int | float, ...]) -> bool:
+    return all(isinstance(value, int) or math.isfinite(value) for value in values)
 
 
 def open_index(folder: str | Path, shard: Shard) -> np.ndarray:

@@ -2,13 +2,14 @@
 
 import hashlib
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from geokr import records
-from geokr.records import ClassInfo, Manifest, SceneInfo, Shard, SplitInfo, Tile
+from geokr.records import ClassInfo, Manifest, Moments, SceneInfo, Shard, SplitInfo, Tile
 from preprocess import blocks, scan
 from preprocess.damaged import Damaged
 from preprocess.plan import Plan
@@ -21,23 +22,40 @@ def total_rejected(commits: list[dict[str, Any]]) -> Counter[str]:
     return total
 
 
-def _split_info(plan: Plan, commits: list[dict[str, Any]], side: int, parts: tuple[Shard, ...]) -> SplitInfo:
-    sums = [commit["splits"][side] for commit in commits if commit["splits"][side]["tiles"]]
-    tiles = sum(part["tiles"] for part in sums)
-    if not tiles:
-        return SplitInfo(records=0, shards=(), mean=(), std=(), prior=())
-    pixels = sum(part["pixels"] for part in sums)
-    mean, std = [], []
-    for band in range(len(plan.bands)):
-        # Python's integers have no limit: for integer pixels both moments are exact until the last division
-        total = sum(part["sum"][band] for part in sums)
-        squares = sum(part["squares"][band] for part in sums)
-        mean.append(total / pixels)
-        std.append(float(max(0, pixels * squares - total * total)) ** 0.5 / pixels)
-    prior = np.sum([part["fractions"] for part in sums], axis=0) / tiles
-    return SplitInfo(
-        records=tiles, shards=parts, mean=tuple(mean), std=tuple(std), prior=tuple((prior / prior.sum()).tolist())
+def total_moments(sums: Sequence[Mapping[str, Any]]) -> Moments:
+    """Totals of chunks' or splits' sums. Python's integers have no limit: those of integer pixels are exact."""
+    bands = range(len(sums[0]["sum"]))
+    return Moments(
+        pixels=sum(part["pixels"] for part in sums),
+        sum=tuple(sum(part["sum"][band] for part in sums) for band in bands),
+        squares=tuple(sum(part["squares"][band] for part in sums) for band in bands),
+        fractions=tuple(np.sum([part["fractions"] for part in sums], axis=0).tolist()),
     )
+
+
+def split_info(tiles: int, moments: Moments, parts: tuple[Shard, ...]) -> SplitInfo:
+    """A split's statistics. For integer pixels both moments are exact until the last division."""
+    pixels = moments.pixels
+    std = [
+        float(max(0, pixels * squares - total * total)) ** 0.5 / pixels
+        for total, squares in zip(moments.sum, moments.squares, strict=True)
+    ]
+    prior = np.array(moments.fractions) / tiles
+    return SplitInfo(
+        records=tiles,
+        shards=parts,
+        mean=tuple(total / pixels for total in moments.sum),
+        std=tuple(std),
+        prior=tuple((prior / prior.sum()).tolist()),
+        moments=moments,
+    )
+
+
+def _split_info(commits: list[dict[str, Any]], side: int, parts: tuple[Shard, ...]) -> SplitInfo:
+    sums = [commit["splits"][side] for commit in commits if commit["splits"][side]["tiles"]]
+    if not sums:
+        return SplitInfo(records=0, shards=(), mean=(), std=(), prior=())
+    return split_info(sum(part["tiles"] for part in sums), total_moments(sums), parts)
 
 
 def make_manifest(
@@ -84,11 +102,12 @@ def make_manifest(
         classes=tuple(ClassInfo(name=c.name, codes=c.codes, rgb=c.rgb) for c in plan.legend.classes),
         bands=plan.bands,
         tile=Tile(size=plan.options.tile.size, codec=plan.options.tile.codec, dtype=plan.dtype),  # type: ignore[arg-type]
-        train=_split_info(plan, commits, blocks.TRAIN, by_split["train"]),
-        val=_split_info(plan, commits, blocks.VAL, by_split["val"]),
+        train=_split_info(commits, blocks.TRAIN, by_split["train"]),
+        val=_split_info(commits, blocks.VAL, by_split["val"]),
         split_rule=f"blocks of {split.block_m:g} m on one grid over the Earth, {split.val_fraction:g} of them held out "
         f"by hash with seed {plan.options.seed}; tiles that touch both kinds dropped",
         counts=counts,
+        left_out=dict(plan.rejected),
         scenes=scenes,
         config=dict(plan.config),
     )

@@ -817,7 +817,7 @@ def test_the_bytes_of_a_small_dataset_stay(inputs):
         total.update(np.array([record.valid_fraction, *record.transform], "<f8").tobytes())
     assert total.hexdigest()[:16] == "fb937bf89f413780"
     tree = json.loads(inputs.bytes[records.MANIFEST])
-    assert (tree["schema"], tree["schema_version"]) == ("geokr-records", 1)
+    assert (tree["schema"], tree["schema_version"]) == ("geokr-records", 2)
 
 
 def test_no_tile_at_all(inputs, tmp_path):

@@ -291,7 +291,7 @@ DAMAGE = {
         lambda f: ((f / FIRST).rename(f / "x"), (f / FIRST).symlink_to(f / "x")),
         "not a plain file",
     ),
-    "other version": (lambda f: edit(f, lambda t: t.update(schema_version=2)), "version 1, got .* version 2"),
+    "other version": (lambda f: edit(f, lambda t: t.update(schema_version=3)), "version 1 or 2, got .* version 3"),
     "other schema": (lambda f: edit(f, lambda t: t.update(schema="tiles")), "expected schema 'geokr-records'"),
     "path up": (lambda f: edit(f, lambda t: t["train"]["shards"][0].update(name="../../etc/x.tfrecord")), "name"),
     "absolute": (lambda f: edit(f, lambda t: t["train"]["shards"][0].update(name="/train-00000.tfrecord")), "name"),
