@@ -30,6 +30,7 @@ from preprocess.options import PackOptions
 from preprocess.pack import Packed, pack
 from preprocess.plan import Plan, make_plan
 from preprocess.raster import RasterError
+from preprocess.sensor import sensor_names
 from preprocess.sheets import LabelError
 from preprocess.workfolder import PackError, check_writable
 
@@ -42,9 +43,13 @@ def parser() -> argparse.ArgumentParser:
         description="Scenes and land cover to records. Bare key=value arguments override the configuration; "
         "docs/configuration.md lists the keys.",
     )
-    made.add_argument("--scenes", nargs="+", required=True, metavar="PATTERN", help="files, globs, or @list.txt")
+    made.add_argument(
+        "--scenes", nargs="+", required=True, metavar="PATTERN",
+        help="files, globs, @list.txt, folders of products, scene lists (.yaml), STAC (.json)",
+    )  # fmt: skip
     made.add_argument("--land-cover", nargs="+", required=True, metavar="PATTERN", help="the map's sheets, likewise")
     made.add_argument("--product", required=True, help=f"{', '.join(product_names())}, or a YAML table of your own")
+    made.add_argument("--sensor", help=f"{', '.join(sensor_names())}, or a YAML table of your own: names the bands")
     made.add_argument("--out", required=True, type=Path, help="folder of the dataset")
     made.add_argument("--config", help="YAML file; the overrides come on top")
     made.add_argument("--dry-run", action="store_true", help="plan, say what it would need, write nothing")
@@ -94,10 +99,14 @@ def describe(plan: Plan) -> str:
 def run(arguments: Sequence[str]) -> int:
     others, overrides = config.split_overrides(arguments)
     chosen = parser().parse_args(others)
+    if chosen.sensor:
+        overrides.append(f"scene.sensor={chosen.sensor}")
     options = config.load(PackOptions, chosen.config, overrides)
     if not chosen.dry_run:
         check_writable(chosen.out)
     plan = make_plan(chosen.scenes, chosen.land_cover, chosen.product, options)
+    for warning in plan.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
     if chosen.dry_run:
         print(describe(plan))
         return 0

@@ -197,7 +197,7 @@ def test_mixed_band_names(at, capsys):
     message = (
         r"tile\.bands: means blue, green, red in .*bgr\.tif but red, green, blue in .*rgb\.tif; choose bands by name"
     )
-    refused(at, capsys, message, scenes=["rgb.tif", "bgr.tif"])
+    refused(at, capsys, message, "tile.bands=[1,2,3]", scenes=["rgb.tif", "bgr.tif"])
     both = [at / "rgb.tif", at / "bgr.tif"]
     assert command(both, [at / "cover.tif"], "worldcover", at / "out", *KEYS, "tile.bands=[red,green,blue]") == 0
 
@@ -242,14 +242,20 @@ def test_files_that_only_begin_like_an_image(at, capsys, content):
 
 
 @pytest.mark.parametrize(
-    "start", ["/vsicurl/http://example.org/x.tif", "/vsizip/x.zip/x.tif", "http://example.org/x.tif"]
+    ("name", "message"),
+    [
+        ("/vsicurl/http://example.org/x.tif", "is not on this machine: give scene.remote=true"),
+        ("http://example.org/x.tif", "is not on this machine: give scene.remote=true"),
+        ("/vsizip/x.zip/x.tif", "is not read; http://"),
+        ("ftp://example.org/x.tif", "is not read; http://"),
+    ],
 )
-def test_nothing_is_fetched(at, capsys, start):
-    (at / "list.txt").write_text(start + "\n")
-    assert command([f"@{at}/list.txt"], [at / "cover.tif"], "worldcover", at / "out", *KEYS) == 1
-    assert "do not exist" in capsys.readouterr().err
-    assert command([start], [at / "cover.tif"], "worldcover", at / "out", *KEYS) == 1
-    assert "nothing matches" in capsys.readouterr().err
+def test_nothing_is_fetched(at, capsys, name, message):
+    (at / "list.txt").write_text(name + "\n")
+    sound = at / "cover.tif"
+    for scenes, cover in (([f"@{at}/list.txt"], sound), ([name], sound), ([at / "scene.tif"], name)):
+        assert command(scenes, [cover], "worldcover", at / "out", *KEYS) == 1
+        assert message in capsys.readouterr().err
 
 
 def truncated(at):

@@ -411,7 +411,7 @@ def test_a_file_in_place_of_the_folder(inputs, tmp_path, capsys, where, monkeypa
     (tmp_path / "out").write_text("a file")
     from preprocess import plan
 
-    monkeypatch.setattr(plan.raster, "read_scene", lambda *a: pytest.fail("read before --out was looked at"))
+    monkeypatch.setattr(plan, "find_sources", lambda *a: pytest.fail("read before --out was looked at"))
     assert command(inputs.scenes, [inputs.cover], "worldcover", tmp_path / where, *KEYS) == 1
     said = capsys.readouterr().err
     assert "is not a folder; choose another folder" in said
