@@ -23,6 +23,8 @@ from preprocess import pack_records, shards
 from preprocess.options import PackOptions
 from preprocess.pack import pack
 from preprocess.plan import make_plan
+from preprocess.raster import Scene
+from preprocess.scene import Source, open_scene
 from preprocess.workfolder import EXTRAS
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -87,6 +89,11 @@ def pack_quietly(scenes: Sequence[Path | str], sheets: Sequence[Path | str], pro
     options = config.load(PackOptions, None, last.values())
     plan = make_plan([str(p) for p in scenes], [str(p) for p in sheets], product, options)
     return pack(plan, out, lambda phase, done, total: None)
+
+
+def scene_at(path: Path | str, scene_id: str = "scene") -> Scene:
+    """A file with all its bands as planning sees it, with the default options."""
+    return open_scene(Source(title=str(path), path=str(path), file=str(path)), scene_id, PackOptions(), None)
 
 
 def command(scenes: Sequence[Path | str], sheets: Sequence[Path | str], product: str, out: Path, *rest: str) -> int:

@@ -606,3 +606,23 @@ def test_the_command_line(safe, cover, tmp_path, capsys):
     assert "already holds this dataset" in capsys.readouterr().out
     assert command([safe], [cover], "worldcover", tmp_path / "out", *keys, "tile.bands=[B02,B03,B04]") == 1
     assert "tile.bands" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("way", ["safe", "list", "stac"])
+def test_cloud_masks_of_products_lists_and_items(safe, cover, tmp_path, way):
+    """The classification that lies in the product, or that a list or an item names."""
+    image = next(safe.rglob("IMG_DATA"))
+    bands = {"red": "B04", "green": "B03", "blue": "B02"}
+    paths = {name: str(image / f"R10m/{S2}_{band}_10m.jp2") for name, band in bands.items()}
+    scl = str(image / f"R20m/{S2}_SCL_20m.jp2")
+    keys, scenes = ["mask.kind=scl"], safe
+    if way == "safe":
+        keys.append("scene.sensor=sentinel2")
+    elif way == "list":
+        scenes = write_list(tmp_path, [{"id": "x", "bands": paths, "mask": scl}])
+    else:
+        assets = {name: {"href": path, "type": "image/jp2"} for name, path in paths.items()}
+        scenes = write_json(tmp_path / "i.json", item("x", {**assets, "scl": {"href": scl}}))
+    (task,) = plan_of([scenes], cover, *keys).tasks
+    assert task.scene.mask is not None
+    assert task.scene.mask.path == scl
