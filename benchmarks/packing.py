@@ -132,10 +132,10 @@ def memory_cases(setting: Setting) -> Iterator[Case]:
         yield Case("memory", f"scene of {side:,} x {side:,}, 2 processes", scene, _sparse)
 
 
-def _sparse(inputs: Inputs, out: Path) -> dict[str, Any]:
+def _sparse(inputs: Inputs, out: Path, processes: int = 2) -> dict[str, Any]:
     from benchmarks.bench_pack_ours import KEEP_ALL, ours
 
-    return ours(inputs, out, "tile.codec=jpeg", "workers=2", keep=KEEP_ALL)
+    return ours(inputs, out, "tile.codec=jpeg", f"workers={processes}", keep=KEEP_ALL)
 
 
 def plan_cases(setting: Setting) -> Iterator[Case]:
