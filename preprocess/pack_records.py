@@ -10,7 +10,7 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from geokr import config
 from geokr.landcover import product_names
 from geokr.records import RecordError
 from preprocess import report, tile_table
-from preprocess.engine import WorkerLost
+from preprocess.engine import Engine, WorkerLost
 from preprocess.finishing import Finishing
 from preprocess.inputs import PlanError
 from preprocess.options import PackOptions
@@ -52,6 +52,11 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--sensor", help=f"{', '.join(sensor_names())}, or a YAML table of your own: names the bands")
     made.add_argument("--out", required=True, type=Path, help="folder of the dataset")
     made.add_argument("--config", help="YAML file; the overrides come on top")
+    made.add_argument(
+        "--scheduler",
+        metavar="ADDRESS",
+        help="pack on a running Dask cluster: tcp://host:port, or the path of its scheduler file",
+    )
     made.add_argument("--dry-run", action="store_true", help="plan, say what it would need, write nothing")
     return made
 
@@ -96,6 +101,16 @@ def describe(plan: Plan) -> str:
     return "\n".join(lines)
 
 
+def cluster(address: str | None, plan: Plan, out: Path) -> Callable[[], Engine] | None:
+    """Opens the Dask cluster at ``address``; None without one."""
+    if address is None:
+        return None
+    from preprocess.dask_engine import DaskCluster  # Dask takes a second to import, and few need it
+
+    inputs = [plan.tasks[0].scene.path, plan.sheets[0].sheet.path]
+    return lambda: DaskCluster(address, out, inputs)
+
+
 def run(arguments: Sequence[str]) -> int:
     others, overrides = config.split_overrides(arguments)
     chosen = parser().parse_args(others)
@@ -115,7 +130,8 @@ def run(arguments: Sequence[str]) -> int:
     bars = Bars()
     finishing = Finishing(chosen.out, bars)
     try:
-        packed: Packed = pack(plan, chosen.out, bars, finishing.with_work)
+        engine = cluster(chosen.scheduler, plan, chosen.out)
+        packed: Packed = pack(plan, chosen.out, bars, finishing.with_work, engine)
         finishing.afterwards(packed.manifest)
     finally:
         bars.close()
