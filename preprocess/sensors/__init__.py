@@ -1,1 +1,0 @@
-"""Tables of sensors, one YAML file each; preprocess.sensor reads them."""
