@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from geokr.landcover import LOOKUP_OFFSET, NODATA, UNKNOWN, Legend
-from preprocess import ground, kernels, lattice, raster
+from preprocess import cell_kernels, ground, label_kernels, lattice, raster
+from preprocess.cells import Cells
 from preprocess.coordinates import WGS84
 from preprocess.place import Place
 from preprocess.sheets import Domain, LabelError, LabelSheet, lookup_of
@@ -174,9 +175,9 @@ def _gather(
             codes = raster.read_codes(entry.sheet, window)
         except raster.RasterError as error:  # not the scene's fault, so never a reason to leave the scene out
             raise LabelError(str(error)) from error
-        kernels.gather_labels(
-            labels, NODATA, pixels, codes, lookup, LOOKUP_OFFSET, np.array(window[:2], np.float64),
-            period(entry.sheet), pixels if lonlat is None else lonlat,
+        label_kernels.gather_labels(
+            labels, NODATA, pixels, label_kernels.translate(codes, lookup, LOOKUP_OFFSET),
+            np.array(window[:2], np.float64), period(entry.sheet), pixels if lonlat is None else lonlat,
             np.array(domain or (0, 0, 0, 0), np.float64), domain is not None,
         )  # fmt: skip
         if (labels == UNKNOWN).any():
@@ -206,23 +207,24 @@ def tile_labels(
     sheets: Sequence[LabelSheet],
     subdivisions: tuple[int, int],
     valid_HW: np.ndarray,
-    origins_T2: np.ndarray,
+    cells: Cells,
     size: int,
     legend: Legend,
 ) -> TileLabels:
     """Labels of the tiles of a chunk.
 
-    window: the chunk's place. valid_HW: uint8, 0 where the scene has no data. origins_T2: int64 first (column, row)
-    of each tile in the window. Raises LabelError.
+    window: the chunk's place. valid_HW: uint8, 1 where the scene has data, else 0. cells: of its tiles. size: a tile's
+    side. Raises LabelError.
     """
     kx, ky = subdivisions
-    counts = np.zeros((len(origins_T2), 256), np.int64)
+    counts = cells.zeros(len(legend.classes), np.int64)
     strip = max(1, STRIP_PIXELS // (window.width * kx * ky))
     for top in range(0, window.height, strip):
         part = window.window(0, top, window.width, min(strip, window.height - top))
         labels = label_grid(part.subdivided(kx, ky), sheets, legend)
-        kernels.add_tile_histograms(counts, labels, valid_HW, origins_T2, size, kx, ky, top)
-    counted = counts[:, : len(legend.classes)]
+        cell_kernels.leave_out(labels, valid_HW, NODATA, kx, ky, top)
+        cell_kernels.label_counts(counts, labels, cells.down.spans, cells.across.spans, kx, ky, top)
+    counted = cells.tiles(counts)
     total = counted.sum(axis=1)
     fractions = counted / np.maximum(total, 1)[:, None]
     return TileLabels(fractions, total / (size * size * kx * ky))

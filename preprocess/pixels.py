@@ -1,5 +1,7 @@
 """A scene's pixels together with which of them hold data."""
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from preprocess import kernels, raster
@@ -22,3 +24,21 @@ def read_valid(
     if mask is not None:
         valid &= (mask != 0).astype(np.uint8)
     return pixels, valid
+
+
+# A strip is small enough to stay in the second-level cache or near it, and begins where blocks of the file do if they
+# are as high as most: none is decoded twice.
+STRIP_ROWS = 256
+STRIP_BYTES = 64 << 20
+
+
+def strips(row: int, height: int, row_bytes: int) -> Iterator[tuple[int, int]]:
+    """(top, bottom) of strips of rows that make ``height`` rows from ``row`` of a scene on, counted from there."""
+    rows = STRIP_ROWS
+    while rows > 1 and rows * row_bytes > STRIP_BYTES:
+        rows //= 2
+    top = 0
+    while top < height:
+        bottom = min(height, ((row + top) // rows + 1) * rows - row)
+        yield top, bottom
+        top = bottom

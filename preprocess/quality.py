@@ -29,7 +29,7 @@ class Measures(NamedTuple):
 def measures(histogram_S: np.ndarray, bands: int, valid_share: float, rules: QualityOptions) -> Measures:
     """What the rules look at.
 
-    histogram_S: pixels by sum of grey levels over ``bands`` (kernels.grey_sum_histogram).
+    histogram_S: pixels by sum of grey levels over ``bands`` (cell_kernels.grey_sum_histograms).
     valid_share: share of the tile's pixels that have data.
     """
     return Measures(valid_share, *kernels.grey_measures(histogram_S, bands, rules.dark_below, rules.bright_above))

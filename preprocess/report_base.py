@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from geokr.landcover import LOOKUP_OFFSET, NODATA, Legend
-from preprocess import ground, kernels, labels, lattice, raster
+from preprocess import ground, label_kernels, labels, lattice, raster
 from preprocess.raster import RasterError
 from preprocess.report_plane import MapPlace
 from preprocess.sheets import LabelSheet, lookup_of
@@ -54,17 +54,15 @@ def _draw(found: np.ndarray, points: np.ndarray, entry: LabelSheet, legend: Lege
     # sheet pixels a picture's pixel: what lies between is not looked at
     across = np.nanmedian(np.hypot(np.diff(column, axis=1), np.diff(row, axis=1))) * (column.shape[1] - 1)
     coarse = max(1.0, float(across) / found.shape[1])
-    windows = labels._pieces(sheet, column, row)
+    windows = labels.pieces(sheet, column, row)
     for left, top, width, height in windows:
         out = max(1, round(width / coarse)), max(1, round(height / coarse))
         codes = raster.read_codes_coarsely(sheet, (left, top, width, height), out, MAX_UNPREPARED)
         scale = out[0] / width, out[1] / height
         nodes = np.stack([(column - left) * scale[0], (row - top) * scale[1]], axis=-1)
-        period = labels._period(sheet) * scale[0]
-        kernels.gather_labels(
-            found, NODATA, nodes, codes, lookup_of(legend, sheet), LOOKUP_OFFSET, np.zeros(2), period, nodes,
-            np.zeros(4), False,
-        )  # fmt: skip
+        period = labels.period(sheet) * scale[0]
+        classes = label_kernels.translate(codes, lookup_of(legend, sheet), LOOKUP_OFFSET)
+        label_kernels.gather_labels(found, NODATA, nodes, classes, np.zeros(2), period, nodes, np.zeros(4), False)
     return bool(windows)
 
 

@@ -13,18 +13,20 @@ import numpy as np
 
 from geokr.landcover import Legend
 from geokr.records import Record
-from preprocess import blocks, kernels, masks, quality
+from preprocess import blocks, cell_kernels, kernels, masks, quality
+from preprocess.cells import Cells
 from preprocess.coordinates import WGS84
 from preprocess.footprints import ring_of
 from preprocess.grid import Chunk
 from preprocess.labels import TileLabels, tile_labels
 from preprocess.options import PackOptions
-from preprocess.pixels import read_valid
+from preprocess.pixels import read_valid, strips
 from preprocess.place import Place
 from preprocess.raster import RasterError, Scene
 from preprocess.sheets import LabelSheet
 from preprocess.spill import Kept, band_sums, spill
 from preprocess.stages import Clock
+from preprocess.stretching import Stretch
 from preprocess.tile_facts import QUALITY, pack_facts
 
 POINTS = 5  # a side of the lattice over a tile's footprint; odd, so that its middle is the tile's centre
@@ -59,14 +61,15 @@ def scan_or_report(job: Job) -> dict[str, Any]:
 class View:
     """A chunk's pixels and the tiles in them.
 
-    image: [H, W, C], what tiles are cut from. grey: its 8-bit preview [H, W, C], often the same array. valid: uint8
-    [H, W], 0 where there is no data. origins: int64 [tiles, 2], first (column, row) of each tile in these pixels.
-    reasons: why each tile is rejected, or None; measures: what the quality rules looked at. Every step fills in what
-    it finds.
+    cells: how its tiles overlap. image: [H, W, C], what tiles are cut from. grey: its 8-bit preview [H, W, C], often
+    the same array. valid: uint8 [H, W], 1 where there is data, else 0. origins: int64 [tiles, 2], first (column, row)
+    of each tile in these pixels. reasons: why each tile is rejected, or None; measures: what the quality rules looked
+    at. Every step fills in what it finds.
     """
 
     job: Job
     place: Place
+    cells: Cells
     image: np.ndarray
     grey: np.ndarray
     valid: np.ndarray
@@ -91,44 +94,56 @@ def scan_chunk(job: Job) -> dict[str, Any]:
     with clock("place"):
         tiles = place_tiles(view, tile_labels)
     with clock("statistics"):
-        sums = [band_sums(np.ascontiguousarray(tile.pixels)) for tile in tiles]
+        sums = band_sums(view.image, view.cells)
     rejected = Counter(reason for reason in view.reasons if reason)
     return spill(job.folder, job.number, job.scene.scene_id, job.options, tiles, sums, rejected, clock)
 
 
 def read_view(job: Job, clock: Clock) -> View:
+    """The chunk's pixels, read and stretched a strip of rows at a time, so that they pass through the caches once."""
     column, row, width, height = job.chunk.window
-    with clock("read"):
-        pixels, valid = read_valid(job.scene, job.bands, job.chunk.window)
-    with clock("stretch"):
-        grey = kernels.stretch_to_uint8(pixels, job.limits, valid)
-        image = kernels.interleave(pixels, valid) if job.options.stretch.mode == "none" else grey
-    origins = job.chunk.origins() - (column, row)
+    stretch, bands = Stretch.of(job.limits, job.scene.dtype), len(job.bands)
+    grey, valid = np.empty((height, width, bands), np.uint8), np.empty((height, width), np.uint8)
+    image = np.empty(grey.shape, job.scene.dtype) if job.options.stretch.mode == "none" else grey
+    for top, bottom in strips(row, height, width * bands * np.dtype(job.scene.dtype).itemsize):
+        with clock("read"):
+            window = (column, row + top, width, bottom - top)
+            pixels, valid[top:bottom] = read_valid(job.scene, job.bands, window)
+        with clock("stretch"):
+            stretch.into(grey[top:bottom], pixels, valid[top:bottom])
+            if image is not grey:
+                kernels.interleave(image[top:bottom], pixels, valid[top:bottom])
     place = job.scene.place.window(column, row, width, height)
-    return View(job, place, image, grey, valid, origins, [None] * len(origins))
+    origins = job.chunk.origins() - (column, row)
+    return View(job, place, Cells.of(job.chunk), image, grey, valid, origins, [None] * len(origins))
+
+
+def shares(view: View, pixels_HW: np.ndarray) -> np.ndarray:
+    """The share of each tile's pixels that are 1 (of 0 and 1, uint8), float64 [tiles]."""
+    counted = view.cells.zeros(1)
+    cell_kernels.count_valid(counted, pixels_HW, view.cells.down.spans, view.cells.across.spans)
+    return view.cells.tiles(counted)[:, 0] / view.job.chunk.size**2
 
 
 def judge(view: View) -> None:
     """The quality rules' verdict on every tile."""
-    size, rules = view.job.chunk.size, view.job.options.quality
-    for t, (left, top) in enumerate(view.origins.tolist()):
-        part = slice(top, top + size), slice(left, left + size)
-        histogram = kernels.grey_sum_histogram(view.grey[part])
-        share = float(view.valid[part].mean())
-        found = quality.measures(histogram, view.grey.shape[2], share, rules)
+    rules, bands, cells = view.job.options.quality, view.grey.shape[2], view.cells
+    histograms = cells.zeros(255 * bands + 1)
+    cell_kernels.grey_sum_histograms(histograms, view.grey, cells.down.spans, cells.across.spans)
+    for t, (histogram, share) in enumerate(zip(cells.tiles(histograms), shares(view, view.valid), strict=True)):
+        found = quality.measures(histogram, bands, float(share), rules)
         view.measures.append(found)
         view.reasons[t] = quality.rejection(found, rules)
 
 
 def reject_clouds(view: View) -> None:
     """The verdict of the mask beside the scene: too many pixels that have data and are masked."""
-    job, size = view.job, view.job.chunk.size
+    job = view.job
     if job.scene.mask is None or all(reason == "nodata" for reason in view.reasons):
         return
-    masked = view.valid & masks.masked_pixels(job.scene.mask, view.place, job.options.mask)
-    for t, (left, top) in enumerate(view.origins.tolist()):
-        share = float(masked[top : top + size, left : left + size].mean())
-        if share > job.options.mask.max_fraction and view.reasons[t] != "nodata":
+    masked = shares(view, view.valid & masks.masked_pixels(job.scene.mask, view.place, job.options.mask))
+    for t in np.flatnonzero(masked > job.options.mask.max_fraction).tolist():
+        if view.reasons[t] != "nodata":
             view.reasons[t] = "cloud"  # rather than what clouds look like: too bright, or flat
 
 
@@ -137,7 +152,7 @@ def label(view: View) -> TileLabels | None:
     if all(view.reasons):
         return None
     job = view.job
-    found = tile_labels(view.place, job.sheets, job.subdivisions, view.valid, view.origins, job.chunk.size, job.legend)
+    found = tile_labels(view.place, job.sheets, job.subdivisions, view.valid, view.cells, job.chunk.size, job.legend)
     for t in np.flatnonzero(found.valid_fraction < job.options.labels.min_valid_fraction).tolist():
         view.reasons[t] = view.reasons[t] or "unlabelled"
     return found
@@ -167,7 +182,7 @@ def place_tiles(view: View, found: TileLabels | None) -> list[Kept]:
         place = view.place.window(left, top, size, size)
         record = _record(job, pixels_HWC, found, t, place, lonlat, (left, top))
         facts = pack_facts(record, ring_of(longitudes[t], latitudes[t]), view.measures[t][: len(QUALITY)])
-        tiles.append(Kept(side, record, pixels_HWC, facts))
+        tiles.append(Kept(t, side, record, pixels_HWC, facts))
     return tiles
 
 

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from geokr.records import Record, encode_record, frame
-from preprocess import blocks, kernels, shards
+from preprocess import blocks, cell_kernels, shards
+from preprocess.cells import Cells
 from preprocess.image_codecs import encode_image
 from preprocess.options import PackOptions
 from preprocess.stages import Clock
@@ -26,20 +27,27 @@ TABLE = np.dtype([("hash", "<u8"), ("offset", "<u8"), ("length", "<u4"), ("facts
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Kept:
-    """A tile that stays. side: blocks.TRAIN or VAL. record: all but its image, which is made of pixels [H, W, C].
+    """A tile that stays: number t of its chunk.
 
-    facts: for tiles.parquet.
+    side: blocks.TRAIN or VAL. record: all but its image, which is made of pixels [H, W, C]. facts: for tiles.parquet.
     """
 
+    t: int
     side: int
     record: Record
     pixels: np.ndarray
     facts: bytes
 
 
-def band_sums(tile_HWC: np.ndarray) -> np.ndarray:
-    """Sum and sum of squares of each band, [2, C]: int64 for integer pixels, else float64."""
-    return kernels.float_sums(tile_HWC) if tile_HWC.dtype.kind == "f" else kernels.integer_sums(tile_HWC)
+def band_sums(pixels_HWC: np.ndarray, cells: Cells) -> np.ndarray:
+    """Sum and sum of squares of each band of each tile, [tiles, 2, C]: int64 for integer pixels, else float64."""
+    kind, size = pixels_HWC.dtype.kind, pixels_HWC.dtype.itemsize
+    wide = np.float64 if kind == "f" else np.uint32 if size == 1 else np.int64  # holds a tile's column of squares
+    _, width, bands = pixels_HWC.shape
+    sums = cells.zeros(2 * bands, np.float64 if kind == "f" else np.int64)
+    column, squares = np.empty((2, width * bands), wide)
+    cell_kernels.band_sums(sums, pixels_HWC, cells.down.spans, cells.across.spans, column, squares)
+    return cells.tiles(sums).reshape(-1, 2, bands)
 
 
 def tile_hash(seed: int, tile_id: str) -> int:
@@ -59,13 +67,13 @@ def spill(
     scene_id: str,
     options: PackOptions,
     tiles: Sequence[Kept],
-    sums: Sequence[np.ndarray],
+    sums: np.ndarray,
     rejected: Mapping[str, int],
     clock: Clock,
 ) -> dict[str, Any]:
     """Encodes a chunk's tiles one after the other, writes them and commits them; returns the commit's content.
 
-    sums: [2, C] of each tile's pixels and their squares.
+    sums: [chunk's tiles, 2, C] of pixels and their squares.
     """
     frames_path, table_path, commit_path = spill_paths(folder, number)
     places = [tile_hash(options.seed, tile.record.tile_id) for tile in tiles]
@@ -90,25 +98,22 @@ def spill(
         "bytes": at,
         "kept": len(tiles),
         "rejected": dict(rejected),
-        "splits": [
-            _sums([(tile, part) for tile, part in zip(tiles, sums, strict=True) if tile.side == side])
-            for side in (blocks.TRAIN, blocks.VAL)
-        ],
+        "splits": [_sums([tile for tile in tiles if tile.side == side], sums) for side in (blocks.TRAIN, blocks.VAL)],
         "stages": clock.times,
     }
     shards.write_whole(commit_path, json.dumps(commit).encode())
     return commit
 
 
-def _sums(tiles: Sequence[tuple[Kept, np.ndarray]]) -> dict[str, Any]:
+def _sums(tiles: Sequence[Kept], sums: np.ndarray) -> dict[str, Any]:
     """Totals over tiles of one split: tiles, pixels, band sums and sums of squares, and sums of fractions."""
     if not tiles:
         return {"tiles": 0}
-    total = np.sum([sums.astype(object) for _, sums in tiles], axis=0)  # Python's integers have no limit
+    total = sums[[tile.t for tile in tiles]].astype(object).sum(axis=0)  # Python's integers have no limit
     return {
         "tiles": len(tiles),
-        "pixels": sum(tile.record.shape[0] * tile.record.shape[1] for tile, _ in tiles),
+        "pixels": sum(tile.record.shape[0] * tile.record.shape[1] for tile in tiles),
         "sum": total[0].tolist(),
         "squares": total[1].tolist(),
-        "fractions": np.sum([tile.record.fractions.astype(np.float64) for tile, _ in tiles], axis=0).tolist(),
+        "fractions": np.sum([tile.record.fractions.astype(np.float64) for tile in tiles], axis=0).tolist(),
     }

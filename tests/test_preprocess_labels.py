@@ -15,7 +15,7 @@ from rasterio.warp import transform as warp_points
 
 from geokr import records
 from geokr.landcover import build_legend, load_product
-from preprocess import kernels, labels, lattice, raster, sheets
+from preprocess import label_kernels, labels, lattice, raster, sheets
 from preprocess.coordinates import transform_points
 from preprocess.grid import Grid
 from preprocess.inputs import PlanError
@@ -559,7 +559,9 @@ def test_a_lattice_keeps_its_tolerance_at_every_pixel(case, size):
     a, b, c, d, e, f = grid.transform
     x, y = a * (columns + 0.5) + b * (rows + 0.5) + c, d * (columns + 0.5) + e * (rows + 0.5) + f
     exact = np.array(warp_points(crs, target, x.ravel(), y.ravel())[:2])
-    found = np.array([kernels._between(nodes, i, j, *size) for i, j in zip(columns.flat, rows.flat, strict=True)]).T
+    found = np.array(
+        [label_kernels.between(nodes, i, j, *size) for i, j in zip(columns.flat, rows.flat, strict=True)]
+    ).T
     error = np.abs(found - exact)
     if degrees:
         error[0] = np.abs((found[0] - exact[0] + 180) % 360 - 180)

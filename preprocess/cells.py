@@ -1,0 +1,64 @@
+"""Tiles put together from cells, so that pixels under overlapping tiles are counted once.
+
+The edges of all tiles of a chunk cut it into cells; a tile is a rectangle of whole cells. What is counted (histograms,
+sums) is counted a cell at a time and added up a tile at a time, never subtracted: a single huge value spoils nothing
+but the tiles it lies in.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from preprocess import cell_kernels
+from preprocess.grid import Chunk
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Axis:
+    """One direction of a chunk. spans: int64 [cells, 2], first pixel and end of each cell that some tile covers.
+
+    first, last: int64 [tiles along the axis], a tile's cells are spans[first:last].
+    """
+
+    spans: np.ndarray
+    first: np.ndarray
+    last: np.ndarray
+
+
+def axis(starts: Sequence[int], size: int) -> Axis:
+    """Cells of tiles of ``size`` pixels that begin at ``starts`` (rising), counted from the first one."""
+    begin = np.array(starts, np.int64) - starts[0]
+    edges = np.unique(np.concatenate([begin, begin + size]))
+    spans = np.stack([edges[:-1], edges[1:]], axis=1)
+    nearest = begin[np.searchsorted(begin, spans[:, 0], side="right") - 1]  # the last tile to begin before a cell
+    spans = spans[spans[:, 0] < nearest + size]
+    return Axis(spans, np.searchsorted(spans[:, 0], begin), np.searchsorted(spans[:, 1], begin + size) + 1)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Cells:
+    """The cells of a chunk, counted from its window's corner. Tiles are in the order of Chunk.origins."""
+
+    down: Axis
+    across: Axis
+
+    @staticmethod
+    def of(chunk: Chunk) -> "Cells":
+        return Cells(axis(chunk.rows, chunk.size), axis(chunk.columns, chunk.size))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, columns) of cells."""
+        return len(self.down.spans), len(self.across.spans)
+
+    def zeros(self, values: int, dtype: type = np.uint32) -> np.ndarray:
+        """Counters [rows of cells, columns of cells, values]."""
+        return np.zeros((*self.shape, values), dtype)
+
+    def tiles(self, counted_YXV: np.ndarray) -> np.ndarray:
+        """What was counted by cell, added up by tile: [tiles, V], int64 for integers, else float64."""
+        dtype = np.float64 if counted_YXV.dtype.kind == "f" else np.int64
+        out = np.zeros((len(self.down.first), len(self.across.first), counted_YXV.shape[2]), dtype)
+        cell_kernels.add_ranges(out, counted_YXV, self.down.first, self.down.last, self.across.first, self.across.last)
+        return out.reshape(-1, counted_YXV.shape[2])
