@@ -64,12 +64,18 @@ def tree(results: list[dict[str, Any]], ratios: dict[str, float], **extra: Any) 
     return {"machine": machine(), "versions": versions(), **extra, "results": results, "ratios": rounded}
 
 
-def show(report: dict[str, Any], columns: Sequence[str], path: Path | None) -> None:
-    """Prints a table, the ratios, and as the last line one JSON object with them; writes the JSON if asked."""
-    rows = [list(columns)] + [[str(entry.get(column, "")) for column in columns] for entry in report["results"]]
+def table(lines: Sequence[dict[str, Any]], columns: Sequence[str]) -> None:
+    """Prints what the lines hold under these names; a column that none of them has is left out."""
+    columns = [column for column in columns if any(column in entry for entry in lines)]
+    rows = [list(columns)] + [[str(entry.get(column, "")) for column in columns] for entry in lines]
     widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def show(report: dict[str, Any], columns: Sequence[str], path: Path | None) -> None:
+    """Prints a table, the ratios, and as the last line one JSON object with them; writes the JSON if asked."""
+    table(report["results"], columns)
     for name, value in report["ratios"].items():
         print(f"{name}: {value:.2f}")
     if path is not None:

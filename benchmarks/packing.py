@@ -1,220 +1,311 @@
-"""How fast scenes become records, against the published way of working and against JPEG encoding alone.
+"""How fast scenes become records and what that takes, beside other ways of doing it and the limits there are.
 
-    python benchmarks/packing.py [--json FILE]
+    python benchmarks/packing.py [--stage STAGE] [--case TEXT] [--size PIXELS] [--repeats N] [--json FILE]
 
-Every measurement is a process of its own, after a warm-up on a small scene (compiled kernels come from Numba's
-cache), in turn with the others, `--repeats` times; medians and the ratio of medians are reported. Rates count tile
-positions, kept or not. The last line is one JSON object.
+    pack     JPEG tiles from one scene to a finished dataset, with 1 process and with 2; beside it the published way of
+             working and tiling in threads as gdal_retile does, with as many; and JPEG encoding alone; where time goes
+    raw      tiles as they are, beside the rate at which disk and memory take as many bytes
+    memory   sparse scenes up to 40,000 x 40,000 over a land-cover sheet of 36,000 x 36,000: peak memory of a worker and
+             of the driver, and whether time grows with the number of tiles alone
+    plan     10 million tiles (--plan-tiles): planning, and what the driver holds when all of them are scanned
+    all      those four
 
-The peer works as the published tools do: for every tile it opens the scene, reads a window, stretches it, and
-writes a GeoTIFF with DEFLATE 9; for every tile it opens the land-cover sheet, projects two corners of the tile, reads
-the window between them, and writes the histogram as JSON.
+Every measurement is a process of its own after a warm-up on a small scene (compiled kernels come from Numba's cache),
+in turn with the others, `--repeats` times; medians and spreads ((max - min) / median) are reported. Rates of geokr
+count tiles that were written, the start of its processes included. CPU time is that of all processes; where cores
+are shared with others it says more than rates do. The last line is one JSON object.
 """
 
 import argparse
 import json
-import resource
-import shutil
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 if __package__ in (None, ""):  # run as a file: the folder on the path must be the project's, not this one
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import numpy as np
+from benchmarks import bench_pack_disk, bench_pack_inputs, bench_report
+from benchmarks.bench_pack_inputs import SIZE, STEP, Inputs, positions
 
-from benchmarks import bench_report
-
-SIZE, STEP = 256, 200
-
-
-# ------------------------------------------------------------------------------------------------ what is measured
-
-
-def ours(scene: Path, sheets: list[Path], out: Path, workers: int, codec: str) -> int:
-    """Packs the scene; returns the number of tile positions."""
-    from geokr import config
-    from preprocess.options import PackOptions
-    from preprocess.pack import pack
-    from preprocess.plan import make_plan
-
-    overrides = [f"workers={workers}", f"tile.codec={codec}", "quality.max_dark_fraction=null"]
-    if scene.parent.parent.name.startswith("warm"):
-        overrides.append("split.val_fraction=0")  # it lies in a single block
-    options = config.load(PackOptions, None, [*overrides, "split.block_m=10000"])
-    plan = make_plan([str(scene)], [str(sheet) for sheet in sheets], "globeland30", options)
-    out.mkdir(parents=True)
-    pack(plan, out, lambda phase, done, total: None)
-    return plan.tiles
+STAGES = ("pack", "raw", "memory", "plan")
+COLUMNS = (
+    "stage", "case", "tiles_per_s", "spread", "cpu_us_per_tile", "mb_per_s", "driver_mb", "worker_mb", "bytes_a_tile",
+)  # fmt: skip
+ONCE = ("memory", "plan")  # stages that are exact, or long: measured once unless --repeats asks for more
+PROCESSES = (1, 2)
 
 
-def published(scene: Path, sheets: list[Path], out: Path) -> int:
-    """One process, tile by tile, as the published tools do it."""
-    import rasterio
-    from rasterio.warp import transform
-    from rasterio.windows import Window
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What was asked for. sides: of the sparse scenes. sheet: a sheet of WorldCover, or None to make one as large."""
 
-    from preprocess.grid import offsets
-
-    out.mkdir(parents=True)
-    with rasterio.open(scene) as dataset:
-        width, height = dataset.width, dataset.height
-        sample = dataset.read([1, 2, 3])[:, ::4, ::5]
-        low, high = np.percentile(sample[:, sample.mean(axis=0) > 0], (1, 99))
-    count = 0
-    for top in offsets(height, SIZE, STEP).tolist():
-        for left in offsets(width, SIZE, STEP).tolist():
-            name = out / f"{left}_{top}.tif"
-            with rasterio.open(scene) as dataset:
-                window = Window(left, top, SIZE, SIZE)  # type: ignore[call-arg]
-                pixels = dataset.read([1, 2, 3], window=window)
-                grey = np.clip((pixels - low) / (high - low) * 255, 0, 255).astype(np.uint8)
-                place = dataset.window_transform(window)
-                profile = {
-                    "driver": "GTiff",
-                    "width": SIZE,
-                    "height": SIZE,
-                    "count": 3,
-                    "dtype": "uint8",
-                    "crs": dataset.crs,
-                    "transform": place,
-                    "compress": "DEFLATE",
-                    "zlevel": 9,
-                }
-                corners = [place * (0, 0), place * (SIZE, SIZE)]
-                crs = dataset.crs
-            with rasterio.open(name, "w", **profile) as tile:
-                tile.write(grey)
-            with rasterio.open(sheets[0]) as sheet:
-                xs, ys = transform(crs, sheet.crs, [x for x, _ in corners], [y for _, y in corners])[:2]
-                (r0, c0), (r1, c1) = sheet.index(xs[0], ys[0]), sheet.index(xs[1], ys[1])
-                area = Window(c0, r0, max(1, c1 - c0), max(1, r1 - r0))  # type: ignore[call-arg]
-                codes, counts = np.unique(sheet.read(1, window=area, boundless=True), return_counts=True)
-            name.with_suffix(".json").write_text(json.dumps(dict(zip(codes.tolist(), counts.tolist(), strict=True))))
-            count += 1
-    return count
+    cache: Path
+    size: int
+    sides: tuple[int, ...]
+    plan_tiles: int
+    sheet: Path | None
 
 
-def encode_only(scene: Path) -> tuple[int, float]:
-    """JPEG encoding of the same tiles and nothing else, the codec's own limit on one core: (tiles, seconds)."""
-    import rasterio
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One thing to measure. run: (inputs, a folder to write) to figures. folder: in which that is made."""
 
-    from geokr import config
-    from preprocess import kernels
-    from preprocess.grid import offsets
-    from preprocess.image_codecs import encode_image
-    from preprocess.options import PackOptions
-
-    options = config.load(PackOptions, None)
-    with rasterio.open(scene) as dataset:
-        pixels = dataset.read([1, 2, 3])
-    low, high = np.percentile(pixels[:, ::20, ::20], (1, 99))
-    valid = np.ones(pixels.shape[1:], np.uint8)
-    grey = kernels.stretch_to_uint8(pixels, np.tile([low, high], (3, 1)).astype(np.float64), valid)
-    tiles = [
-        np.ascontiguousarray(grey[y : y + SIZE, x : x + SIZE])
-        for y in offsets(grey.shape[0], SIZE, STEP).tolist()
-        for x in offsets(grey.shape[1], SIZE, STEP).tolist()
-    ]
-    start = time.perf_counter()
-    for tile in tiles:
-        encode_image(tile, options)
-    return len(tiles), time.perf_counter() - start
+    stage: str
+    name: str
+    inputs: Callable[[], Inputs]
+    run: Callable[[Inputs, Path], dict[str, Any]]
+    warm: bool = True
+    folder: Path | None = None  # by default the cache
 
 
-def timed(function: Callable[..., int], *arguments: Any) -> tuple[int, float]:
-    """(tiles, seconds) of a whole call."""
-    start = time.perf_counter()
-    return function(*arguments), time.perf_counter() - start
+# ------------------------------------------------------------------------------------------------------- cases
 
 
-CASES: dict[str, Callable[[Path, list[Path], Path], tuple[int, float]]] = {
-    "ours, jpeg, 1 process": lambda scene, sheets, out: timed(ours, scene, sheets, out, 0, "jpeg"),
-    "ours, jpeg, 2 processes": lambda scene, sheets, out: timed(ours, scene, sheets, out, 2, "jpeg"),
-    "ours, raw, 1 process": lambda scene, sheets, out: timed(ours, scene, sheets, out, 0, "raw"),
-    "published way, 1 process": lambda scene, sheets, out: timed(published, scene, sheets, out),
-    "jpeg encoding alone, 1 process": lambda scene, sheets, out: encode_only(scene),
-}
+def words(processes: int) -> str:
+    return "1 process" if processes == 1 else f"{processes} processes"
 
 
-def measure_one(case: str, scene: Path, sheets: list[Path], warm: Path, folder: Path) -> dict[str, float]:
-    """Runs one case in this process: rate in tiles/s, and peak memory of this process and its largest child in MB."""
-    CASES[case](warm, sheets, folder / "warm")
-    tiles, seconds = CASES[case](scene, sheets, folder / "out")
-    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return {"rate": tiles / seconds, "peak_mb": peak / 1024}
+def threads(count: int) -> str:
+    return "1 thread" if count == 1 else f"{count} threads"
 
 
-# -------------------------------------------------------------------------------------------------------- the run
+def all_cases(setting: Setting) -> list[Case]:
+    return [*pack_cases(setting), *raw_cases(setting), *memory_cases(setting), *plan_cases(setting)]
 
 
-def make_inputs(folder: Path, size: int) -> tuple[Path, list[Path], Path]:
-    """(scene, sheets, small scene for warming up), made by the demo-scene maker and kept in ``folder``."""
-    scenes = {}
-    for name, side in (("scene", size), ("warm", 700)):
-        place = folder / f"{name}-{side}"
-        if not (place / "done").exists():
-            shutil.rmtree(place, ignore_errors=True)
-            command = [sys.executable, "preprocess/make_demo.py", "--out", str(place), "--size", str(side)]
-            subprocess.run(command, check=True, cwd=Path(__file__).parents[1], stdout=subprocess.DEVNULL)
-            (place / "done").touch()
-        scenes[name] = place
-    sheets = sorted(scenes["scene"].rglob("N*_*LC030.tif"))
-    return _scene_in(scenes["scene"]), sheets, _scene_in(scenes["warm"])
+def pack_cases(setting: Setting) -> Iterator[Case]:
+    from benchmarks import bench_pack_peers
+
+    scene = partial(bench_pack_inputs.demo, setting.cache, setting.size)
+    for n in PROCESSES:
+        for subsampling in ("444", "420"):
+            name = "jpeg" if subsampling == "444" else "jpeg 4:2:0"
+            overrides = "tile.codec=jpeg", f"tile.jpeg_subsampling={subsampling}"
+            pack = partial(_ours, overrides=(*overrides, _workers(n)))
+            yield Case("pack", f"ours, {name}, {words(n)}", scene, pack)
+            alone = partial(_encode, processes=n, overrides=overrides)
+            yield Case("pack", f"{name} encoding alone, {words(n)}", scene, alone, warm=False)
+        yield Case("pack", f"published way, {words(n)}", scene, partial(bench_pack_peers.published, processes=n))
+        retile = partial(bench_pack_peers.threads, count=n)
+        yield Case("pack", f"threads as gdal_retile, {threads(n)}", scene, retile)
 
 
-def _scene_in(folder: Path) -> Path:
-    return next(path for path in sorted(folder.rglob("*.tif")) if "LC030" not in path.name)
+def _workers(processes: int) -> str:
+    return f"workers={processes if processes > 1 else 0}"
 
 
-def run(size: int, repeats: int, cache: Path) -> dict[str, Any]:
-    """All cases in turn, ``repeats`` times; the report's tree."""
-    scene, sheets, warm = make_inputs(cache, size)
-    rates: dict[str, list[dict[str, float]]] = {case: [] for case in CASES}
-    for _ in range(repeats):
-        for case in CASES:
-            with tempfile.TemporaryDirectory(dir=cache) as folder:
-                command = [sys.executable, __file__, "--case", case, "--paths", str(scene), str(warm), folder]
-                command += [str(sheet) for sheet in sheets]
-                done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-            rates[case].append(json.loads(done.stdout.splitlines()[-1]))
-    results = [
-        {"stage": "pack", "case": case, **bench_report.median_and_spread("tiles_per_s", [r["rate"] for r in found]),
-         "peak_mb": round(max(r["peak_mb"] for r in found))}
-        for case, found in rates.items()
+def _ours(inputs: Inputs, out: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    from benchmarks.bench_pack_ours import ours
+
+    return ours(inputs, out, *overrides)
+
+
+def _encode(inputs: Inputs, out: Path, processes: int, overrides: Sequence[str]) -> dict[str, Any]:
+    from benchmarks.bench_pack_ours import encode_alone
+
+    return encode_alone(inputs, out, processes, *overrides)
+
+
+def raw_cases(setting: Setting) -> Iterator[Case]:
+    scene = partial(bench_pack_inputs.demo, setting.cache, setting.size)
+    size = len(positions(setting.size, setting.size)) * SIZE * SIZE * 3
+    places = [("disk", setting.cache)]
+    if memory := bench_pack_disk.memory_folder(6 * size):
+        places.append(("memory", memory))
+    for place, folder in places:
+        for n in PROCESSES:
+            pack = partial(_ours, overrides=("tile.codec=raw", _workers(n)))
+            yield Case("raw", f"ours, raw, {words(n)}, {place}", scene, pack, folder=folder)
+        yield Case("raw", f"writing as many bytes, {place}", scene, partial(bench_pack_disk.write_alone, size=size),
+                   warm=False, folder=folder)  # fmt: skip
+
+
+def memory_cases(setting: Setting) -> Iterator[Case]:
+    for side in setting.sides:
+        scene = partial(bench_pack_inputs.sparse, setting.cache, side, setting.sheet)
+        yield Case("memory", f"scene of {side:,} x {side:,}, 2 processes", scene, _sparse)
+
+
+def _sparse(inputs: Inputs, out: Path, processes: int = 2) -> dict[str, Any]:
+    from benchmarks.bench_pack_ours import KEEP_ALL, ours
+
+    return ours(inputs, out, "tile.codec=jpeg", f"workers={processes}", keep=KEEP_ALL)
+
+
+def plan_cases(setting: Setting) -> Iterator[Case]:
+    from benchmarks import bench_pack_driver
+
+    scenes = partial(bench_pack_inputs.headers, setting.cache, setting.plan_tiles)
+    yield Case("plan", "planning", scenes, bench_pack_driver.planning, warm=False)
+    yield Case("plan", "driver up to the first shard", scenes, bench_pack_driver.driving, warm=False)
+
+
+# ------------------------------------------------------------------------------------------------- measuring
+
+
+def measure_here(case: Case, folder: Path) -> dict[str, Any]:
+    """Runs one case in this process, warmed up."""
+    inputs = case.inputs()
+    if case.warm:
+        case.run(inputs.small(), folder / "warm")
+    return case.run(inputs, folder / "out")
+
+
+def measure(case: Case, cache: Path, arguments: Sequence[str]) -> dict[str, Any]:
+    """Runs one case in a process of its own."""
+    case.inputs()  # made before, if need be
+    with tempfile.TemporaryDirectory(prefix="geokr-bench-", dir=case.folder or cache) as folder:
+        command = [sys.executable, __file__, *arguments, "--run", case.name, "--folder", folder]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        sys.exit(f"{case.name}: ended with status {done.returncode}; its own message is above")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def run(
+    cases: Sequence[Case], repeats: int | None, cache: Path, arguments: Sequence[str]
+) -> dict[str, list[dict[str, Any]]]:
+    """Figures of every case, ``repeats`` times in turn."""
+    found: dict[str, list[dict[str, Any]]] = {case.name: [] for case in cases}
+    for turn in range(repeats or 3):
+        for case in cases:
+            if turn == 0 or repeats or case.stage not in ONCE:
+                print(f"{case.stage}: {case.name} ...", file=sys.stderr, flush=True)
+                found[case.name].append(measure(case, cache, arguments))
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------- report
+
+
+def line(case: Case, found: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """A case's line in the report: medians, and the largest of what memory took."""
+    made: dict[str, Any] = {"stage": case.stage, "case": case.name}
+    if all("tiles" in entry for entry in found):
+        made |= bench_report.median_and_spread("tiles_per_s", [entry["tiles"] / entry["seconds"] for entry in found])
+        made["cpu_us_per_tile"] = _median([entry["cpu_s"] / entry["tiles"] * 1e6 for entry in found])
+        made["tiles"] = found[0]["tiles"]
+    if all("bytes" in entry for entry in found):
+        rates = bench_report.median_and_spread("mb_per_s", [entry["bytes"] / entry["seconds"] / 1e6 for entry in found])
+        made = {**rates, **made}
+    for key in ("driver_mb", "worker_mb", "bytes_a_tile"):
+        if any(entry.get(key) for entry in found):
+            made[key] = round(max(entry[key] for entry in found), 1)
+    for key in ("crop_s", "label_s"):
+        if key in found[0]:
+            made[f"{key[:-2]}_per_s"] = _median([entry["tiles"] / entry[key] for entry in found])
+    return {**made, "seconds": round(sorted(entry["seconds"] for entry in found)[len(found) // 2], 3)}
+
+
+def _median(values: Sequence[float]) -> float:
+    return round(sorted(values)[len(values) // 2], 1)
+
+
+def _pairs() -> dict[str, tuple[str, str, str]]:
+    """Ratio to the cases that it holds against one another, and in what."""
+    pairs = {"ours, jpeg, 2 processes / 1": ("ours, jpeg, 2 processes", "ours, jpeg, 1 process", "tiles_per_s")}
+    for n in PROCESSES:
+        here = f"ours, jpeg, {words(n)}"
+        for other in (f"published way, {words(n)}", f"threads as gdal_retile, {threads(n)}"):
+            pairs[f"ours / {other}"] = here, other, "tiles_per_s"
+        for name in ("jpeg", "jpeg 4:2:0"):
+            alone = f"{name} encoding alone, {words(n)}"
+            pairs[f"ours / {alone}"] = f"ours, {name}, {words(n)}", alone, "tiles_per_s"
+        for place in ("disk", "memory"):
+            written = f"writing as many bytes, {place}"
+            pairs[f"raw / {written}, {words(n)}"] = f"ours, raw, {words(n)}, {place}", written, "mb_per_s"
+    return pairs
+
+
+PAIRS = _pairs()
+
+
+def ratios_of(results: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Ratios within the run, of those pairs that were measured; of rates in tiles also by CPU time."""
+    by_name = {entry["case"]: entry for entry in results}
+    found: dict[str, float] = {}
+    for name, (over, under, key) in PAIRS.items():
+        if over in by_name and under in by_name:
+            found[name] = by_name[over][key] / by_name[under][key]
+            if key == "tiles_per_s":
+                cpu = by_name[under]["cpu_us_per_tile"], by_name[over]["cpu_us_per_tile"]
+                found[f"{name}, by CPU time"] = cpu[0] / cpu[1]
+    large = [entry for entry in results if entry["stage"] == "memory"]
+    for entry in large[:-1]:
+        times = large[-1]["tiles"] / entry["tiles"]
+        found[f"time a tile, {times:.0f} times as many"] = entry["tiles_per_s"] / large[-1]["tiles_per_s"]
+        found[f"CPU a tile, {times:.0f} times as many"] = large[-1]["cpu_us_per_tile"] / entry["cpu_us_per_tile"]
+    return found
+
+
+def stage_lines(case: str, found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Where a case's time went: CPU and elapsed microseconds a tile of each stage, and its share of both."""
+    names = list(found[0].get("stages", ()))
+    tiles = sum(entry["tiles"] for entry in found)
+    totals = {name: [sum(entry["stages"][name][i] for entry in found) for i in (0, 1)] for name in names}
+    cpu = sum(entry["cpu_s"] for entry in found)
+    lines = [
+        {"case": case, "part": name, "cpu_us": round(spent[0] / tiles * 1e6, 1), "share": round(spent[0] / cpu, 3),
+         "elapsed_us": round(spent[1] / tiles * 1e6, 1)}
+        for name, spent in totals.items()
     ]  # fmt: skip
-    middle = {entry["case"]: entry["tiles_per_s"] for entry in results}
-    one = middle["ours, jpeg, 1 process"]
-    ratios = {
-        "ours / published way (1 process each)": one / middle["published way, 1 process"],
-        "ours / jpeg encoding alone (1 process each)": one / middle["jpeg encoding alone, 1 process"],
-        "ours, 2 processes / 1": middle["ours, jpeg, 2 processes"] / one,
-    }
-    return bench_report.tree(results, ratios, scene=f"{size} x {size}, 4 bands of uint16, {SIZE} px every {STEP} px")
+    rest = cpu - sum(spent[0] for spent in totals.values())
+    others = {"part": "all else", "cpu_us": round(rest / tiles * 1e6, 1), "share": round(rest / cpu, 3)}
+    return [*lines, {"case": case, **others}] if names else []
+
+
+# ---------------------------------------------------------------------------------------------- command line
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--stage", choices=(*STAGES, "all"), default="all")
+    made.add_argument("--case", default="", help="only cases whose name holds this text")
+    made.add_argument("--size", type=int, default=6000, help="side of the scene of pack and raw, in pixels")
+    made.add_argument("--sides", type=int, nargs="+", default=(10_000, 20_000, 40_000), help="sides of memory's scenes")
+    made.add_argument("--sheet", type=Path, help="WorldCover's sheet N00E006; without it one as large is made")
+    made.add_argument("--plan-tiles", type=int, default=10_000_000, help="tiles of plan, about")
+    made.add_argument("--repeats", type=int, help="default: 3, and 1 for memory and plan")
+    made.add_argument("--cache", type=Path, default=Path("out/bench-packing"), help="where inputs are kept")
+    made.add_argument("--json", type=Path, help="write the report there")
+    made.add_argument("--run", help=argparse.SUPPRESS)
+    made.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    return made
 
 
 def main() -> int:
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--size", type=int, default=4000, help="side of the scene in pixels")
-    made.add_argument("--repeats", type=int, default=3)
-    made.add_argument("--cache", type=Path, default=Path("out/bench-packing"), help="where inputs are kept")
-    made.add_argument("--json", type=Path, help="write the report there")
-    made.add_argument("--case", help=argparse.SUPPRESS)
-    made.add_argument("--paths", nargs="+", type=Path, help=argparse.SUPPRESS)
-    chosen = made.parse_args()
-    if chosen.case:
-        scene, warm, folder, *sheets = chosen.paths
-        print(json.dumps(measure_one(chosen.case, scene, sheets, warm, folder)))
-        return 0
+    chosen = parser().parse_args()
     chosen.cache.mkdir(parents=True, exist_ok=True)
-    tree = run(chosen.size, chosen.repeats, chosen.cache.resolve())
-    bench_report.show(tree, ("case", "tiles_per_s", "spread", "peak_mb"), chosen.json)
+    setting = Setting(chosen.cache.resolve(), chosen.size, tuple(chosen.sides), chosen.plan_tiles, chosen.sheet)
+    cases = all_cases(setting)
+    if chosen.run:
+        (case,) = [case for case in cases if case.name == chosen.run]
+        print(json.dumps(measure_here(case, chosen.folder)))
+        return 0
+    cases = [case for case in cases if chosen.stage in ("all", case.stage) and chosen.case in case.name]
+    if not cases:
+        sys.exit(f"--stage {chosen.stage} has no case whose name holds {chosen.case!r}")
+    report(cases, run(cases, chosen.repeats, setting.cache, sys.argv[1:]), chosen)
     return 0
+
+
+def report(cases: Sequence[Case], found: dict[str, list[dict[str, Any]]], chosen: argparse.Namespace) -> None:
+    results = [line(case, found[case.name]) for case in cases]
+    parts = [
+        entry for case in cases if case.stage in ("pack", "raw") for entry in stage_lines(case.name, found[case.name])
+    ]
+    if parts:
+        bench_report.table(parts, ("case", "part", "cpu_us", "share", "elapsed_us"))
+        print()
+    scene = f"{chosen.size} x {chosen.size}, 4 bands of uint16, {SIZE} px every {STEP} px"
+    tree = bench_report.tree(results, ratios_of(results), scene=scene, parts=parts)
+    bench_report.show(tree, COLUMNS, chosen.json)
 
 
 if __name__ == "__main__":

@@ -1,46 +1,163 @@
-"""Which bands of the scenes make a tile, and in what type."""
+"""What bands are called, which of them make a tile, and in what type."""
 
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from geokr.config import suggestion
 from geokr.records import Band
 from preprocess.inputs import PlanError
 from preprocess.options import PackOptions
-from preprocess.raster import Scene
+from preprocess.raster import Header, Scene
+from preprocess.sensor import Sensor, SensorBand
+
+ALPHA = "alpha"
+COLOURS = ("red", "green", "blue")
 
 
-def check_alike(scenes: Sequence[Scene]) -> None:
-    first = scenes[0]
-    for scene in scenes[1:]:
-        for what, a, b in (
-            ("bands", len(first.band_names), len(scene.band_names)),
-            ("dtype", first.dtype, scene.dtype),
-        ):
-            if a != b:
-                raise PlanError(
-                    f"mixed scenes: {first.path} has {what} {a}, {scene.path} has {b}; pack them as separate datasets"
-                )
+@dataclass(frozen=True, slots=True)
+class NamedBand:
+    """also: other names by which it may be chosen."""
+
+    name: str
+    also: tuple[str, ...] = ()
+    wavelength_nm: float | None = None
 
 
-def choose_bands(scene: Scene, options: PackOptions) -> tuple[Band, ...]:
-    available = scene.band_names
-    wanted = options.tile.bands
+# ---------------------------------------------------------------------------------------------------- names
+
+
+def named_bands(header: Header, names: Sequence[str], sensor: Sensor | None, title: str) -> list[NamedBand]:
+    """What the bands of one file are called: by a list, by the sensor, by the file itself (descriptions, colours).
+
+    An alpha band is called so, whatever else: it is no band to train on. Raises PlanError where names or the sensor do
+    not fit the file.
+    """
+    pictured = [i for i, colour in enumerate(header.colours) if colour != ALPHA]
+    if names:
+        return _fitted(names, header, pictured, title)
+    own = _own_names(header)
+    if sensor is None:
+        return [NamedBand(name, (), header.wavelengths_nm[i]) for i, name in enumerate(own)]
+    known = sensor.described([header.descriptions[i] for i in pictured]) or sensor.layout(len(pictured))
+    if known is None and (known := sensor.layout(header.count)):
+        pictured = list(range(header.count))  # a writer took the fourth of four bands for alpha, as GDAL does
+    if known is None:
+        layouts = "; ".join(f"{len(layout)}: {', '.join(layout)}" for layout in sensor.table.layouts) or "none"
+        raise PlanError(
+            f"{title}: has {len(pictured)} bands, which fits no layout of sensor {sensor.name} ({layouts}); name its "
+            "bands in the file or in a scene list, or give a sensor table of your own (docs/data.md, Sensors)"
+        )
+    by_place = dict(zip(pictured, known, strict=True))
+    return [_of_sensor(by_place[i]) if i in by_place else NamedBand(ALPHA) for i in range(header.count)]
+
+
+def _of_sensor(band: SensorBand) -> NamedBand:
+    return NamedBand(band.name, (band.id, *band.also), band.nm)
+
+
+def _fitted(names: Sequence[str], header: Header, pictured: Sequence[int], title: str) -> list[NamedBand]:
+    places = pictured if len(names) == len(pictured) else range(header.count)
+    if len(names) != len(places):
+        raise PlanError(f"{title}: {len(names)} names ({', '.join(names)}) for a file of {header.count} bands")
+    by_place = dict(zip(places, names, strict=True))
+    return [NamedBand(by_place.get(i, ALPHA), (), header.wavelengths_nm[i]) for i in range(header.count)]
+
+
+def _own_names(header: Header) -> list[str]:
+    """Descriptions, else colours (red, green, ...), else band_N; made unique."""
+    names: list[str] = []
+    for number, (text, colour) in enumerate(zip(header.descriptions, header.colours, strict=True), 1):
+        name = ALPHA if colour == ALPHA else text or (colour if colour in COLOURS else "")
+        names.append(name if name and name not in names else f"band_{number}")
+    return names
+
+
+# --------------------------------------------------------------------------------------------------- choice
+
+
+def band_numbers(wanted: Sequence[int | str] | str | None, available: Sequence[NamedBand], title: str) -> list[int]:
+    """1-based numbers of the bands that ``tile.bands`` asks for. Raises PlanError for one that is not there."""
     if wanted is None:
-        wanted = tuple(i + 1 for i, name in enumerate(available) if name != "alpha")
+        return [i for i, band in enumerate(available, 1) if band.name != ALPHA]
+    if isinstance(wanted, str):
+        by_name = [_number(colour, available) for colour in COLOURS]
+        wanted = [number for number in by_name if number] if all(by_name) else (1, 2, 3)
     numbers = []
     for band in wanted:
-        if isinstance(band, str) and band not in available:
-            raise PlanError(
-                f"tile.bands: no band {band!r} in {scene.path}{suggestion(band, available)}; "
-                f"it has {', '.join(available)}"
-            )
-        number = available.index(band) + 1 if isinstance(band, str) else band
+        number = band if isinstance(band, int) else _number(band, available)
+        if number is None:
+            words = [word for each in available for word in (each.name, *each.also)]
+            listed = ", ".join(f"{each.name} ({each.also[0]})" if each.also else each.name for each in available)
+            raise PlanError(f"tile.bands: no band {band!r} in {title}{suggestion(str(band), words)}; it has {listed}")
         if not 1 <= number <= len(available):
-            raise PlanError(f"tile.bands: no band {number} in {scene.path}, which has 1 to {len(available)}")
+            raise PlanError(f"tile.bands: no band {number} in {title}, which has 1 to {len(available)}")
         numbers.append(number)
     if len(set(numbers)) != len(numbers):
         raise PlanError(f"tile.bands: a band stands twice in {list(wanted)}")
-    return tuple(Band(name=available[n - 1], number=n, wavelength_nm=scene.wavelengths_nm[n - 1]) for n in numbers)
+    return numbers
+
+
+def _number(word: str, available: Sequence[NamedBand]) -> int | None:
+    """The band of a name: its own, else one of its other names in any case, else the one whose name holds the word
+    (``red`` in ``B4 red``, never in ``red edge``)."""
+    plain = word.lower()
+    ways = (
+        lambda band: band.name == word,
+        lambda band: plain in (each.lower() for each in (band.name, *band.also)),
+        lambda band: plain in (parts := re.findall(r"[a-z]+|[0-9]+", band.name.lower())) and "edge" not in parts,
+    )
+    for way in ways:
+        found = [number for number, band in enumerate(available, 1) if way(band)]
+        if len(found) == 1:
+            return found[0]
+    return None
+
+
+def named_of(scene: Scene) -> list[NamedBand]:
+    """The bands of a scene as they are called."""
+    return [NamedBand(*each) for each in zip(scene.band_names, scene.aliases, scene.wavelengths_nm, strict=True)]
+
+
+def choose_bands(scene: Scene, options: PackOptions) -> tuple[Band, ...]:
+    """The bands of a tile, in order. Raises PlanError for one that is not there."""
+    available = named_of(scene)
+    numbers = band_numbers(options.tile.bands, available, scene.path)
+    return tuple(
+        Band(name=available[n - 1].name, number=n, wavelength_nm=available[n - 1].wavelength_nm) for n in numbers
+    )
+
+
+def warnings(scene: Scene, options: PackOptions) -> list[str]:
+    """What is allowed about a scene's bands but may not be meant."""
+    known = named_of(scene)
+    if options.tile.bands != "rgb" or all(_number(colour, known) for colour in COLOURS):
+        return []
+    return [
+        f"{scene.path}: nothing says which of its bands are red, green and blue, so tiles take the first three "
+        f"({', '.join(scene.band_names[:3])}) in this order. Gaofen, for one, stores blue first. Give --sensor, or "
+        "tile.bands=[3,2,1], or tile.bands=[1,2,3] if it is right so"
+    ]
+
+
+# -------------------------------------------------------------------------------------------- several scenes
+
+
+def check_alike(scenes: Sequence[Scene]) -> None:
+    """Raises PlanError where scenes differ in dtype, or scenes of one file each in their number of bands."""
+    first = scenes[0]
+    whole = [scene for scene in scenes if len({layer and layer.path for layer in scene.layers}) == 1]
+    for scene in scenes[1:]:
+        if first.dtype != scene.dtype:
+            raise PlanError(_mixed("dtype", first, first.dtype, scene, scene.dtype))
+    for scene in whole[1:]:
+        counts = len(whole[0].band_names), len(scene.band_names)
+        if counts[0] != counts[1]:
+            raise PlanError(_mixed("bands", whole[0], counts[0], scene, counts[1]))
+
+
+def _mixed(what: str, one: Scene, a: object, other: Scene, b: object) -> str:
+    return f"mixed scenes: {one.path} has {what} {a}, {other.path} has {b}; pack them as separate datasets"
 
 
 def check_band_names(scenes: Sequence[Scene], bands: Sequence[Band], options: PackOptions) -> None:

@@ -6,56 +6,96 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from preprocess import remote
+
 
 class PlanError(ValueError):
     """Inputs that cannot become a dataset; the message names file or key and the remedy."""
 
 
-def find_files(patterns: Sequence[str], what: str) -> list[str]:
+def find_files(patterns: Sequence[str], what: str, allow_remote: bool = False) -> list[str]:
     """Files that match globs, or stand in text lists (``@list.txt``, a path a line), sorted, without doubles.
 
     Raises PlanError for a pattern that matches nothing.
     """
-    found: set[str] = set()
-    for pattern in patterns:
-        if pattern.startswith("@"):
-            found.update(_listed(pattern[1:], what))
-            continue
-        # a file whose name holds brackets is no pattern
-        matches = (
-            [pattern] if os.path.isfile(pattern) else list(filter(os.path.isfile, glob.iglob(pattern, recursive=True)))
+    return sorted({path for pattern in patterns for path in matches(pattern, what, allow_remote)[0]})
+
+
+def matches(pattern: str, what: str, allow_remote: bool, folders: bool = False) -> tuple[list[str], bool]:
+    """(absolute paths and URLs that a pattern stands for, whether it names them itself and is no glob).
+
+    folders: whether those that match are wanted too. Raises PlanError if there is none.
+    """
+    if pattern.startswith("@"):
+        return _listed(pattern[1:], what, allow_remote), True
+    if remote.is_remote(pattern):
+        return [checked_url(pattern, what, allow_remote)], True
+    wanted = os.path.exists if folders else os.path.isfile
+    # a file whose name holds brackets is no pattern
+    if wanted(pattern):
+        return [os.path.abspath(pattern)], True
+    found = sorted(os.path.abspath(path) for path in glob.iglob(pattern, recursive=True) if wanted(path))
+    if not found:
+        hint = "a folder: add /*.tif to it" if os.path.isdir(pattern) else "nothing matches"
+        raise PlanError(f"{what} {pattern!r}: {hint} (current folder: {os.getcwd()})")
+    return found, False
+
+
+def checked_url(url: str, what: str, allow_remote: bool) -> str:
+    """The URL, if such are to be read and can be. Raises PlanError."""
+    try:
+        remote.virtual_path(url)
+    except ValueError as error:
+        raise PlanError(f"{what} {error}") from error
+    if not allow_remote:
+        raise PlanError(
+            f"{what} {remote.shown(url)}: is not on this machine: give scene.remote=true to read it over the network, "
+            "or copy it here first"
         )
-        if not matches:
-            hint = "a folder: add /*.tif to it" if os.path.isdir(pattern) else "nothing matches"
-            raise PlanError(f"{what} {pattern!r}: {hint} (current folder: {os.getcwd()})")
-        found.update(os.path.abspath(path) for path in matches)
-    return sorted(found)
+    return url
 
 
-def _listed(path: str, what: str) -> list[str]:
+def resolved(path: str, folder: str, where: str, allow_remote: bool) -> str:
+    """A path or URL that stands in a list, relative to the list's folder (which may be a URL). Raises PlanError.
+
+    Whether a local file exists shows when it is opened.
+    """
+    if not remote.is_remote(path) and remote.is_remote(folder) and not os.path.isabs(path):
+        path = f"{folder.rstrip('/')}/{path.removeprefix('./')}"
+    return checked_url(path, where, allow_remote) if remote.is_remote(path) else os.path.abspath(Path(folder) / path)
+
+
+def _listed(path: str, what: str, allow_remote: bool) -> list[str]:
     try:
         lines = [line.strip() for line in Path(path).read_text().splitlines()]
     except OSError as error:
         raise PlanError(f"{what} @{path}: the list cannot be read ({error})") from error
-    base = Path(path).resolve().parent
-    listed = [os.path.abspath(base / line) for line in lines if line and not line.startswith("#")]
-    if missing := [file for file in listed if not os.path.isfile(file)]:
+    base = str(Path(path).resolve().parent)
+    listed = [resolved(line, base, f"{what} @{path}:", allow_remote) for line in lines if line and line[0] != "#"]
+    if missing := [file for file in listed if not remote.is_remote(file) and not os.path.exists(file)]:
         raise PlanError(f"{what} @{path}: {len(missing)} of its files do not exist, the first is {missing[0]}")
     return listed
 
 
-def scene_ids(paths: Sequence[str]) -> dict[str, str]:
-    """Path to scene id: the file's name without ending, with as many folders before it as make it unique.
+def scene_ids(wanted: Sequence[tuple[str, str]]) -> list[str]:
+    """An id for each (path, name): the name, with as many folders of the path before it as make it unique.
 
-    Names in one folder that differ in nothing but the ending keep it.
+    Without a name it is the file's without ending. Names in one folder that differ in nothing but the ending keep it.
     """
-    bare = Counter(os.path.splitext(path)[0] for path in paths)
-    names = {path: Path(path).name if bare[os.path.splitext(path)[0]] > 1 else Path(path).stem for path in paths}
-    ids, depth = dict(names), 0
-    while len(set(ids.values())) < len(ids):
+    paths = [remote.shown(path) for path, _ in wanted]
+    bare = Counter(os.path.splitext(path)[0] for path, (_, name) in zip(paths, wanted, strict=True) if not name)
+    names = [
+        name or (Path(path).name if bare[os.path.splitext(path)[0]] > 1 else Path(path).stem)
+        for path, (_, name) in zip(paths, wanted, strict=True)
+    ]
+    ids, depth = list(names), 0
+    while len(set(ids)) < len(ids):
         depth += 1
-        counts = Counter(ids.values())
-        for path, name in ids.items():
-            if counts[name] > 1:
-                ids[path] = "/".join((*Path(path).parts[-1 - depth : -1], names[path]))
+        counts = Counter(ids)
+        ids = [
+            "/".join((*Path(path).parts[-1 - depth : -1], name)) if counts[old] > 1 else old
+            for path, name, old in zip(paths, names, ids, strict=True)
+        ]
+        if depth > 256:  # one file, wanted twice under one name
+            raise PlanError(f"--scenes: two scenes are called {next(i for i, n in Counter(ids).items() if n > 1)!r}")
     return ids

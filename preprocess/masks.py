@@ -155,7 +155,7 @@ _BAND_PART = re.compile(r"_(TCI|VISUAL|visual|(SR_|ST_)?B\d{1,2}A?|sr_band\d+)?(
 
 def _bases(scene: Scene) -> list[str]:
     """Names that the files of a scene may begin with: its file's, that without the band, its id."""
-    stem = Path(scene.path).stem
+    stem = Path(scene.file).stem
     found = [stem, _BAND_PART.sub("", stem), scene.scene_id.rsplit("/", 1)[-1]]
     return list(dict.fromkeys(name for name in found if name))
 
@@ -163,20 +163,25 @@ def _bases(scene: Scene) -> list[str]:
 def _patterns(scene: Scene, options: MaskOptions) -> Iterator[str]:
     """Globs of the places to look at, in order."""
     assert options.kind is not None
-    folder = os.path.dirname(scene.path)
+    folder = os.path.dirname(scene.file)
     for pattern in (options.pattern,) if options.pattern is not None else KINDS[options.kind].patterns:
         for base in _bases(scene):
             filled = pattern
-            names = {"folder": folder, "stem": Path(scene.path).stem, "scene": scene.scene_id, "base": base}
+            names = {"folder": folder, "stem": Path(scene.file).stem, "scene": scene.scene_id, "base": base}
             for name, value in names.items():
                 filled = filled.replace("{" + name + "}", glob.escape(value))
             yield os.path.normpath(os.path.join(glob.escape(folder), filled))
 
 
 def find_mask(scene: Scene, options: MaskOptions) -> str | None:
-    """The path of the mask beside a scene, or None. Raises PlanError where several fit."""
+    """The path of the mask that a scene list or an item names, or that lies beside a scene, or None.
+
+    Raises PlanError where several fit.
+    """
+    if scene.mask_path and options.pattern is None:
+        return scene.mask_path
     for pattern in dict.fromkeys(_patterns(scene, options)):
-        found = [path for path in sorted(glob.glob(pattern)) if path.lower().endswith(ENDINGS) and path != scene.path]
+        found = [path for path in sorted(glob.glob(pattern)) if path.lower().endswith(ENDINGS) and path != scene.file]
         if len(found) > 1:
             raise PlanError(
                 f"{scene.path}: {len(found)} files could be its mask ({', '.join(found[:3])}): "

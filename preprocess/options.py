@@ -12,8 +12,10 @@ class TileOptions(Options):
     """Side of a tile in scene pixels."""
     step: int = Field(default=200, ge=1)
     """Pixels from one tile's corner to the next. The last row and column move inward to end at the scene's edge."""
-    bands: tuple[int | str, ...] | None = (1, 2, 3)
-    """Bands that go into a tile, in this order: 1-based numbers, or the names the scene gives its bands."""
+    bands: tuple[int | str, ...] | Literal["rgb"] | None = "rgb"
+    """Bands that go into a tile, in this order: 1-based numbers, or names that the scene or `scene.sensor` gives its
+    bands; null for all. `rgb`: red, green and blue by their names; where nothing names them the first three, with a
+    warning."""
     codec: Literal["jpeg", "raw"] = "jpeg"
     """`jpeg`: three bands of 8 bits, small. `raw`: any bands, any depth, unchanged, large, fast to load."""
     jpeg_quality: int = Field(default=95, ge=1, le=100)
@@ -118,14 +120,15 @@ class MaskOptions(Options):
 class SceneOptions(Options):
     nodata: float | None = None
     """Value that means no data in scenes whose files do not name one (often 0)."""
-    height: float | None = Field(default=None, ge=-1000, le=10_000)
-    """For scenes with RPCs and no CRS: height of the ground in metres above the ellipsoid; null for the height that
-    the RPCs are centred on. With `scene.dem`: metres added to the DEM's heights (null: 0)."""
-    dem: str | None = None
-    """For scenes with RPCs and no CRS: a GeoTIFF of the ground's heights in metres that reaches over every scene."""
-    gcp: Literal["polynomial", "tps"] = "polynomial"
-    """For scenes with ground control points and no CRS. `polynomial`: fitted to the points, of first order with three
-    to five, of second order with more. `tps`: a thin plate spline through every point, for dense grids of points."""
+    sensor: str | None = None
+    """What took the scenes, as `--sensor`: names bands, groups files of one band each, reads dates from file names. A
+    name (see docs/data.md), or the path of a YAML table of your own."""
+    resampling: Literal["bilinear", "nearest"] = "bilinear"
+    """How bands on a coarser grid than the finest chosen one come to its grid. `bilinear` suits reflectances; `nearest`
+    keeps every value as it is stored."""
+    remote: bool = False
+    """Read scenes and land cover behind https://, s3://, gs:// and az:// URLs, over the network. Does not change the
+    bytes of the records."""
 
 
 class SplitOptions(Options):
@@ -160,14 +163,12 @@ class PackOptions(Options):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.tile.codec == "jpeg" and self.tile.bands is not None and len(self.tile.bands) != 3:
+        chosen = 3 if self.tile.bands == "rgb" else len(self.tile.bands or ())
+        if self.tile.codec == "jpeg" and chosen not in (0, 3):
             raise ValueError(
-                f"tile.codec=jpeg holds exactly 3 bands, tile.bands has {len(self.tile.bands)}: "
-                "use tile.codec=raw, or three bands"
+                f"tile.codec=jpeg holds exactly 3 bands, tile.bands has {chosen}: use tile.codec=raw, or three bands"
             )
         pairs = len(self.stretch.limits or ())
-        if pairs and self.tile.bands is not None and pairs not in (1, len(self.tile.bands)):
-            raise ValueError(
-                f"stretch.limits has {pairs} pairs for {len(self.tile.bands)} bands: give one pair, or one a band"
-            )
+        if pairs and chosen and pairs not in (1, chosen):
+            raise ValueError(f"stretch.limits has {pairs} pairs for {chosen} bands: give one pair, or one a band")
         return self

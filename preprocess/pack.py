@@ -20,6 +20,7 @@ from geokr import records
 from geokr.records import Manifest, Shard
 from preprocess import blocks, engine, gather, manifests, sampling, scan, shards, spill, stages, workfolder
 from preprocess.damaged import Damaged
+from preprocess.engine import Engine
 from preprocess.plan import Plan, SceneTask
 from preprocess.raster import RasterError
 from preprocess.workfolder import WORK, PackError
@@ -42,15 +43,23 @@ class Packed:
     stages: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
 
-def pack(plan: Plan, out: Path, progress: Progress, finish: Finish | None = None) -> Packed:
+def pack(
+    plan: Plan,
+    out: Path,
+    progress: Progress,
+    finish: Finish | None = None,
+    open_engine: Callable[[], Engine] | None = None,
+) -> Packed:
     """Makes the dataset ``out`` holds after it, or finds it made.
 
     finish: called once the manifest is there, also where an earlier run ended between the manifest and clearing up.
+    open_engine: opens where tasks run; by default processes of this machine, as many as ``workers`` says. Called when
+    there is something to do.
+
     Raises PlanError if ``out`` holds another dataset or an unfinished run of another configuration, PackError if
     another process is packing there or not one tile is left, and whatever scanning raises.
     """
     start = time.monotonic()
-    workers = engine.default_workers() if plan.options.workers is None else plan.options.workers
     manifest, work = workfolder.finished(plan, out), out / WORK
     if manifest is not None and not work.exists():
         return Packed(manifest, written=False, seconds=time.monotonic() - start)
@@ -62,7 +71,8 @@ def pack(plan: Plan, out: Path, progress: Progress, finish: Finish | None = None
         spent: dict[str, list[float]] = {}
         if manifest is None:
             workfolder.open_work(plan, out, work)
-            manifest = _make(plan, out, work, workers, progress, spent)
+            with open_engine() if open_engine else engine.open_engine(plan.options.workers) as runs:
+                manifest = _make(plan, out, work, runs, progress, spent)
         if finish is not None:
             finish(manifest, work, stages.in_order(spent))
         shutil.rmtree(work)
@@ -70,12 +80,12 @@ def pack(plan: Plan, out: Path, progress: Progress, finish: Finish | None = None
 
 
 def _make(
-    plan: Plan, out: Path, work: Path, workers: int, progress: Progress, spent: dict[str, list[float]]
+    plan: Plan, out: Path, work: Path, runs: Engine, progress: Progress, spent: dict[str, list[float]]
 ) -> Manifest:
     damaged = Damaged(plan)
-    limits = _phase_limits(plan, work, damaged, workers, progress, spent)
-    commits = _phase_scan(plan, work, limits, damaged, workers, progress)
-    finished = _phase_gather(plan, out, commits, workers, progress, spent)
+    limits = _phase_limits(plan, work, damaged, runs, progress, spent)
+    commits = _phase_scan(plan, work, limits, damaged, runs, progress)
+    finished = _phase_gather(plan, out, commits, runs, progress, spent)
     for commit in commits:
         stages.add(spent, commit["stages"])
     manifest = manifests.make_manifest(plan, limits, commits, damaged, finished)
@@ -110,7 +120,7 @@ def _limits_of(job: _LimitsJob) -> tuple[str, dict[str, Any] | str]:
 
 
 def _phase_limits(
-    plan: Plan, work: Path, damaged: Damaged, workers: int, progress: Progress, spent: dict[str, list[float]]
+    plan: Plan, work: Path, damaged: Damaged, runs: Engine, progress: Progress, spent: dict[str, list[float]]
 ) -> dict[str, np.ndarray]:
     """Limits of every scene that could be read, by scene id."""
     limits: dict[str, np.ndarray] = {}
@@ -124,7 +134,7 @@ def _phase_limits(
             jobs.append(_LimitsJob(replace(task, chunks=(), sheets=()), plan.options, str(path)))
     done = len(limits)
     progress("stretch limits", done, done + len(jobs))
-    with contextlib.closing(engine.run_all(_limits_of, jobs, workers, lambda job: job.task.scene.path)) as results:
+    with contextlib.closing(runs.run_all(_limits_of, jobs, lambda job: job.task.scene.path)) as results:
         for number, (scene_id, value) in enumerate(results, 1):
             if isinstance(value, str):
                 damaged.add(scene_id, value)
@@ -149,7 +159,7 @@ def _jobs(plan: Plan, work: Path, limits: dict[str, np.ndarray]) -> Iterator[sca
 
 
 def _phase_scan(
-    plan: Plan, work: Path, limits: dict[str, np.ndarray], damaged: Damaged, workers: int, progress: Progress
+    plan: Plan, work: Path, limits: dict[str, np.ndarray], damaged: Damaged, runs: Engine, progress: Progress
 ) -> list[dict[str, Any]]:
     """Commits of all chunks of sound scenes, in order of their numbers."""
     commits: dict[int, dict[str, Any]] = {}
@@ -164,7 +174,7 @@ def _phase_scan(
             todo.append(job)
     progress("tiles", done, plan.tiles)
     sizes = {job.number: job.chunk.tiles for job in todo}
-    with contextlib.closing(engine.run_all(scan.scan_or_report, todo, workers, lambda job: job.scene.path)) as results:
+    with contextlib.closing(runs.run_all(scan.scan_or_report, todo, lambda job: job.scene.path)) as results:
         for commit in results:
             if "damage" in commit:
                 damaged.add(commit["scene_id"], commit["damage"])
@@ -179,7 +189,7 @@ def _phase_gather(
     plan: Plan,
     out: Path,
     commits: list[dict[str, Any]],
-    workers: int,
+    runs: Engine,
     progress: Progress,
     spent: dict[str, list[float]],
 ) -> list[Shard]:
@@ -208,7 +218,7 @@ def _phase_gather(
     done = sum(shard.records for shard in finished)
     progress("shards", done, kept)
     name_of = lambda job: f"shard {job.split}-{job.number:05d}"  # noqa: E731
-    with contextlib.closing(engine.run_all(gather.gather, todo, workers, name_of)) as results:
+    with contextlib.closing(runs.run_all(gather.gather, todo, name_of)) as results:
         for entry in results:
             finished.append(Shard.model_validate(entry["shard"]))
             stages.add(spent, entry["stages"])

@@ -10,7 +10,7 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,14 @@ from geokr import config
 from geokr.landcover import product_names
 from geokr.records import RecordError
 from preprocess import report, tile_table
-from preprocess.engine import WorkerLost
+from preprocess.engine import Engine, WorkerLost
 from preprocess.finishing import Finishing
 from preprocess.inputs import PlanError
 from preprocess.options import PackOptions
 from preprocess.pack import Packed, pack
 from preprocess.plan import Plan, make_plan
 from preprocess.raster import RasterError
+from preprocess.sensor import sensor_names
 from preprocess.sheets import LabelError
 from preprocess.workfolder import PackError, check_writable
 
@@ -42,11 +43,20 @@ def parser() -> argparse.ArgumentParser:
         description="Scenes and land cover to records. Bare key=value arguments override the configuration; "
         "docs/configuration.md lists the keys.",
     )
-    made.add_argument("--scenes", nargs="+", required=True, metavar="PATTERN", help="files, globs, or @list.txt")
+    made.add_argument(
+        "--scenes", nargs="+", required=True, metavar="PATTERN",
+        help="files, globs, @list.txt, folders of products, scene lists (.yaml), STAC (.json)",
+    )  # fmt: skip
     made.add_argument("--land-cover", nargs="+", required=True, metavar="PATTERN", help="the map's sheets, likewise")
     made.add_argument("--product", required=True, help=f"{', '.join(product_names())}, or a YAML table of your own")
+    made.add_argument("--sensor", help=f"{', '.join(sensor_names())}, or a YAML table of your own: names the bands")
     made.add_argument("--out", required=True, type=Path, help="folder of the dataset")
     made.add_argument("--config", help="YAML file; the overrides come on top")
+    made.add_argument(
+        "--scheduler",
+        metavar="ADDRESS",
+        help="pack on a running Dask cluster: tcp://host:port, or the path of its scheduler file",
+    )
     made.add_argument("--dry-run", action="store_true", help="plan, say what it would need, write nothing")
     return made
 
@@ -91,13 +101,27 @@ def describe(plan: Plan) -> str:
     return "\n".join(lines)
 
 
+def cluster(address: str | None, plan: Plan, out: Path) -> Callable[[], Engine] | None:
+    """Opens the Dask cluster at ``address``; None without one."""
+    if address is None:
+        return None
+    from preprocess.dask_engine import DaskCluster  # Dask takes a second to import, and few need it
+
+    inputs = [plan.tasks[0].scene.path, plan.sheets[0].sheet.path]
+    return lambda: DaskCluster(address, out, inputs)
+
+
 def run(arguments: Sequence[str]) -> int:
     others, overrides = config.split_overrides(arguments)
     chosen = parser().parse_args(others)
+    if chosen.sensor:
+        overrides.append(f"scene.sensor={chosen.sensor}")
     options = config.load(PackOptions, chosen.config, overrides)
     if not chosen.dry_run:
         check_writable(chosen.out)
     plan = make_plan(chosen.scenes, chosen.land_cover, chosen.product, options)
+    for warning in plan.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
     if chosen.dry_run:
         print(describe(plan))
         return 0
@@ -106,7 +130,8 @@ def run(arguments: Sequence[str]) -> int:
     bars = Bars()
     finishing = Finishing(chosen.out, bars)
     try:
-        packed: Packed = pack(plan, chosen.out, bars, finishing.with_work)
+        engine = cluster(chosen.scheduler, plan, chosen.out)
+        packed: Packed = pack(plan, chosen.out, bars, finishing.with_work, engine)
         finishing.afterwards(packed.manifest)
     finally:
         bars.close()

@@ -14,8 +14,7 @@ def read_valid(
     """Pixels [C, H, W] and validity uint8 [H, W]: 0 by nodata, mask, alpha, NaN or infinity."""
     pixels, mask = raster.read_pixels(scene, bands, window)
     nodata = [scene.nodata[band - 1] for band in bands]
-    # a mask or alpha band says which pixels hold data, whatever their values
-    has = np.array([value is not None and mask is None for value in nodata])
+    has = np.array([value is not None for value in nodata])
     # in the pixels' own precision: a tag of -9999.9 is not what a float32 pixel holds
     values = np.array([0.0 if value is None else value for value in nodata], np.float64)
     if pixels.dtype == np.float32:

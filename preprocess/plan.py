@@ -7,7 +7,6 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,12 +15,14 @@ from geokr.landcover import Legend, Product, build_legend, load_product
 from geokr.records import SCHEMA_VERSION, Band
 from preprocess import bands, ground, labels, masks, raster, sheets
 from preprocess.coordinates import WGS84
-from preprocess.georeference import Placement
 from preprocess.grid import Chunk, chunks
 from preprocess.inputs import PlanError, find_files, scene_ids
 from preprocess.options import PackOptions
 from preprocess.raster import RasterError, Scene
+from preprocess.scene import Source, open_scene
+from preprocess.sensor import Sensor, load_sensor
 from preprocess.sheets import LabelSheet
+from preprocess.sources import find_sources
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,8 @@ class SceneTask:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Plan:
-    """All that packing needs. rejected: scenes left out, by id, with the reason's key."""
+    """All that packing needs. rejected: scenes left out, by id, with the reason's key. warnings: what is allowed but
+    may not be meant."""
 
     options: PackOptions
     product: Product
@@ -52,6 +54,7 @@ class Plan:
     sheets: tuple[LabelSheet, ...]
     rejected: Mapping[str, str]
     config: Mapping[str, Any]
+    warnings: tuple[str, ...] = ()
 
     @property
     def tiles(self) -> int:
@@ -72,13 +75,14 @@ def make_plan(scene_patterns: Sequence[str], sheet_patterns: Sequence[str], prod
     """Raises PlanError, ConfigError, RasterError or LabelError before any pixel is read."""
     table = load_product(product)
     legend = make_legend(table, options)
-    paths = find_files(scene_patterns, "--scenes")
+    sensor = load_sensor(options.scene.sensor) if options.scene.sensor else None
+    allow_remote = options.scene.remote
+    sources = find_sources(scene_patterns, sensor, allow_remote)
     with raster.environment():
-        land_cover = sheets.label_sheets(
-            [raster.read_sheet(path) for path in find_files(sheet_patterns, "--land-cover")], table
-        )
+        paths = find_files(sheet_patterns, "--land-cover", allow_remote)
+        land_cover = sheets.label_sheets([raster.read_sheet(path) for path in paths], table)
         legend = sheets.with_sheet_colours(legend, table, land_cover)
-        scenes, rejected = _read_scenes(paths, options)
+        scenes, rejected = _read_scenes(sources, options, sensor)
         bands.check_alike(scenes)
         chosen = bands.choose_bands(scenes[0], options)
         bands.check_band_names(scenes, chosen, options)
@@ -88,11 +92,13 @@ def make_plan(scene_patterns: Sequence[str], sheet_patterns: Sequence[str], prod
         "product": table.name,
         "product_table": table_digest(table, legend),
         # not where masks were looked for: their fingerprints say which they are
-        **options.model_dump(mode="json", exclude={"workers": True, "mask": {"pattern"}}),
+        **options.model_dump(mode="json", exclude={"workers": True, "mask": {"pattern"}, "scene": {"remote"}}),
     }
-    if options.scene.dem:  # where it lies does not count; its content does, in every scene's fingerprint
-        config["scene"]["dem"] = Path(options.scene.dem).name
-    return Plan(options, table, legend, chosen, dtype, tasks, tuple(land_cover), rejected, config)
+    if sensor is not None:  # its name, for a table of the user's own is given by its path
+        config["scene"]["sensor"] = sensor.name
+        config["sensor_table"] = sensor.digest
+    warnings = tuple(bands.warnings(scenes[0], options))
+    return Plan(options, table, legend, chosen, dtype, tasks, tuple(land_cover), rejected, config, warnings)
 
 
 def table_digest(product: Product, legend: Legend) -> str:
@@ -113,20 +119,19 @@ def make_legend(product: Product, options: PackOptions) -> Legend:
     return build_legend(product, merge, options.labels.drop)
 
 
-def _read_scenes(paths: Sequence[str], options: PackOptions) -> tuple[list[Scene], dict[str, str]]:
-    how = options.scene
-    placement = Placement(how.height, raster.read_dem(how.dem) if how.dem else None, how.gcp)
+def _read_scenes(
+    sources: Sequence[Source], options: PackOptions, sensor: Sensor | None
+) -> tuple[list[Scene], dict[str, str]]:
     scenes, rejected, messages = [], {}, []
-    for path, scene_id in scene_ids(paths).items():
+    for source, scene_id in zip(sources, scene_ids([(source.path, source.name) for source in sources]), strict=True):
         try:
-            scene = raster.read_scene(path, scene_id, options.scene.nodata, placement)
-            scenes.append(masks.with_mask(scene, options.mask))
+            scenes.append(masks.with_mask(open_scene(source, scene_id, options, sensor), options.mask))
         except RasterError as error:
             rejected[scene_id] = error.reason
             messages.append(str(error))
-    if len(rejected) > options.max_bad_fraction * len(paths):
+    if len(rejected) > options.max_bad_fraction * len(sources):
         raise PlanError(
-            f"{len(rejected)} of {len(paths)} scenes cannot be used (max_bad_fraction={options.max_bad_fraction}):\n"
+            f"{len(rejected)} of {len(sources)} scenes cannot be used (max_bad_fraction={options.max_bad_fraction}):\n"
             + "\n".join(f"  {message}" for message in messages[:20])
         )
     if not scenes:

@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 import rasterio
 from rasterio._err import CPLE_BaseError
+from rasterio.crs import CRS
 from rasterio.enums import ColorInterp, MaskFlags
 from rasterio.errors import CRSError, RasterioError, RasterioIOError
 from rasterio.windows import Window
 
-from preprocess import rpc
+from preprocess.alignment import Alignment
 from preprocess.errors import RasterError
-from preprocess.georeference import Dem, Placement, crs_of, grid_of, place_of
 from preprocess.grid import Grid
 from preprocess.place import AffinePlace, Place
 
@@ -36,6 +36,8 @@ SIGNATURES = {
     b"\x00\x00\x00\x0cjP  ": "JP2OpenJPEG",
     b"\xffO\xffQ": "JP2OpenJPEG",  # a bare codestream
 }
+# A 10 m raster around the whole Earth has 4 million columns. Beyond this a header is damaged or made to harm.
+MAX_SIDE = 1 << 23
 SCENE_DTYPES = ("uint8", "uint16", "int16", "float32")
 SHEET_DTYPES = ("uint8", "int8", "uint16", "int16")
 PROBABILITY_DTYPES = ("uint8", "uint16", "int16", "float32", "float64")
@@ -50,10 +52,27 @@ ENVIRONMENT: dict[str, Any] = {
 
 
 @dataclass(frozen=True, slots=True)
+class Layer:
+    """Where a band of a scene lies: band ``number``, from 1, of a file. alignment: None if its grid is the scene's.
+
+    masked: whether the file's mask or alpha band says which pixels hold data.
+    """
+
+    path: str
+    number: int
+    masked: bool
+    alignment: Alignment | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Scene:
     """What planning needs to know of a scene. ``place`` is its size and ground; ``nodata`` one value a band or None.
 
-    masked: whether a mask or alpha band says which pixels hold data. date: ISO or empty. mask: of clouds, beside it.
+    path: what messages call it: its file, or the product or item that its files belong to.
+    band_names, aliases, wavelengths_nm, nodata, layers: one a band. A band that is not chosen may have no layer.
+    masked: whether a mask or alpha band, or a file that ends before the others, says which pixels hold data.
+    date: ISO or empty. mask_path: a mask of clouds, as a list or an item names it, or empty.
+    mask: of clouds, opened, if it is to count.
     """
 
     path: str
@@ -66,7 +85,41 @@ class Scene:
     masked: bool
     date: str
     fingerprint: str
+    layers: tuple[Layer | None, ...]
+    aliases: tuple[tuple[str, ...], ...] = ()
+    mask_path: str = ""
     mask: "Sheet | None" = None
+
+    @property
+    def file(self) -> str:
+        """Its file, or the first of them."""
+        return next(layer.path for layer in self.layers if layer is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What one file says of itself. descriptions, colours, wavelengths_nm, nodata: one a band; colours as GDAL's words.
+
+    masked: whether a mask says which pixels hold data; an alpha band stands in ``colours``.
+    tag_date: from tags that say when it was acquired; processed: from TIFFTAG_DATETIME, where many programs write the
+    day of processing; both ISO or empty. digest: identifies its bytes cheaply.
+    """
+
+    path: str
+    place: Place
+    dtypes: tuple[str, ...]
+    descriptions: tuple[str, ...]
+    colours: tuple[str, ...]
+    wavelengths_nm: tuple[float | None, ...]
+    nodata: tuple[float | None, ...]
+    masked: bool
+    tag_date: str
+    processed: str
+    digest: str
+
+    @property
+    def count(self) -> int:
+        return len(self.dtypes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,33 +192,54 @@ def _conversion(path: str, start: bytes) -> str:
     return "convert it with gdal_translate"
 
 
-def fingerprint(path: str, header: tuple[Any, ...]) -> str:
-    """Identifies a raster cheaply: its size, a hash of its first and last 256 KiB, and what its header came to.
+def fingerprint(digests: Sequence[str], header: tuple[Any, ...]) -> str:
+    """Identifies a raster cheaply by :func:`digest` of its files and what their headers came to.
 
     header: what was read, which may come from files beside it (a world file, an .aux.xml) as well.
-    A mask beside it counts with its bytes.
     """
+    combined = hashlib.sha256(repr((tuple(digests), *header)).encode()).hexdigest()[:24]
+    return f"{sum(int(digest.partition('-')[0]) for digest in digests)}-{combined}"
+
+
+def digest(path: str) -> str:
+    """A file's size and a hash of its first and last 256 KiB. A mask beside it counts with its bytes."""
     size = Path(path).stat().st_size
-    digest = hashlib.sha256(repr((size, *header)).encode())
+    hashed = hashlib.sha256(repr(size).encode())
     for file in (path, f"{path}.msk"):
         if os.path.isfile(file):
             with open(file, "rb") as content:
-                digest.update(content.read(256 << 10))
+                hashed.update(content.read(256 << 10))
                 content.seek(max(0, os.path.getsize(file) - (256 << 10)))
-                digest.update(content.read())
-    return f"{size}-{digest.hexdigest()[:24]}"
+                hashed.update(content.read())
+    return f"{size}-{hashed.hexdigest()[:24]}"
 
 
-def _band_names(dataset: Any) -> tuple[str, ...]:
-    """Descriptions, else colours (red, green, ...), else band_N; made unique."""
-    names = []
-    for number in range(1, dataset.count + 1):
-        colour = dataset.colorinterp[number - 1]
-        known = {ColorInterp.red, ColorInterp.green, ColorInterp.blue}
-        name = (dataset.descriptions[number - 1] or "").strip() or (colour.name if colour in known else "")
-        name = "alpha" if colour == ColorInterp.alpha else name  # whatever it is called: it is no band to train on
-        names.append(name if name and name not in names else f"band_{number}")
-    return tuple(names)
+def _crs(dataset: Any, path: str) -> str:
+    if dataset.crs is None:
+        hint = "ground control points alone" if dataset.gcps[0] else "RPCs alone" if dataset.rpcs else "no CRS"
+        raise RasterError(f"{path}: has {hint}; warp it to a CRS first (gdalwarp -t_srs EPSG:...)", "no_crs")
+    if dataset.transform.is_identity:
+        raise RasterError(f"{path}: has a CRS but no geotransform; georeference it first", "no_crs")
+    return dataset.crs.to_wkt()
+
+
+def same_crs(one: str, other: str) -> bool:
+    """Whether two CRS (WKT) are one, however they are written."""
+    return one == other or CRS.from_wkt(one) == CRS.from_wkt(other)
+
+
+def _grid(dataset: Any, path: str) -> Grid:
+    if max(dataset.width, dataset.height) > MAX_SIDE:
+        raise RasterError(
+            f"{path}: its header declares {dataset.width} x {dataset.height} pixels, more than {MAX_SIDE} on a side: "
+            "it is damaged, or to be cut into parts first",
+            "size",
+        )
+    t = dataset.transform
+    try:
+        return Grid(dataset.width, dataset.height, (t.a, t.b, t.c, t.d, t.e, t.f))
+    except ValueError as error:
+        raise RasterError(f"{path}: {error}", "no_crs") from error
 
 
 _DATE_TAGS = ("ACQUISITIONDATETIME", "ACQUISITION_DATE", "DATE_ACQUIRED", "datetime")
@@ -183,14 +257,9 @@ def find_date(text: str) -> str:
     return ""
 
 
-def _date(dataset: Any, path: str) -> str:
-    """ISO date of acquisition from the tags that say so, else from the file's name, else empty.
-
-    TIFFTAG_DATETIME comes last: many programs write the day of processing there.
-    """
+def _tag_date(dataset: Any) -> str:
     tags = {**dataset.tags(), **dataset.tags(ns="IMAGERY")}
-    texts = [*(str(tags.get(tag, "")) for tag in _DATE_TAGS), Path(path).stem, str(tags.get("TIFFTAG_DATETIME", ""))]
-    return next((found for text in texts if (found := find_date(text))), "")
+    return next((found for tag in _DATE_TAGS if (found := find_date(str(tags.get(tag, ""))))), "")
 
 
 def _wavelengths(dataset: Any) -> tuple[float | None, ...]:
@@ -205,41 +274,23 @@ def _wavelengths(dataset: Any) -> tuple[float | None, ...]:
     return tuple(found)
 
 
-def read_scene(path: str, scene_id: str, nodata: float | None = None, placement: Placement | None = None) -> Scene:
-    """A scene's header. nodata: value to take where the file names none. Raises RasterError."""
-    try:
-        return _read_scene(path, scene_id, nodata, placement or Placement())
-    except RasterError:
-        if beside := rpc.file_beside(path):
-            rpc.read(beside)  # GDAL does not open an image whose RPCs are broken; this says what is wrong with them
-        raise
-
-
-def _read_scene(path: str, scene_id: str, nodata: float | None, placement: Placement) -> Scene:
+def read_header(path: str) -> Header:
+    """A scene file's header. Raises RasterError."""
     with _opened(path) as dataset:
-        dtypes = set(dataset.dtypes)
-        if len(dtypes) != 1 or not dtypes <= set(SCENE_DTYPES):
-            raise RasterError(
-                f"{path}: bands of {', '.join(sorted(dtypes))}; expected one of {', '.join(SCENE_DTYPES)} for all: "
-                "convert with gdal_translate -ot",
-                "dtype",
-            )
         flags = dataset.mask_flag_enums[0]
-        masked = MaskFlags.per_dataset in flags or ColorInterp.alpha in dataset.colorinterp
-        values = tuple(nodata if value is None else value for value in dataset.nodatavals)
-        place, placed = place_of(dataset, path, placement)
-        names, day = _band_names(dataset), _date(dataset, path)
-        return Scene(
+        colours = tuple(colour.name for colour in dataset.colorinterp)
+        return Header(
             path=path,
-            scene_id=scene_id,
-            place=place,
-            dtype=dtypes.pop(),
-            band_names=names,
+            place=AffinePlace(_grid(dataset, path), _crs(dataset, path)),
+            dtypes=tuple(dataset.dtypes),
+            descriptions=tuple((text or "").strip() for text in dataset.descriptions),
+            colours=colours,
             wavelengths_nm=_wavelengths(dataset),
-            nodata=values,
-            masked=masked,
-            date=day,
-            fingerprint=fingerprint(path, (*placed, names, values, masked, day)),
+            nodata=tuple(dataset.nodatavals),
+            masked=MaskFlags.per_dataset in flags and ColorInterp.alpha not in dataset.colorinterp,
+            tag_date=_tag_date(dataset),
+            processed=find_date(str(dataset.tags().get("TIFFTAG_DATETIME", ""))),
+            digest=digest(path),
         )
 
 
@@ -256,7 +307,7 @@ def read_sheet(path: str, probabilities: Sequence[str] = ()) -> Sheet:
                 f"{path}: {dataset.count} band(s) of {dataset.dtypes[0]}; a land-cover sheet has one band of "
                 f"{', '.join(SHEET_DTYPES)} with class codes{other}"
             )
-        crs, grid, name = crs_of(dataset, path), grid_of(dataset, path), Path(path).name
+        crs, grid, name = _crs(dataset, path), _grid(dataset, path), Path(path).name
         return Sheet(
             path=path,
             name=name,
@@ -265,7 +316,7 @@ def read_sheet(path: str, probabilities: Sequence[str] = ()) -> Sheet:
             geographic=dataset.crs.is_geographic,
             nodata=dataset.nodata,
             # the name too: it says which year and which part of the Earth a sheet stands for
-            fingerprint=fingerprint(path, (name, crs, grid.transform, dataset.nodata, *bands)),
+            fingerprint=fingerprint([digest(path)], (name, crs, grid.transform, dataset.nodata, *bands)),
             bands=bands,
         )
 
@@ -292,28 +343,70 @@ def read_colours(path: str) -> dict[int, tuple[int, int, int]]:
     return {code: colour[:3] for code, colour in table.items() if any(colour[:3])}
 
 
-def read_dem(path: str) -> Dem:
-    """The header of a raster of heights. Raises RasterError."""
-    with _opened(path) as dataset:
-        # GDAL opens it once more by its path alone, and of the files let in here only a TIFF is one for every driver
-        if dataset.driver != "GTiff" or dataset.count != 1:
-            raise RasterError(
-                f"{path}: {dataset.driver} of {dataset.count} band(s); a DEM is a GeoTIFF of one band of metres"
-            )
-        crs, grid = crs_of(dataset, path), grid_of(dataset, path)
-        return Dem(os.path.abspath(path), grid, crs, fingerprint(path, (crs, grid.transform, dataset.nodata)))
-
-
 def read_pixels(scene: Scene, bands: Sequence[int], window: tuple[int, int, int, int]) -> tuple[np.ndarray, Any]:
-    """Pixels [C, H, W] of 1-based ``bands`` in (column, row, width, height), and the file's mask.
+    """Pixels [C, H, W] of 1-based ``bands`` in (column, row, width, height), and the scene's mask.
 
-    The mask is uint8 [H, W], 0 where a mask or alpha band says there is no data, or None if the file has neither.
-    Raises RasterError if the file turns out to be damaged there.
+    The mask is uint8 [H, W], 0 where a mask or alpha band says there is no data or where a file holds no pixel, or
+    None if ``scene.masked`` is False. Raises RasterError if a file turns out to be damaged there.
     """
+    pixels = np.empty((len(bands), window[3], window[2]), scene.dtype)
+    mask = np.full(pixels.shape[1:], 255, np.uint8) if scene.masked else None
+    files: dict[tuple[str, Alignment | None], list[int]] = {}
+    for i, band in enumerate(bands):
+        layer = scene.layers[band - 1]
+        assert layer is not None, "a chosen band has a layer"
+        files.setdefault((layer.path, layer.alignment), []).append(i)
+    for (path, alignment), places in files.items():
+        layers = [layer for i in places if (layer := scene.layers[bands[i] - 1]) is not None]
+        numbers, masked = [layer.number for layer in layers], layers[0].masked
+        nodata = [scene.nodata[bands[i] - 1] for i in places]
+        there = _read(path, numbers, masked, window) if alignment is None else None
+        if alignment is not None:
+            there = _read_aligned(path, numbers, masked, alignment, nodata, window, scene.dtype)
+        assert there is not None
+        if len(files) == 1:  # the plain case: one file, nothing to copy
+            pixels = there[0]
+        else:
+            pixels[places] = there[0]
+        if mask is not None and there[1] is not None:
+            mask = np.minimum(mask, there[1])
+    return pixels, mask
+
+
+def _read(
+    path: str, numbers: Sequence[int], masked: bool, window: tuple[int, int, int, int]
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Pixels [C, H, W] of a file's bands in a window of its own, and its mask or None."""
     area = Window(*window)  # type: ignore[call-arg]
-    with _opened(scene.path) as dataset:
-        pixels = dataset.read(list(bands), window=area)
-        mask = dataset.dataset_mask(window=area) if scene.masked else None
+    with _opened(path) as dataset:
+        return dataset.read(list(numbers), window=area), dataset.dataset_mask(window=area) if masked else None
+
+
+def _read_aligned(
+    path: str,
+    numbers: Sequence[int],
+    masked: bool,
+    alignment: Alignment,
+    nodata: Sequence[float | None],
+    window: tuple[int, int, int, int],
+    dtype: str,
+) -> tuple[np.ndarray, np.ndarray]:
+    """As :func:`_read` for bands on another grid, brought to the scene's; window: of the scene."""
+    pixels = np.zeros((len(numbers), window[3], window[2]), dtype)
+    if (source := alignment.source(window)) is None:
+        return pixels, np.zeros(pixels.shape[1:], np.uint8)
+    own, own_mask = _read(path, numbers, masked, source)
+    has_data = np.full(own.shape[1:], 255, np.uint8) if own_mask is None else own_mask
+    for i, value in enumerate(nodata):
+        valid = has_data != 0
+        if value is not None:  # in the pixels' own precision: a tag of -9999.9 is not what a float32 pixel holds
+            valid &= own[i] != (np.float32(value) if own.dtype == np.float32 else value)
+        if own.dtype.kind == "f":
+            valid &= np.isfinite(own[i])
+        pixels[i] = alignment.resample(own[i], valid.view(np.uint8), source, window, value)
+    columns, rows = alignment.nearest(source, window)
+    mask = has_data[np.ix_(rows, columns)]
+    mask[rows < 0], mask[:, columns < 0] = 0, 0
     return pixels, mask
 
 

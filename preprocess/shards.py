@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import secrets
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -33,7 +34,8 @@ def whole_file(path: Path, scratch: Path | None = None) -> Iterator[BinaryIO]:
 
     scratch: folder on the same disk for the unfinished file, by default its own. OSError names ``path``.
     """
-    temporary = (scratch or path.parent) / f".{path.name}.{os.getpid()}.tmp"
+    # a name of its own for every attempt: on a cluster two machines may be at the same task
+    temporary = (scratch or path.parent) / f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
     try:
         with open(temporary, "wb") as file:
             yield file

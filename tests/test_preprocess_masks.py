@@ -16,11 +16,11 @@ from rasterio.warp import transform as warp_points
 
 from geokr.config import ConfigError
 from geokr.records import load_manifest
-from preprocess import masks, raster
+from preprocess import masks
 from preprocess.grid import MAX_CHUNK_TILES
 from preprocess.inputs import PlanError
 from preprocess.options import MaskOptions
-from tests.scenes import RAW, UTM31, contents, noise, pack_quietly, patches, read_records, write_raster
+from tests.scenes import RAW, UTM31, contents, noise, pack_quietly, patches, read_records, scene_at, write_raster
 
 T10 = Affine(10, 0, 500_000, 0, -10, 5_000_000)
 T20 = Affine(20, 0, 500_000, 0, -20, 5_000_000)
@@ -150,7 +150,7 @@ def test_a_mask_on_another_grid(tmp_path, crs, transform):
     scene, cover, path = scene_with(tmp_path, mask, "R10m/m.tif", transform, crs)
     bad = other_way(scene, path, {1, 3})
     assert 0.2 < bad.mean() < 0.95
-    found = raster.read_scene(str(scene), "s")
+    found = scene_at(scene, "s")
     options = MaskOptions(kind="values", pattern="m.tif", reject=(1, 3), max_fraction=0.5)
     found = masks.with_mask(found, options)
     assert found.mask is not None
@@ -168,7 +168,7 @@ def test_as_gdal_warps_a_mask(tmp_path):
     warped = np.full((128, 160), 99, np.uint8)
     with rasterio.open(path) as file:
         reproject(rasterio.band(file, 1), warped, dst_transform=T10, dst_crs=UTM31, resampling=Resampling.nearest)
-    found = raster.read_scene(str(scene), "s")
+    found = scene_at(scene, "s")
     for reject in ((3,), (8, 9, 10), (0,)):
         options = MaskOptions(kind="values", pattern="m.tif", reject=reject)
         mask_sheet = masks.with_mask(found, options).mask

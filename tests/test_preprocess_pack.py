@@ -16,8 +16,7 @@ import rasterio
 import simplejpeg
 
 from geokr import records
-from preprocess import blocks, engine, pack, sampling, shards, spill, workfolder
-from preprocess.engine import WorkerLost, run_all
+from preprocess import blocks, pack, sampling, shards, spill, workfolder
 from preprocess.inputs import PlanError
 from preprocess.workfolder import PackError
 from tests.scenes import (
@@ -411,7 +410,7 @@ def test_a_file_in_place_of_the_folder(inputs, tmp_path, capsys, where, monkeypa
     (tmp_path / "out").write_text("a file")
     from preprocess import plan
 
-    monkeypatch.setattr(plan.raster, "read_scene", lambda *a: pytest.fail("read before --out was looked at"))
+    monkeypatch.setattr(plan, "find_sources", lambda *a: pytest.fail("read before --out was looked at"))
     assert command(inputs.scenes, [inputs.cover], "worldcover", tmp_path / where, *KEYS) == 1
     said = capsys.readouterr().err
     assert "is not a folder; choose another folder" in said
@@ -467,56 +466,6 @@ def test_disk_full(inputs, tmp_path, monkeypatch, capsys, share):
     monkeypatch.undo()
     inputs.pack(out)
     assert contents(out) == inputs.bytes
-
-
-# ---------------------------------------------------------------------------------------------------- the engine
-
-
-def square(number):
-    return number * number
-
-
-def die(task):
-    """Kills its process as often as the task says, counted in files."""
-    folder, name, times = task
-    for attempt in range(times):
-        mark = Path(folder) / f"{name}-{attempt}"
-        if not mark.exists():
-            mark.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
-    return name
-
-
-def fail(number):
-    if number == 3:
-        raise ValueError("three")
-    return number
-
-
-def test_all_tasks_are_done_once_without_workers():
-    assert list(run_all(square, range(5), 0, str)) == [0, 1, 4, 9, 16]
-    assert list(run_all(square, [], 4, str)) == []
-
-
-def test_a_worker_that_dies_once_is_replaced(tmp_path):
-    tasks = [(str(tmp_path), f"t{n}", 1 if n in (2, 5) else 0) for n in range(8)]
-    assert sorted(run_all(die, tasks, 1, lambda t: t[1])) == [f"t{n}" for n in range(8)]
-
-
-def test_a_task_that_kills_its_worker_twice_is_named(tmp_path):
-    tasks = [(str(tmp_path), f"t{n}", 9 if n == 1 else 0) for n in range(4)]
-    with pytest.raises(WorkerLost, match=r"died twice.* t1[.,].*workers=1"):
-        list(run_all(die, tasks, 1, lambda t: t[1]))
-
-
-def test_an_error_in_a_worker_is_the_callers():
-    found = []
-    with pytest.raises(ValueError, match="three"):
-        found.extend(run_all(fail, range(8), 1, str))
-
-
-def test_workers_by_default_are_the_cores():
-    assert 1 <= engine.default_workers() <= os.cpu_count()
 
 
 # ------------------------------------------------------------------------------------------------------- memory

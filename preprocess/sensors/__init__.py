@@ -1,0 +1,1 @@
+"""Tables of sensors, one YAML file each; preprocess.sensor reads them."""
