@@ -6,6 +6,7 @@ A plan is a pure function of the inputs, the configuration and the seed. It read
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,13 +123,21 @@ def make_legend(product: Product, options: PackOptions) -> Legend:
 def _read_scenes(
     sources: Sequence[Source], options: PackOptions, sensor: Sensor | None
 ) -> tuple[list[Scene], dict[str, str]]:
-    scenes, rejected, messages = [], {}, []
-    for source, scene_id in zip(sources, scene_ids([(source.path, source.name) for source in sources]), strict=True):
+    def opened(source: Source, scene_id: str) -> Scene | RasterError:
         try:
-            scenes.append(masks.with_mask(open_scene(source, scene_id, options, sensor), options.mask))
+            return masks.with_mask(open_scene(source, scene_id, options, sensor), options.mask)
         except RasterError as error:
-            rejected[scene_id] = error.reason
-            messages.append(str(error))
+            return error
+
+    ids = scene_ids([(source.path, source.name) for source in sources])
+    if options.scene.remote:  # headers behind URLs take a few requests each, most of which is waiting
+        with ThreadPoolExecutor(8) as threads:
+            found = list(threads.map(opened, sources, ids))
+    else:
+        found = [opened(source, scene_id) for source, scene_id in zip(sources, ids, strict=True)]
+    scenes = [scene for scene in found if isinstance(scene, Scene)]
+    errors = {name: error for name, error in zip(ids, found, strict=True) if isinstance(error, RasterError)}
+    rejected, messages = {name: error.reason for name, error in errors.items()}, list(map(str, errors.values()))
     if len(rejected) > options.max_bad_fraction * len(sources):
         raise PlanError(
             f"{len(rejected)} of {len(sources)} scenes cannot be used (max_bad_fraction={options.max_bad_fraction}):\n"

@@ -3,15 +3,17 @@
 Everything that leaves it is plain data, so a task for another process or machine carries paths, never handles.
 """
 
+import functools
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import rasterio
@@ -19,10 +21,12 @@ from rasterio._err import CPLE_BaseError
 from rasterio.crs import CRS
 from rasterio.enums import ColorInterp, MaskFlags
 from rasterio.errors import CRSError, RasterioError, RasterioIOError
+from rasterio.io import DatasetReader
 from rasterio.windows import Window
 
+from preprocess import remote
 from preprocess.alignment import Alignment
-from preprocess.errors import RasterError
+from preprocess.errors import RasterError, RemoteError, UnreadableError
 from preprocess.grid import Grid
 from preprocess.place import AffinePlace, Place
 
@@ -47,8 +51,31 @@ ENVIRONMENT: dict[str, Any] = {
     "GDAL_NUM_THREADS": "1",  # processes are the parallelism; a second level only makes them wait
     "GDAL_PAM_ENABLED": "YES",  # masks and tags may lie beside the file
     "OGR_CT_FORCE_TRADITIONAL_GIS_ORDER": "YES",  # longitude before latitude in every geographic CRS
-    "GDAL_HTTP_MAX_RETRY": "0",  # nothing here reads from a network
+    "GDAL_HTTP_MAX_RETRY": "0",  # local files need no network; for URLs see REMOTE
 }
+
+# For files behind URLs, on top.
+REMOTE: dict[str, Any] = {
+    # a URL is one file: its folder is never listed, and no sidecar is looked for, each of which would be a request
+    "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR",
+    # a request that meets 429, 500, 502, 503 or 504 is made again, after 0.5, 1 and 2 s
+    "GDAL_HTTP_MAX_RETRY": "3",
+    "GDAL_HTTP_RETRY_DELAY": "0.5",
+    "GDAL_HTTP_CONNECTTIMEOUT": "10",  # seconds
+    # a transfer that stands still is given up; slow ones may take as long as they need
+    "GDAL_HTTP_LOW_SPEED_LIMIT": "100",  # bytes a second
+    "GDAL_HTTP_LOW_SPEED_TIME": "15",  # seconds
+    # requests of 256 KiB in place of 16: whole scenes are read, in order, and a COG's directory comes in one
+    "CPL_VSIL_CURL_CHUNK_SIZE": 256 << 10,
+    "GDAL_INGESTED_BYTES_AT_OPEN": 256 << 10,
+    "CPL_VSIL_CURL_CACHE_SIZE": 64 << 20,  # bytes of such parts, for a process
+    "GDAL_HTTP_MERGE_CONSECUTIVE_RANGES": "YES",
+}
+# A process's GDAL remembers that a file could not be had, and parts that came short; this makes it forget.
+FORGET: dict[str, Any] = {"CPL_VSIL_CURL_NON_CACHED": "/vsicurl/:/vsis3/:/vsigs/:/vsiaz/"}
+# Seconds before a file behind a URL is opened and read anew. GDAL itself does not repeat a request whose connection
+# breaks or whose answer is cut short.
+WAITS = (0.5, 2.0, 8.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,11 +176,55 @@ def environment() -> Iterator[None]:
         yield
 
 
+def _without_queries(text: str) -> str:
+    """A message of GDAL's without what follows a ``?`` in URLs, which may be a secret."""
+    return re.sub(r"\?[^\s,'\")]*", "", text)
+
+
+ReaderT = TypeVar("ReaderT", bound=Callable[..., Any])
+
+
+def _persistent(reader: ReaderT) -> ReaderT:
+    """A function of a path or a sheet that reads files behind URLs again where that fails, and then raises RemoteError.
+
+    A file that is not there is a RasterError, as on a disk.
+    """
+
+    @functools.wraps(reader)
+    def persistent(of: Any, *arguments: Any, **named: Any) -> Any:
+        path = of if isinstance(of, str) else of.path
+        if not remote.is_remote(path):
+            return reader(of, *arguments, **named)
+        for attempt in range(len(WAITS) + 1):
+            try:
+                with rasterio.Env(**{**REMOTE, **(FORGET if attempt else {})}):
+                    return reader(of, *arguments, **named)
+            except UnreadableError as error:
+                cause = str(error.__cause__.__cause__ or error.__cause__) if error.__cause__ else str(error)
+                if "response code: 404" in cause:
+                    raise RasterError(f"{remote.shown(path)}: there is no such file", "missing") from error
+                denied = re.search(r"response code: 40[13]", cause)
+                if attempt == len(WAITS) or denied:
+                    hint = (
+                        "check the credentials (docs/data.md, Scenes behind URLs)" if denied else "is it up, and whole?"
+                    )
+                    raise RemoteError(
+                        f"{remote.shown(path)}: cannot be read over the network, tried {attempt + 1} times "
+                        f"({_without_queries(cause)}); {hint}"
+                    ) from error
+                time.sleep(WAITS[attempt])
+        raise AssertionError("returns or raises")
+
+    return cast(ReaderT, persistent)
+
+
 @contextmanager
 def _opened(path: str) -> Iterator[Any]:
     """The dataset, or RasterError saying what is wrong with the file."""
-    if path.startswith("/vsi") or "://" in path:
-        raise RasterError(f"{path}: only local files are read; copy it here first", "remote")
+    if remote.is_remote(path):
+        with _dataset(remote.virtual_path(path), sorted(set(SIGNATURES.values())), remote.shown(path)) as dataset:
+            yield dataset
+        return
     if not Path(path).is_file():
         raise RasterError(f"{path}: there is no such file", "missing")
     try:
@@ -164,15 +235,22 @@ def _opened(path: str) -> Iterator[Any]:
     driver = next((name for signature, name in SIGNATURES.items() if start.startswith(signature)), None)
     if driver is None:
         raise RasterError(f"{path}: is neither GeoTIFF nor JPEG 2000; {_conversion(path, start)}", "format")
+    with _dataset(path, [driver], path) as dataset:
+        yield dataset
+
+
+@contextmanager
+def _dataset(path: str, drivers: list[str], shown: str) -> Iterator[Any]:
+    """Opened by one of the drivers and no other: a VRT in disguise could make GDAL read what nobody named."""
     try:
-        with environment(), rasterio.open(path, driver=driver) as dataset:
+        with environment(), DatasetReader(path, driver=drivers) as dataset:
             yield dataset
     except RasterioIOError as error:
-        raise RasterError(
-            f"{path}: cannot be read as GeoTIFF or JPEG 2000 ({error}); check that the file is whole"
+        raise UnreadableError(
+            f"{shown}: cannot be read as GeoTIFF or JPEG 2000 ({error}); check that the file is whole"
         ) from error
     except (RasterioError, CRSError, CPLE_BaseError) as error:
-        raise RasterError(f"{path}: {error}") from error
+        raise UnreadableError(f"{shown}: {error}") from error
 
 
 def _conversion(path: str, start: bytes) -> str:
@@ -221,6 +299,19 @@ def _crs(dataset: Any, path: str) -> str:
     if dataset.transform.is_identity:
         raise RasterError(f"{path}: has a CRS but no geotransform; georeference it first", "no_crs")
     return dataset.crs.to_wkt()
+
+
+def _remote_digest(dataset: Any) -> str:
+    """As :func:`digest` for a file behind a URL, from what costs few requests: its form, where its blocks lie and how
+    large they are, which compression makes a matter of the pixels, and the first and the last block itself."""
+    blocks = list(dataset.block_windows(1))
+    hashed = hashlib.sha256(repr((dataset.profile, dataset.tags(), len(blocks))).encode())
+    for (row, column), _ in blocks[:: max(1, len(blocks) // 64)]:
+        for what in ("BLOCK_OFFSET", "BLOCK_SIZE"):
+            hashed.update(repr(dataset.get_tag_item(f"{what}_{column}_{row}", "TIFF", bidx=1)).encode())
+    for _, window in (blocks[0], blocks[-1]):
+        hashed.update(dataset.read(window=window).tobytes())
+    return f"0-{hashed.hexdigest()[:24]}"
 
 
 def same_crs(one: str, other: str) -> bool:
@@ -274,6 +365,7 @@ def _wavelengths(dataset: Any) -> tuple[float | None, ...]:
     return tuple(found)
 
 
+@_persistent
 def read_header(path: str) -> Header:
     """A scene file's header. Raises RasterError."""
     with _opened(path) as dataset:
@@ -290,10 +382,11 @@ def read_header(path: str) -> Header:
             masked=MaskFlags.per_dataset in flags and ColorInterp.alpha not in dataset.colorinterp,
             tag_date=_tag_date(dataset),
             processed=find_date(str(dataset.tags().get("TIFFTAG_DATETIME", ""))),
-            digest=digest(path),
+            digest=_remote_digest(dataset) if remote.is_remote(path) else digest(path),
         )
 
 
+@_persistent
 def read_sheet(path: str, probabilities: Sequence[str] = ()) -> Sheet:
     """A land-cover sheet's header. probabilities: the classes that a sheet of many bands holds probabilities of.
 
@@ -307,7 +400,7 @@ def read_sheet(path: str, probabilities: Sequence[str] = ()) -> Sheet:
                 f"{path}: {dataset.count} band(s) of {dataset.dtypes[0]}; a land-cover sheet has one band of "
                 f"{', '.join(SHEET_DTYPES)} with class codes{other}"
             )
-        crs, grid, name = _crs(dataset, path), _grid(dataset, path), Path(path).name
+        crs, grid, name = _crs(dataset, path), _grid(dataset, path), Path(remote.shown(path)).name
         return Sheet(
             path=path,
             name=name,
@@ -316,7 +409,10 @@ def read_sheet(path: str, probabilities: Sequence[str] = ()) -> Sheet:
             geographic=dataset.crs.is_geographic,
             nodata=dataset.nodata,
             # the name too: it says which year and which part of the Earth a sheet stands for
-            fingerprint=fingerprint([digest(path)], (name, crs, grid.transform, dataset.nodata, *bands)),
+            fingerprint=fingerprint(
+                [_remote_digest(dataset) if remote.is_remote(path) else digest(path)],
+                (name, crs, grid.transform, dataset.nodata, *bands),
+            ),
             bands=bands,
         )
 
@@ -333,6 +429,7 @@ def _probability_bands(dataset: Any, classes: Sequence[str]) -> tuple[int, ...]:
     return tuple(range(1, len(classes) + 1)) if nameless and 0 <= dataset.count - len(classes) <= 1 else ()
 
 
+@_persistent
 def read_colours(path: str) -> dict[int, tuple[int, int, int]]:
     """The colour table of a sheet, code to RGB; without black, which stands for codes that have no colour."""
     with _opened(path) as dataset:
@@ -373,6 +470,7 @@ def read_pixels(scene: Scene, bands: Sequence[int], window: tuple[int, int, int,
     return pixels, mask
 
 
+@_persistent
 def _read(
     path: str, numbers: Sequence[int], masked: bool, window: tuple[int, int, int, int]
 ) -> tuple[np.ndarray, np.ndarray | None]:
@@ -410,18 +508,21 @@ def _read_aligned(
     return pixels, mask
 
 
+@_persistent
 def read_probabilities(sheet: Sheet, window: tuple[int, int, int, int]) -> np.ndarray:
     """The probability bands [K, H, W] of a sheet, as they are stored. Raises RasterError if it is damaged there."""
     with _opened(sheet.path) as dataset:
         return dataset.read(list(sheet.bands), window=Window(*window))  # type: ignore[call-arg]
 
 
+@_persistent
 def read_codes(sheet: Sheet, window: tuple[int, int, int, int]) -> np.ndarray:
     """Class codes [H, W] of a sheet in (column, row, width, height). Raises RasterError if it is damaged there."""
     with _opened(sheet.path) as dataset:
         return dataset.read(1, window=Window(*window))  # type: ignore[call-arg]
 
 
+@_persistent
 def read_codes_coarsely(sheet: Sheet, window: tuple[int, int, int, int], out: tuple[int, int], most: int) -> np.ndarray:
     """Codes of a window at a size ``out`` = (width, height): from overviews where the sheet has them, else every
     so-manieth pixel. Raises RasterError, also where a sheet without overviews would take over ``most`` pixels."""

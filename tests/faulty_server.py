@@ -16,9 +16,10 @@ class FaultyServer(ThreadingHTTPServer):
     A list that ends leaves the file sound; a plain word is for ever. requests: names in the order they came."""
 
     daemon_threads = True
+    handler: type["Handler"]
 
     def __init__(self, folder: Path):
-        super().__init__(("127.0.0.1", 0), _Handler)
+        super().__init__(("127.0.0.1", 0), self.handler)
         self.folder, self.lock = folder, threading.Lock()
         self.faults: dict[str, list[str] | str] = {}
         self.requests: list[str] = []
@@ -44,7 +45,7 @@ class FaultyServer(ThreadingHTTPServer):
         """Clients that give up are no news."""
 
 
-class _Handler(BaseHTTPRequestHandler):
+class Handler(BaseHTTPRequestHandler):
     server: FaultyServer
 
     def log_message(self, format: str, *args: object) -> None:
@@ -68,6 +69,9 @@ class _Handler(BaseHTTPRequestHandler):
         if fault != "cut":  # without a length only the end of the connection ends the body
             self.send_header("Content-Length", str(len(data)))
         self.end_headers()
+        self._send_body(data, fault)
+
+    def _send_body(self, data: bytes, fault: str) -> None:
         half = len(data) // 2
         self.wfile.write(data[:half] if fault in ("reset", "short", "cut", "stall") else data)
         self.wfile.flush()
@@ -78,9 +82,57 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = True
 
 
+FaultyServer.handler = Handler
+
+
+class _RangeHandler(Handler):
+    """Answers HEAD, and requests for parts of a file, as GDAL makes them."""
+
+    def do_HEAD(self) -> None:
+        file = self.server.folder / self.path.partition("?")[0].removeprefix("/data/")
+        fault = self.server.next_fault(file.name)
+        if fault in STATUSES or not file.is_file():
+            self.send_error(STATUSES.get(fault, 404))
+            return
+        self.send_response(200)
+        self.send_header("Content-Length", str(file.stat().st_size))
+        self.send_header("Accept-Ranges", "bytes")
+        self.end_headers()
+
+    def do_GET(self) -> None:
+        file = self.server.folder / self.path.partition("?")[0].removeprefix("/data/")
+        self.server.watch()
+        fault = self.server.next_fault(file.name)
+        if fault in STATUSES or not file.is_file():
+            self.send_error(STATUSES.get(fault, 404))
+            return
+        data, asked = file.read_bytes(), self.headers.get("Range", "")
+        if asked:
+            first, _, last = asked.removeprefix("bytes=").partition("-")
+            start, end = int(first), min(int(last or len(data)), len(data) - 1)
+            if start >= len(data):
+                self.send_error(416)
+                return
+        else:
+            start, end = 0, len(data) - 1
+        part = data[start : end + 1]
+        self.send_response(206 if asked else 200)
+        self.send_header("Content-Length", str(len(part)))
+        if asked:
+            self.send_header("Content-Range", f"bytes {start}-{end}/{len(data)}")
+        self.end_headers()
+        self._send_body(part, fault)
+
+
+class RangeServer(FaultyServer):
+    """Serves the folders below its folder too."""
+
+    handler = _RangeHandler
+
+
 @contextlib.contextmanager
-def serving(folder: Path) -> Iterator[FaultyServer]:
-    server = FaultyServer(folder)
+def serving(folder: Path, kind: type[FaultyServer] = FaultyServer) -> Iterator[FaultyServer]:
+    server = kind(folder)
     thread = threading.Thread(target=lambda: server.serve_forever(poll_interval=0.02), daemon=True)
     thread.start()
     try:
