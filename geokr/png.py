@@ -17,8 +17,8 @@ SIGNATURE = b"\x89PNG\r\n\x1a\n"
 # Bands to PNG's colour type: grey, grey and alpha, RGB, RGB and alpha.
 COLOUR_TYPES = {1: 0, 2: 4, 3: 2, 4: 6}
 DEPTHS = {"uint8": 8, "uint16": 16}
-# After the filters imagery repeats nothing but runs: looking for runs alone (zlib's RLE strategy, whatever the level) took
-# a sixth to a half of the time of the usual search and gave 2 % fewer bytes, on 8 and on 16 bit Landsat tiles.
+# After the filters imagery repeats nothing but runs: looking for runs alone (zlib's RLE strategy, at any level) took a
+# sixth to a half of the time of the usual search and gave 2 % fewer bytes, on 8 and on 16 bit Landsat tiles.
 STRATEGY, LEVEL, MEMORY = zlib.Z_RLE, 3, 9
 
 _HEADER = struct.Struct(">IIBBBBB")
@@ -37,13 +37,13 @@ def encode(tile_HWC: np.ndarray) -> bytes:
     filtered = _filter(rows.view(np.uint8).reshape(height, -1), bands * depth // 8)
     header = _HEADER.pack(width, height, depth, COLOUR_TYPES[bands], 0, 0, 0)
     packer = zlib.compressobj(LEVEL, zlib.DEFLATED, zlib.MAX_WBITS, MEMORY, STRATEGY)
-    data = packer.compress(filtered) + packer.flush()
+    data = packer.compress(filtered.data) + packer.flush()
     return SIGNATURE + _chunk(b"IHDR", header) + _chunk(b"IDAT", data) + _chunk(b"IEND", b"")
 
 
 def decode(data: bytes | np.ndarray, shape: tuple[int, int, int], dtype: str) -> np.ndarray:
     """The pixels [H, W, C] of a PNG that must have this shape and dtype. Raises PngError."""
-    header, body = _chunks(memoryview(np.frombuffer(data, np.uint8)))
+    header, body = _chunks(memoryview(data))
     height, width, bands = shape
     wanted = (width, height, DEPTHS.get(dtype), COLOUR_TYPES.get(bands), 0, 0, 0)
     if header != wanted:
@@ -55,7 +55,7 @@ def decode(data: bytes | np.ndarray, shape: tuple[int, int, int], dtype: str) ->
         rows = inflater.decompress(body, size)
     except zlib.error as error:
         raise PngError(str(error)) from error
-    if len(rows) != size or not inflater.eof and inflater.decompress(inflater.unconsumed_tail, 1):
+    if len(rows) != size or (not inflater.eof and inflater.decompress(inflater.unconsumed_tail, 1)):
         raise PngError(f"{len(rows)} bytes of rows or more, {size} were expected")
     if not inflater.eof:  # the checksum at its end was not reached
         raise PngError("it is cut short")

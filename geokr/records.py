@@ -36,7 +36,7 @@ READABLE_VERSIONS = (1, 2)
 MANIFEST = "manifest.json"
 SPLITS = ("train", "val")
 DTYPES = ("uint8", "uint16", "int16", "float32")
-CODECS = ("jpeg", "raw")
+CODECS = ("jpeg", "png", "raw", "lz4")
 
 HEADER = struct.Struct("<QI")
 FOOTER = struct.Struct("<I")
@@ -112,7 +112,7 @@ def read_index(text: str, where: str) -> np.ndarray:
 class Record:
     """One tile and what the land-cover map says of the ground under it.
 
-    image: encoded bytes; ``raw`` is C-order [H, W, C] of ``dtype``, little-endian. ``jpeg`` is uint8 RGB.
+    image: encoded bytes; ``jpeg`` is uint8 RGB, the others are lossless and explained in geokr.tile_codecs.
     shape: (height, width, bands). fractions: float32 [classes], sum 1. valid_fraction: share of the tile's
     ground that counted. lonlat: WGS 84 degrees of the centre. transform: pixel (column, row) to CRS as
     (a, b, c, d, e, f): x = a*column + b*row + c, y = d*column + e*row + f. crs: WKT. date: ISO or empty.
@@ -280,7 +280,7 @@ class Tile(_Part):
     """Form of every tile: side in pixels, codec, dtype."""
 
     size: int
-    codec: Literal["jpeg", "raw"]
+    codec: Literal["jpeg", "png", "raw", "lz4"]
     dtype: Literal["uint8", "uint16", "int16", "float32"]
 
 

@@ -1,4 +1,4 @@
-"""DALI's graph: JPEG decoding on the CPU, decoding and augmentation on the GPU.
+"""DALI's graph: JPEG decoding on the CPU, decoding (JPEG, LZ4) and augmentation on the GPU.
 
 DALI gets encoded bytes and augmentation parameters through ``external_source``; order, randomness and checksums stay
 outside, so its own random state and readers play no part.
@@ -12,6 +12,7 @@ Legend of shapes: N images, H = W side of the tile, h = w side of the image, I b
 """
 
 from collections.abc import Callable
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -50,6 +51,14 @@ def augment_in_graph(images: Any, affine: Any, matrix: Any, transform: Transform
     images = fn.coord_transform(images, MT=matrix, dtype=_FLOAT)
     low, high = transform.facts.limits()
     return math.clamp(images, low, high) if np.isfinite(low) else images
+
+
+def decodes(codec: str, dtype: str, device_id: int | None) -> bool:
+    """Whether the graph decodes this codec; other images come to it decoded.
+
+    LZ4 is inflated on the GPU alone, and not where pixels must be looked through for NaN before they go there.
+    """
+    return codec == "jpeg" or (codec == "lz4" and dtype != "float32" and device_id is not None)
 
 
 class Finish:
@@ -91,28 +100,31 @@ def build(
 ) -> Pipeline:
     """A built pipeline over batches of at most ``count``.
 
-    source: called for each batch; gives (image bytes, or raw arrays [H, W, I],) and with a transform also
+    source: called for each batch; gives (image bytes, or decoded arrays [H, W, I],) and with a transform also
     (affine [N, 2, 3], colour [N, C, I + 1]) for the augmentation in the graph. Raises StopIteration at the end.
-    device_id: None for the CPU backend.
+    codec: what the graph decodes, see :func:`decodes`. device_id: None for the CPU backend.
     """
     pipeline = Pipeline(
         batch_size=count, num_threads=threads, device_id=device_id, prefetch_queue_depth=depth, exec_dynamic=True
     )
-    dtypes = [_BYTE if codec == "jpeg" else _TYPES[transform.facts.dtype if transform else "uint8"]]
-    dimensions, layouts = [1 if codec == "jpeg" else 3], ["" if codec == "jpeg" else "HWC"]
+    dtype = transform.facts.dtype if transform else "uint8"
+    encoded = decodes(codec, dtype, device_id)
+    dtypes = [_BYTE if encoded else _TYPES[dtype]]
+    dimensions, layouts = [1 if encoded else 3], ["" if encoded else "HWC"]
     if transform is not None:
         dtypes, dimensions, layouts = [*dtypes, _FLOAT, _FLOAT], [*dimensions, 2, 2], [*layouts, "", ""]
     with pipeline:
         images, *parameters = fn.external_source(
             source=source, num_outputs=len(dtypes), batch=True, dtype=dtypes, ndim=dimensions, layout=layouts
         )
-        images = _decoded(images, shape, device_id) if codec == "jpeg" else images
-        if codec == "raw" and device_id is not None:
-            images = images.gpu()
+        if encoded:
+            decoded = _decoded(images, shape, device_id) if codec == "jpeg" else _inflated(images, shape, dtype)
+        else:
+            decoded = images if device_id is None else images.gpu()
         if transform is not None:
             affine, matrix = parameters
-            images = augment_in_graph(images, affine, matrix, transform)
-        pipeline.set_outputs(images)
+            decoded = augment_in_graph(decoded, affine, matrix, transform)
+        pipeline.set_outputs(decoded)
     pipeline.build()
     return pipeline
 
@@ -129,6 +141,19 @@ def _decoded(data: Any, shape: tuple[int, int, int], device_id: int | None) -> A
         preallocate_height_hint=height,  # tiles are all alike, so memory need never grow
         preallocate_width_hint=width,
     )
+
+
+def _inflated(data: Any, shape: tuple[int, int, int], dtype: str) -> Any:
+    """LZ4 blocks on the GPU. Bytes come in planes (see geokr.tile_codecs), which are put together there."""
+    size = np.dtype(dtype).itemsize
+    planes = fn.decoders.inflate(data.gpu(), algorithm="LZ4", shape=[size, prod(shape)], dtype=_BYTE)
+    return joined_planes(planes, shape, dtype)
+
+
+def joined_planes(planes: Any, shape: tuple[int, int, int], dtype: str) -> Any:
+    """uint8 [bytes of a value, values] as values [H, W, I]."""
+    values = fn.transpose(planes, perm=[1, 0]) if np.dtype(dtype).itemsize > 1 else planes
+    return fn.reinterpret(values, shape=list(shape), dtype=_TYPES[dtype], layout="HWC")
 
 
 def graph_inputs(images: list[np.ndarray], parameters: Parameters, size: int) -> tuple[Any, ...]:

@@ -13,7 +13,7 @@ from nvidia.dali.pipeline import Pipeline
 
 from pipelines import torch_loader
 from pipelines.batch import Decoded, Loaded
-from pipelines.dali import Finish, build, graph_inputs
+from pipelines.dali import Finish, build, decodes, graph_inputs
 from pipelines.threads import Team
 from pipelines.transform import Transform
 
@@ -34,10 +34,10 @@ def decode_batches(
     """Decodes and augments batch after batch. shape: the records' (H, W, I). where: a record's place, for errors."""
     depth = max(2, prefetch)  # one batch in DALI's threads while another one is given out
     if device.type != "cuda":
-        if codec == "raw":  # nothing to decode
+        if codec != "jpeg":  # DALI's PNG decoder is no faster, and it inflates LZ4 on a GPU only
             return torch_loader.decode_batches(batches, team, transform, shape, codec, where, False)
         return _on_cpu(batches, team, transform, shape, where, count, threads, depth)
-    return _in_graph(batches, transform, shape, codec, where, count, threads, device, depth)
+    return _in_graph(batches, team, transform, shape, codec, where, count, threads, device, depth)
 
 
 class _Feed:
@@ -125,6 +125,7 @@ def _on_cpu(
 
 def _in_graph(
     batches: Iterator[Loaded],
+    team: Team,
     transform: Transform,
     shape: tuple[int, int, int],
     codec: str,
@@ -134,12 +135,15 @@ def _in_graph(
     device: torch.device,
     depth: int,
 ) -> Iterator[Decoded]:
-    """Everything in DALI's graph on the device, but for what :class:`pipelines.dali.Finish` does."""
+    """Everything in DALI's graph on the device, but for what :class:`pipelines.dali.Finish` does, and for decoding
+    what the graph does not decode."""
+    device_id, dtype = _device_id(device), transform.facts.dtype
+    encoded = decodes(codec, dtype, device_id)
 
     def inputs(batch: Loaded) -> tuple[Any, ...]:
-        images = batch.samples.images
-        if codec == "raw":
-            images = [torch_loader.view_raw(data, shape, transform.facts.dtype) for data in images]
+        images: list[np.ndarray] = batch.samples.images
+        if not encoded:
+            images = torch_loader.decode_all(team, batch, codec, shape, dtype, where)
         return graph_inputs(images, batch.parameters, shape[0])
 
     feed, kept = _Feed(batches, inputs), _Kept(Finish(transform, device))
@@ -150,7 +154,7 @@ def _in_graph(
         codec=codec,
         transform=transform,
         threads=threads,
-        device_id=_device_id(device),
+        device_id=device_id,
         depth=depth,
     )
 

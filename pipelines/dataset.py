@@ -13,7 +13,7 @@ from typing import Self
 
 import numpy as np
 
-from geokr import records
+from geokr import records, tile_codecs
 from geokr.options import DataOptions, RecordsSource
 from geokr.records import Manifest, RecordError
 from pipelines.augment import BandFacts
@@ -229,8 +229,8 @@ def _check_manifest(folder: Path, manifest: Manifest) -> None:
     path, tile, bands = folder / records.MANIFEST, manifest.tile, len(manifest.bands)
     if tile.size < 1 or not bands:
         raise RecordError(f"{path}: tiles of side {tile.size} with {bands} bands cannot be; pack again")
-    if tile.codec == "jpeg" and (bands != 3 or tile.dtype != "uint8"):
-        raise RecordError(f"{path}: jpeg holds three bands of uint8, not {bands} of {tile.dtype}; pack with codec raw")
+    if problem := tile_codecs.unfit(tile.codec, bands, tile.dtype):
+        raise RecordError(f"{path}: {problem}")
     for name in records.SPLITS:
         part = manifest.split(name)
         listed = [shard.name for shard in part.shards]

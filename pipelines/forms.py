@@ -53,7 +53,8 @@ class Forms:
 
     @property
     def floats(self) -> bool:
-        return self.tile.dtype == "float32"
+        """Whether images are float32 that can be looked at for NaN as they lie in their records."""
+        return self.tile.dtype == "float32" and self.tile.codec == "raw"
 
     def wanted(self, image: np.ndarray, form: int) -> np.ndarray:
         """The image's bytes with the wanted bands only (a copy where some are not)."""

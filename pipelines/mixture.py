@@ -94,8 +94,8 @@ def _band_faults(
     both = f"{sources[0].shown} has {_list(held[0])}, {sources[other].shown} has {_list(held[other])}"
     if names is None:
         yield f"bands: {both}; model.bands=[...] could name those that all have"
-    elif any(manifest.tile.codec == "jpeg" for manifest in manifests):
-        yield f"bands: {both}; in JPEG their order cannot be changed"
+    elif (codec := manifests[0].tile.codec) != "raw":
+        yield f"bands: {both}; only in raw records can they be chosen or reordered, these are {codec}"
     else:
         for source, have in zip(sources, held, strict=True):
             if missing := [name for name in names if name not in have]:

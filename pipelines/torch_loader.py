@@ -1,13 +1,15 @@
-"""The same batches without DALI: libjpeg-turbo (simplejpeg) and numba kernels in threads, no other processes.
+"""The same batches without DALI: libjpeg-turbo (simplejpeg), zlib, liblz4 and numba in threads, no other processes.
 
-Both release the GIL, so threads scale, and images are written straight into the batch.
+All release the GIL, so threads scale, and images are written straight into the batch.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 import simplejpeg
 
+from geokr import tile_codecs
 from geokr.records import RecordError
 from pipelines.augment import Parameters
 from pipelines.batch import Decoded, Loaded
@@ -29,10 +31,42 @@ def decode_jpeg(data: np.ndarray, shape: tuple[int, int, int], where: Callable[[
     return image
 
 
-def view_raw(data: np.ndarray, shape: tuple[int, int, int], dtype: str) -> np.ndarray:
-    """Raw image bytes as [H, W, I] of dtype, C-order, aligned; a view where the bytes lie so, else a copy."""
-    image = np.frombuffer(data, np.dtype(dtype).newbyteorder("<")).reshape(shape)
-    return np.require(image.astype(dtype, copy=False), requirements=["C", "A"])
+def decode_tile(
+    data: np.ndarray, codec: str, shape: tuple[int, int, int], dtype: str, where: Callable[[], str]
+) -> np.ndarray:
+    """An image's bytes as [H, W, I] of dtype, C-order, aligned; of raw a view where the bytes lie so.
+
+    Raises RecordError that begins with ``where`` if it is damaged, of another shape, or holds NaN.
+    """
+    if codec == "jpeg":
+        return decode_jpeg(data, shape, where)
+    try:
+        tile = tile_codecs.decode(data, codec, shape, dtype)
+    except tile_codecs.CodecError as error:
+        raise RecordError(f"{where()}: the image does not decode as {codec} ({error}); pack again") from error
+    # raw ones were looked through when they were read
+    if codec == "lz4" and dtype == "float32" and not np.isfinite(tile).all():
+        raise RecordError(f"{where()}: feature 'image' holds NaN or infinity; pack again from sound scenes")
+    return tile
+
+
+def decode_all(
+    team: Team, batch: Loaded, codec: str, shape: tuple[int, int, int], dtype: str, where: Callable[[int], str]
+) -> list[np.ndarray]:
+    """A batch's images, decoded by the team."""
+    ids, data = batch.plan.ids.tolist(), batch.samples.images
+    tiles: list[np.ndarray] = [np.empty(0)] * len(ids)
+
+    def work(chunk: range) -> None:
+        for n in chunk:
+            tiles[n] = decode_tile(data[n], codec, shape, dtype, partial(where, ids[n]))
+
+    team.map(work, _parts(len(ids)))
+    return tiles
+
+
+def _parts(count: int) -> list[range]:
+    return [range(start, min(start + _CHUNK, count)) for start in range(0, count, _CHUNK)]
 
 
 def augment_all(
@@ -43,13 +77,12 @@ def augment_all(
     out_NhwC: np.ndarray,
 ) -> None:
     """Fills the batch: the team calls ``tile(n)`` for the n-th tile [H, W, I] and augments it into its place."""
-    count = len(out_NhwC)
 
     def work(chunk: range) -> None:
         for n in chunk:
             transform(tile(n), parameters, n, out_NhwC[n])
 
-    team.map(work, [range(start, min(start + _CHUNK, count)) for start in range(0, count, _CHUNK)])
+    team.map(work, _parts(len(out_NhwC)))
 
 
 def decode_batches(
@@ -66,10 +99,8 @@ def decode_batches(
         images = transform.allocate(len(batch.plan.ids), pinned)
 
         def tile(n: int, batch: Loaded = batch) -> np.ndarray:
-            data = batch.samples.images[n]
-            if codec == "raw":
-                return view_raw(data, shape, transform.facts.dtype)
-            return decode_jpeg(data, shape, lambda: where(int(batch.plan.ids[n])))
+            record_id = int(batch.plan.ids[n])
+            return decode_tile(batch.samples.images[n], codec, shape, transform.facts.dtype, lambda: where(record_id))
 
         augment_all(team, transform, tile, batch.parameters, images.numpy())
         batch.samples.release()

@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from geokr import tile_codecs
 from geokr.config import suggestion
 from geokr.records import Band
 from preprocess.inputs import PlanError
@@ -173,10 +174,10 @@ def check_band_names(scenes: Sequence[Scene], bands: Sequence[Band], options: Pa
 
 def tile_dtype(scene: Scene, bands: int, options: PackOptions) -> str:
     dtype = scene.dtype if options.stretch.mode == "none" else "uint8"
-    if options.tile.codec == "jpeg" and (dtype != "uint8" or bands != 3):
+    if problem := tile_codecs.unfit(options.tile.codec, bands, dtype):
         raise PlanError(
-            f"tile.codec=jpeg holds 3 bands of 8 bits; here tiles have {bands} of {dtype} "
-            f"(scenes of {scene.dtype}, stretch.mode={options.stretch.mode}): use tile.codec=raw, or stretch to 8 bits"
+            f"tile.codec: {problem}, or stretch to 8 bits "
+            f"(scenes of {scene.dtype}, stretch.mode={options.stretch.mode})"
         )
     pairs = len(options.stretch.limits or ())
     if pairs not in (0, 1, bands):

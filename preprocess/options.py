@@ -16,8 +16,10 @@ class TileOptions(Options):
     """Bands that go into a tile, in this order: 1-based numbers, or names that the scene or `scene.sensor` gives its
     bands; null for all. `rgb`: red, green and blue by their names; where nothing names them the first three, with a
     warning."""
-    codec: Literal["jpeg", "raw"] = "jpeg"
-    """`jpeg`: three bands of 8 bits, small. `raw`: any bands, any depth, unchanged, large, fast to load."""
+    codec: Literal["jpeg", "png", "raw", "lz4"] = "jpeg"
+    """`jpeg`: three bands of 8 bits, small, with losses. The others keep every value. `png`: 1 to 4 bands of uint8 or
+    uint16, smallest of these, slowest to pack and load. `raw`: any bands and depth, large, fastest. `lz4`: as raw, a
+    little smaller where values have 16 bits or repeat."""
     jpeg_quality: int = Field(default=95, ge=1, le=100)
     """libjpeg's quality."""
     jpeg_subsampling: Literal["444", "422", "420"] = "444"
@@ -42,7 +44,8 @@ class TileOptions(Options):
 class StretchOptions(Options):
     mode: Literal["joint", "per_band", "limits", "none"] = "joint"
     """How values become 8 bits. `joint`: one pair of percentiles for all bands of a scene. `per_band`: a pair a
-    band. `limits`: `stretch.limits` for every scene. `none`: values stay as they are (with `tile.codec=raw`)."""
+    band. `limits`: `stretch.limits` for every scene. `none`: values stay as they are
+    (with `png`, `raw` or `lz4`)."""
     percentiles: tuple[float, float] = (1.0, 99.0)
     """Percentiles of the scene's valid pixels that become 0 and 255, taken from one pixel in about 20."""
     limits: tuple[tuple[float, float], ...] | None = None
@@ -164,9 +167,12 @@ class PackOptions(Options):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         chosen = 3 if self.tile.bands == "rgb" else len(self.tile.bands or ())
-        if self.tile.codec == "jpeg" and chosen not in (0, 3):
+        held = {"jpeg": ((3,), "exactly 3", "png, raw or lz4"), "png": ((1, 2, 3, 4), "1 to 4", "raw or lz4")}
+        counts, how_many, others = held.get(self.tile.codec, ((), "", ""))
+        if chosen and counts and chosen not in counts:
             raise ValueError(
-                f"tile.codec=jpeg holds exactly 3 bands, tile.bands has {chosen}: use tile.codec=raw, or three bands"
+                f"tile.codec={self.tile.codec} holds {how_many} bands, tile.bands has {chosen}: "
+                f"use tile.codec={others}, or other bands"
             )
         pairs = len(self.stretch.limits or ())
         if pairs and chosen and pairs not in (1, chosen):

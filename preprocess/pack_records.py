@@ -90,7 +90,7 @@ def describe(plan: Plan) -> str:
     itemsize = {"uint8": 1, "uint16": 2, "int16": 2, "float32": 4}[plan.dtype]
     raw = plan.tiles * size * size * len(plan.bands) * itemsize
     # JPEG at quality 95 and 4:4:4 stays under half of the raw bytes on imagery
-    bound = raw if plan.options.tile.codec == "raw" else raw // 2
+    bound = raw // 2 if plan.options.tile.codec == "jpeg" else raw
     lines = [
         f"{len(plan.tasks)} scenes, {len(plan.sheets)} land-cover sheets, {plan.tiles} tile positions in "
         f"{sum(len(task.chunks) for task in plan.tasks)} chunks",

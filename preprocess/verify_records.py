@@ -16,11 +16,10 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a file: the folder on the path must be the project's, not this one
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import simplejpeg
-
 from geokr import records
 from geokr.records import Manifest, Record, RecordError, Shard
 from preprocess import engine, report, shards
+from preprocess.image_codecs import decode_image
 from preprocess.manifests import sha256_of
 
 Findings = tuple[list[str], list[str]]  # problems, tile ids
@@ -61,13 +60,7 @@ def check_tile(record: Record, manifest: Manifest, where: str) -> None:
     found = record.shape, record.codec, record.dtype, len(record.fractions)
     if found != expected:
         raise RecordError(f"{where}: (shape, codec, dtype, classes) is {found}, the manifest says {expected}")
-    if record.codec == "jpeg":
-        try:
-            image = simplejpeg.decode_jpeg(record.image, "RGB")
-        except ValueError as error:
-            raise RecordError(f"{where}: the JPEG does not decode ({error})") from error
-        if image.shape != record.shape:
-            raise RecordError(f"{where}: the JPEG is {image.shape}, the record says {record.shape}")
+    decode_image(record, where)
 
 
 def verify(folder: Path, workers: int) -> tuple[list[str], Manifest | None]:

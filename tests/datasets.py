@@ -13,7 +13,7 @@ import google_crc32c
 import numpy as np
 import simplejpeg
 
-from geokr import records
+from geokr import records, tile_codecs
 
 CELLS = 4
 # From the mosaic's 0..255 to each dtype's own units: (factor, offset).
@@ -46,7 +46,7 @@ def make_records(images: np.ndarray, fractions: np.ndarray, codec: str) -> list[
         if codec == "jpeg":
             image = simplejpeg.encode_jpeg(np.ascontiguousarray(images[number]), quality=95, colorsubsampling="444")
         else:
-            image = images[number].astype(images.dtype.newbyteorder("<")).tobytes()
+            image = tile_codecs.encode(images[number], codec)
         made.append(
             records.Record(
                 image=image,

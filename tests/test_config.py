@@ -190,7 +190,7 @@ BAD_PACKING = {
     "steps apart": (["tile.size=8", "tile.step=1000"], "tile.step 1000"),
     "fraction": (["split.val_fraction=1"], "less than 1"),
     "negative": (["shards.records=0"], "shards.records"),
-    "codec": (["tile.codec=png"], "'jpeg' or 'raw'"),
+    "codec": (["tile.codec=webp"], "'jpeg', 'png', 'raw' or 'lz4'"),
     "workers": (["workers=-1"], "workers"),
     "seed": (["seed=99999999999999999999"], "seed"),
 }

@@ -208,6 +208,11 @@ def _epochs(dataset: Dataset, loader: str, device: torch.device, augment: Augmen
         ("raw", "uint8", 5, 40),
         ("raw", "uint16", 4, None),
         ("raw", "float32", 2, 40),
+        ("png", "uint16", 4, None),
+        ("lz4", "uint8", 3, None),
+        ("lz4", "uint16", 4, None),
+        ("lz4", "int16", 3, 40),
+        ("lz4", "float32", 2, None),
     ],
 )
 def test_dali_on_the_device_gives_the_same_batches(codec, dtype, bands, size, augmented, tmp_path):

@@ -112,7 +112,15 @@ class NoEvent:
         return False
 
 
-@pytest.mark.parametrize("kind", [{}, {"codec": "raw", "bands": 4, "dtype": "uint16"}], ids=["jpeg", "raw"])
+IN_GRAPH = {
+    "jpeg": {},
+    "raw": {"codec": "raw", "bands": 4, "dtype": "uint16"},
+    "png": {"codec": "png", "bands": 4, "dtype": "uint16"},
+    "lz4": {"codec": "lz4", "bands": 3, "dtype": "int16"},
+}
+
+
+@pytest.mark.parametrize("kind", IN_GRAPH.values(), ids=IN_GRAPH)
 @pytest.mark.parametrize("image_size", [24, 17])
 def test_the_device_path_on_the_cpu_backend(kind, image_size, tmp_path, monkeypatch):
     """Source, graph and what follows it, as a GPU would run them, against the plain loader's batches."""
@@ -125,7 +133,7 @@ def test_the_device_path_on_the_cpu_backend(kind, image_size, tmp_path, monkeypa
         held_out = list(plain)
 
     def in_graph(batches, team, transform, shape, codec, where, *, count, threads, device, prefetch):
-        return dali_loader._in_graph(batches, transform, shape, codec, where, count, threads, device, prefetch)
+        return dali_loader._in_graph(batches, team, transform, shape, codec, where, count, threads, device, prefetch)
 
     monkeypatch.setattr(dali_loader, "decode_batches", in_graph)
     monkeypatch.setattr(torch.cuda, "Event", NoEvent)

@@ -20,7 +20,7 @@ from pipelines.dataset import Dataset
 from pipelines.errors import PipelineError, ReadTimeoutError
 from pipelines.loaders import train_batches, val_batches
 from pipelines.order import Order
-from pipelines.torch_loader import view_raw
+from pipelines.torch_loader import decode_tile
 from pipelines.transform import Transform
 from tests.datasets import make_dataset
 from tests.storage import replace_preadv
@@ -34,6 +34,11 @@ KINDS = {
     "uint16": {"bands": 5, "dtype": "uint16", "codec": "raw"},
     "int16": {"bands": 1, "dtype": "int16", "codec": "raw"},
     "float32": {"bands": 4, "dtype": "float32", "codec": "raw"},
+    "png": {"codec": "png"},
+    "png16": {"bands": 4, "dtype": "uint16", "codec": "png"},
+    "lz4": {"codec": "lz4"},
+    "lz4-int16": {"bands": 5, "dtype": "int16", "codec": "lz4"},
+    "lz4-float32": {"bands": 2, "dtype": "float32", "codec": "lz4"},
 }
 
 
@@ -101,8 +106,7 @@ def test_batches_are_records_through_the_kernels(loader, kind, image_size, folde
     expected = transform.allocate(48)
     for n, record_id in enumerate(ids):
         record = plain[record_id]
-        data = np.frombuffer(record.image, np.uint8)
-        tile = simplejpeg.decode_jpeg(record.image) if kind == "jpeg" else view_raw(data, record.shape, record.dtype)
+        tile = decode_tile(np.frombuffer(record.image, np.uint8), record.codec, record.shape, record.dtype, str)
         one = augment.draw(AugmentOptions(), facts, 3, epochs[n : n + 1], ids[n : n + 1])
         transform(tile, one, 0, expected[n].numpy())
     batches = first(dataset, 4, options(loader), image_size=image_size)
