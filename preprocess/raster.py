@@ -64,7 +64,7 @@ REMOTE: dict[str, Any] = {
     "GDAL_HTTP_CONNECTTIMEOUT": "10",  # seconds
     # a transfer that stands still is given up; slow ones may take as long as they need
     "GDAL_HTTP_LOW_SPEED_LIMIT": "100",  # bytes a second
-    "GDAL_HTTP_LOW_SPEED_TIME": "15",  # seconds
+    "GDAL_HTTP_LOW_SPEED_TIME": "10",  # seconds
     # requests of 256 KiB in place of 16: whole scenes are read, in order, and a COG's directory comes in one
     "CPL_VSIL_CURL_CHUNK_SIZE": 256 << 10,
     "GDAL_INGESTED_BYTES_AT_OPEN": 256 << 10,
@@ -76,6 +76,8 @@ FORGET: dict[str, Any] = {"CPL_VSIL_CURL_NON_CACHED": "/vsicurl/:/vsis3/:/vsigs/
 # Seconds before a file behind a URL is opened and read anew. GDAL itself does not repeat a request whose connection
 # breaks or whose answer is cut short.
 WAITS = (0.5, 2.0, 8.0)
+# Seconds after the first failure in which it is tried again: where transfers stand still, each try takes half a minute.
+PATIENCE = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,6 +197,7 @@ def _persistent(reader: ReaderT) -> ReaderT:
         path = of if isinstance(of, str) else of.path
         if not remote.is_remote(path):
             return reader(of, *arguments, **named)
+        failed = None
         for attempt in range(len(WAITS) + 1):
             try:
                 with rasterio.Env(**{**REMOTE, **(FORGET if attempt else {})}):
@@ -204,7 +207,8 @@ def _persistent(reader: ReaderT) -> ReaderT:
                 if "response code: 404" in cause:
                     raise RasterError(f"{remote.shown(path)}: there is no such file", "missing") from error
                 denied = re.search(r"response code: 40[13]", cause)
-                if attempt == len(WAITS) or denied:
+                failed = failed or time.monotonic()
+                if attempt == len(WAITS) or denied or time.monotonic() - failed > PATIENCE:
                     hint = (
                         "check the credentials (docs/data.md, Scenes behind URLs)" if denied else "is it up, and whole?"
                     )

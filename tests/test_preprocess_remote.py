@@ -212,3 +212,29 @@ def test_names(written, virtual):
 def test_names_that_are_not_read(written):
     with pytest.raises(ValueError, match="is not read; http://, https://, s3://"):
         remote.virtual_path(written)
+
+
+def test_s3(served, tmp_path, monkeypatch):
+    moto = pytest.importorskip("moto.server", reason="moto's S3 server (extra `dev`) is not installed")
+    boto3 = pytest.importorskip("boto3", reason="boto3 (with moto, extra `dev`) is not installed")
+    storage = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    storage.start()
+    try:
+        host, port = storage.get_host_and_port()
+        keys = {"aws_access_key_id": "me", "aws_secret_access_key": "mine", "region_name": "us-east-1"}
+        store = boto3.client("s3", endpoint_url=f"http://{host}:{port}", **keys)
+        store.create_bucket(Bucket="land")
+        for name in ("a.tif", "b.tif", "cover.tif"):
+            store.upload_file(str(served / name), "land", f"deep/{name}")
+        for name, value in {
+            "AWS_ACCESS_KEY_ID": "me", "AWS_SECRET_ACCESS_KEY": "mine", "AWS_REGION": "us-east-1",
+            "AWS_S3_ENDPOINT": f"{host}:{port}", "AWS_HTTPS": "NO", "AWS_VIRTUAL_HOSTING": "FALSE",
+        }.items():  # fmt: skip
+            monkeypatch.setenv(name, value)
+        scenes = ["s3://land/deep/a.tif", "/vsis3/land/deep/b.tif"]
+        pack_quietly(scenes, ["s3://land/deep/cover.tif"], "worldcover", tmp_path / "out", *KEYS)
+        assert shards(tmp_path / "out") == shards(served / "local")
+        with pytest.raises(PlanError, match=r"s3://land/deep/gone\.tif: there is no such file"):
+            pack_quietly(["s3://land/deep/gone.tif"], ["s3://land/deep/cover.tif"], "worldcover", tmp_path / "o", *KEYS)
+    finally:
+        storage.stop()
