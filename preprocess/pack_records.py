@@ -22,7 +22,7 @@ from tqdm import tqdm
 from geokr import config
 from geokr.landcover import product_names
 from geokr.records import RecordError
-from preprocess import report, tile_table
+from preprocess import report, report_page, tile_table
 from preprocess.engine import Engine, WorkerLost
 from preprocess.finishing import Finishing
 from preprocess.inputs import PlanError
@@ -128,7 +128,7 @@ def run(arguments: Sequence[str]) -> int:
     for scene_id, reason in plan.rejected.items():
         print(f"left out: {scene_id} ({reason})", file=sys.stderr)
     bars = Bars()
-    finishing = Finishing(chosen.out, bars)
+    finishing = Finishing(plan, chosen.out, bars, ["python", "preprocess/pack_records.py", *arguments])
     try:
         engine = cluster(chosen.scheduler, plan, chosen.out)
         packed: Packed = pack(plan, chosen.out, bars, finishing.with_work, engine)
@@ -141,8 +141,9 @@ def run(arguments: Sequence[str]) -> int:
     for warning in (*report.warnings(packed.manifest), *finishing.warnings):
         print(f"warning: {warning}", file=sys.stderr)
     print(
-        f"\nrecords: {chosen.out}\ntiles:   {chosen.out / tile_table.NAME} (QGIS, geopandas)\nnext:    python -m "
-        f"geokr.pretrain --config configs/geokr_resnet50.yaml data.records={chosen.out} run.dir=out/run"
+        f"\nrecords: {chosen.out}\nreport:  {chosen.out / report_page.NAME} (any browser)\n"
+        f"tiles:   {chosen.out / tile_table.NAME} (QGIS, geopandas)\nnext:    python -m geokr.pretrain "
+        f"--config configs/geokr_resnet50.yaml data.records={chosen.out} run.dir=out/run"
     )
     return 0
 

@@ -527,11 +527,15 @@ def read_codes(sheet: Sheet, window: tuple[int, int, int, int]) -> np.ndarray:
 
 
 @_persistent
-def read_codes_coarsely(sheet: Sheet, window: tuple[int, int, int, int], out: tuple[int, int], most: int) -> np.ndarray:
-    """Codes of a window at a size ``out`` = (width, height): from overviews where the sheet has them, else every
-    so-manieth pixel. Raises RasterError, also where a sheet without overviews would take over ``most`` pixels."""
+def read_coarsely(sheet: Sheet, window: tuple[int, int, int, int], out: tuple[int, int], most: int) -> np.ndarray:
+    """Codes [H, W], or probability bands [K, H, W], of a window at a size ``out`` = (width, height): from overviews
+    where the sheet has them, else every n-th pixel. Raises RasterError, also where a sheet without overviews would take
+    over ``most`` pixels."""
     _, _, width, height = window
     with _opened(sheet.path) as dataset:
         if width * height > most and not dataset.overviews(1):
             raise RasterError(f"{sheet.path}: has no overviews (gdaladdo makes them)", "overviews")
-        return dataset.read(1, window=Window(*window), out_shape=(out[1], out[0]))  # type: ignore[call-arg]
+        area = Window(*window)  # type: ignore[call-arg]
+        if sheet.bands:
+            return dataset.read(list(sheet.bands), window=area, out_shape=(len(sheet.bands), out[1], out[0]))
+        return dataset.read(1, window=area, out_shape=(out[1], out[0]))

@@ -27,6 +27,17 @@ def size(count: float) -> str:
     return f"{count:.2f} TB"
 
 
+def span(seconds: float) -> str:
+    """A time for people."""
+    if seconds < 1:
+        return f"{seconds * 1000:.0f} ms"
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    if seconds < 6000:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
 def summary(manifest: Manifest, seconds: float | None) -> str:
     """Counts, rejections by reason, class shares of train and validation, bytes, and the rate if it is known."""
     counts = manifest.counts

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from geokr.landcover import LOOKUP_OFFSET, NODATA, Legend
+from geokr.landcover import LOOKUP_OFFSET, LOOKUP_SIZE, NODATA, Legend
 from preprocess import ground, label_kernels, labels, lattice, raster
 from preprocess.raster import RasterError
 from preprocess.report_plane import MapPlace
@@ -57,13 +57,25 @@ def _draw(found: np.ndarray, points: np.ndarray, entry: LabelSheet, legend: Lege
     windows = labels.pieces(sheet, column, row)
     for left, top, width, height in windows:
         out = max(1, round(width / coarse)), max(1, round(height / coarse))
-        codes = raster.read_codes_coarsely(sheet, (left, top, width, height), out, MAX_UNPREPARED)
+        codes, lookup = _codes(entry, (left, top, width, height), out, legend)
         scale = out[0] / width, out[1] / height
         nodes = np.stack([(column - left) * scale[0], (row - top) * scale[1]], axis=-1)
         period = labels.period(sheet) * scale[0]
-        classes = label_kernels.translate(codes, lookup_of(legend, sheet), LOOKUP_OFFSET)
+        classes = label_kernels.translate(codes, lookup, LOOKUP_OFFSET)
         label_kernels.gather_labels(found, NODATA, nodes, classes, np.zeros(2), period, nodes, np.zeros(4), False)
     return bool(windows)
+
+
+def _codes(
+    entry: LabelSheet, window: tuple[int, int, int, int], out: tuple[int, int], legend: Legend
+) -> tuple[np.ndarray, np.ndarray]:
+    """(codes [H, W], lookup from code to class): of a sheet of probabilities the most probable band."""
+    read = raster.read_coarsely(entry.sheet, window, out, MAX_UNPREPARED)
+    if read.ndim == 2:
+        return read, lookup_of(legend, entry.sheet)
+    lookup = np.full(LOOKUP_SIZE, NODATA, np.uint8)
+    lookup[LOOKUP_OFFSET : LOOKUP_OFFSET + len(legend.band_classes)] = legend.band_classes
+    return read.argmax(axis=0).astype(np.uint8), lookup
 
 
 def png(picture_HW: np.ndarray, colours: Sequence[tuple[int, int, int]]) -> bytes:

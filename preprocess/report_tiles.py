@@ -17,7 +17,7 @@ from preprocess.tile_facts import QUALITY
 from preprocess.tile_table import class_columns
 
 MOST_TILES = 20_000  # shown one by one; beyond it cells of tiles are
-MOST_CELLS = 20_000
+MOST_CELLS = 40_000
 FINEST = 2048  # cells along the longer side at most
 _POLYGON_BYTES = 93  # WKB of a polygon of four corners
 SHARE_STEPS = 250  # a class's share as one byte

@@ -23,6 +23,7 @@ from preprocess.options import PackOptions
 from preprocess.pixels import read_valid, strips
 from preprocess.place import Place
 from preprocess.raster import RasterError, Scene
+from preprocess.report_pictures import keep_examples
 from preprocess.sheets import LabelSheet
 from preprocess.spill import Kept, band_sums, spill
 from preprocess.stages import Clock
@@ -93,10 +94,23 @@ def scan_chunk(job: Job) -> dict[str, Any]:
         tile_labels = label(view)
     with clock("place"):
         tiles = place_tiles(view, tile_labels)
+    with clock("examples"):
+        leave_examples(view)
     with clock("statistics"):
         sums = band_sums(view.image, view.cells)
     rejected = Counter(reason for reason in view.reasons if reason)
     return spill(job.folder, job.number, job.scene.scene_id, job.options, tiles, sums, rejected, clock)
+
+
+def leave_examples(view: View) -> None:
+    """One tile of each reason for the report, beside the chunk's spill."""
+    job, size, rejected = view.job, view.job.chunk.size, []
+    for t, (left, top) in enumerate(view.origins.tolist()):
+        if reason := view.reasons[t]:
+            tile_id = f"{job.scene.scene_id}:{job.chunk.columns[0] + left}:{job.chunk.rows[0] + top}"
+            grey = view.grey[top : top + size, left : left + size]
+            rejected.append((reason, tile_id, view.measures[t], grey))
+    keep_examples(job.folder, job.number, job.options.seed, rejected)
 
 
 def read_view(job: Job, clock: Clock) -> View:

@@ -15,6 +15,7 @@ STAGES = {
     "mask": "reading the mask beside the scene",
     "label": "reading land cover and counting it under tiles",
     "place": "footprints, split, what a record says of its tile",
+    "examples": "pictures of rejected tiles for the report",
     "statistics": "sums for the dataset's mean and deviation",
     "encode": "pixels to the codec's bytes",
     "record": "records to frames with checksums",
