@@ -92,8 +92,12 @@ def tables(plan: Plan, out: Path, commits: list[dict[str, Any]], kept: int) -> t
         part = np.load(spill.spill_paths(out / WORK / "spill", commit["number"])[1])
         table[at : at + len(part)], chunk_of[at : at + len(part)] = part, commit["number"]
         at += len(part)
-    order = np.lexsort((table["offset"], chunk_of, table["hash"]))
-    return chunk_of[order], table[order]
+    # stable: rows of one hash stay as they were read, in order of chunk and offset. Column by column, since a second
+    # table would double what a run of many tiles needs most memory for
+    order = np.argsort(table["hash"], kind="stable")
+    for column in spill.TABLE.names or ():
+        table[column] = table[column][order]
+    return chunk_of[order], table
 
 
 def shard_jobs(plan: Plan, out: Path, chunk_of: np.ndarray, table: np.ndarray) -> Iterator[ShardJob]:

@@ -1,6 +1,7 @@
 """Where places lie on the Earth, and how long their pixels are on the ground."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -40,6 +41,13 @@ def apart(a: Cap, b: Cap) -> bool:
     """Whether two caps certainly share no ground."""
     cosine = a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
     return math.acos(max(-1.0, min(1.0, cosine))) > a[3] + b[3]
+
+
+def near(here: Cap, caps: Sequence[Cap]) -> np.ndarray:
+    """Numbers of the caps that may share ground with ``here``: :func:`apart` for thousands at once."""
+    caps_N4 = np.array(caps, np.float64).reshape(-1, 4)
+    cosine = np.clip(caps_N4[:, :3] @ np.array(here[:3]), -1, 1)
+    return np.flatnonzero(np.arccos(cosine) <= caps_N4[:, 3] + here[3])
 
 
 def ground_steps(place: Place, column: float, row: float) -> tuple[float, float]:

@@ -44,8 +44,13 @@ def subdivision(scene: Place, sheets: Sequence[LabelSheet]) -> tuple[int, int]:
     middle = ground.middle_of(scene)
     sx, sy = ground.ground_steps(scene, *middle)
     kx = ky = 1
+    sized = set()
     for entry in sheets:
         sheet = entry.sheet
+        a, b, _, d, e, _ = sheet.grid.transform
+        if (sheet.crs, a, b, d, e) in sized:  # as large on the ground there as another sheet's
+            continue
+        sized.add((sheet.crs, a, b, d, e))
         x, y = scene.points(sheet.crs, np.array([middle[0]]), np.array([middle[1]]))
         if not np.isfinite(x[0]):
             continue
@@ -67,11 +72,8 @@ def overlapping(scene: Place, sheets: Sequence[LabelSheet]) -> list[LabelSheet]:
     """
     found = []
     lattices: dict[str, np.ndarray] = {}
-    here = ground.cap_of(scene)
-    for entry in sheets:
-        sheet = entry.sheet
-        if ground.apart(here, entry.cap):
-            continue
+    for number in ground.near(ground.cap_of(scene), [entry.cap for entry in sheets]).tolist():
+        entry, sheet = sheets[number], sheets[number].sheet
         if sheet.crs not in lattices:
             lattices[sheet.crs] = lattice.points(scene, sheet.crs, sheet.geographic, *ground.regular(scene, 16))
         column, row = sheet.grid.pixel(lattices[sheet.crs][..., 0], lattices[sheet.crs][..., 1])
