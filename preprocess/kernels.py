@@ -159,3 +159,17 @@ def grey_measures(histogram_S, bands, dark_below, bright_above):
                 bright += count
     contrast = (_percentile(histogram_S, pixels, 99.0) - _percentile(histogram_S, pixels, 1.0)) / bands
     return dark / pixels, bright / pixels, contrast, total / pixels / bands, brightest / bands
+
+
+@njit(nogil=True, cache=True)
+def count_values(counts_CV, pixels_CHW, valid_HW, lowest):
+    """Counts integer pixels by band and value - lowest, in place, where ``valid_HW`` is 1 and their sum is not 0."""
+    bands, height, width = pixels_CHW.shape
+    for y in range(height):
+        for x in range(width):
+            total = 0
+            for c in range(bands):
+                total += np.int64(pixels_CHW[c, y, x])
+            if valid_HW[y, x] and total != 0:
+                for c in range(bands):
+                    counts_CV[c, np.int64(pixels_CHW[c, y, x]) - lowest] += 1

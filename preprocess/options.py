@@ -47,7 +47,8 @@ class StretchOptions(Options):
     band. `limits`: `stretch.limits` for every scene. `none`: values stay as they are
     (with `png`, `raw` or `lz4`)."""
     percentiles: tuple[float, float] = (1.0, 99.0)
-    """Percentiles of the scene's valid pixels that become 0 and 255, taken from one pixel in about 20."""
+    """Percentiles of the scene's valid pixels that become 0 and 255, taken from one pixel in about 20:
+    of a file with many blocks up to one in five is read for it, evenly spread."""
     limits: tuple[tuple[float, float], ...] | None = None
     """For mode `limits`: [[low, high]] for all bands, or one pair a band, in the scene's units."""
 

@@ -7,7 +7,9 @@ import functools
 import hashlib
 import os
 import re
+import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -171,6 +173,10 @@ class Sheet:
         return AffinePlace(self.grid, self.crs)
 
 
+KEPT_OPEN = 8
+_thread = threading.local()  # handles must not be shared between threads
+
+
 @contextmanager
 def environment() -> Iterator[None]:
     """GDAL's options for everything here; cheap, and may be nested."""
@@ -226,9 +232,17 @@ def _persistent(reader: ReaderT) -> ReaderT:
 def _opened(path: str) -> Iterator[Any]:
     """The dataset, or RasterError saying what is wrong with the file."""
     if remote.is_remote(path):
-        with _dataset(remote.virtual_path(path), sorted(set(SIGNATURES.values())), remote.shown(path)) as dataset:
+        shown, drivers = remote.shown(path), sorted(set(SIGNATURES.values()))
+        with _errors_of(shown), DatasetReader(remote.virtual_path(path), driver=drivers) as dataset:
             yield dataset
         return
+    driver = _driver(path)
+    with _errors_of(path), DatasetReader(path, driver=[driver]) as dataset:
+        yield dataset
+
+
+def _driver(path: str) -> str:
+    """The one driver that a file's first bytes call for: a VRT in disguise could make GDAL read what nobody named."""
     if not Path(path).is_file():
         raise RasterError(f"{path}: there is no such file", "missing")
     try:
@@ -239,22 +253,54 @@ def _opened(path: str) -> Iterator[Any]:
     driver = next((name for signature, name in SIGNATURES.items() if start.startswith(signature)), None)
     if driver is None:
         raise RasterError(f"{path}: is neither GeoTIFF nor JPEG 2000; {_conversion(path, start)}", "format")
-    with _dataset(path, [driver], path) as dataset:
-        yield dataset
+    return driver
 
 
 @contextmanager
-def _dataset(path: str, drivers: list[str], shown: str) -> Iterator[Any]:
-    """Opened by one of the drivers and no other: a VRT in disguise could make GDAL read what nobody named."""
+def _errors_of(shown: str) -> Iterator[None]:
+    """GDAL's options, and its errors as RasterError saying what is wrong with the file."""
     try:
-        with environment(), DatasetReader(path, driver=drivers) as dataset:
-            yield dataset
+        with environment():
+            yield
     except RasterioIOError as error:
         raise UnreadableError(
             f"{shown}: cannot be read as GeoTIFF or JPEG 2000 ({error}); check that the file is whole"
         ) from error
     except (RasterioError, CRSError, CPLE_BaseError) as error:
         raise UnreadableError(f"{shown}: {error}") from error
+
+
+@contextmanager
+def _kept_open(path: str) -> Iterator[Any]:
+    """The same for reading pixels: a local file stays open in this thread for the next call while it is unchanged.
+
+    Opening takes as long as reading a megabyte, and closing forgets the blocks that GDAL has decoded.
+    """
+    if remote.is_remote(path):
+        with _opened(path) as dataset:
+            yield dataset
+        return
+    files: OrderedDict[Any, Any] = vars(_thread).setdefault("files", OrderedDict())
+    state = _state(path)
+    driver = "" if state in files else _driver(path)
+    with _errors_of(path):
+        dataset = files.pop(state, None) or DatasetReader(path, driver=[driver])
+        yield dataset  # after an error it is not kept
+    files[state] = dataset
+    while len(files) > KEPT_OPEN:
+        files.popitem(last=False)[1].close()
+
+
+def _state(path: str) -> tuple[Any, ...]:
+    """What changes when a file, or the mask beside it, does."""
+    found: list[Any] = [path]
+    for file in (path, f"{path}.msk"):
+        try:
+            status = os.stat(file)
+            found.append((status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns))
+        except OSError:
+            found.append(None)
+    return tuple(found)
 
 
 def _conversion(path: str, start: bytes) -> str:
@@ -444,6 +490,18 @@ def read_colours(path: str) -> dict[int, tuple[int, int, int]]:
     return {code: colour[:3] for code, colour in table.items() if any(colour[:3])}
 
 
+def block_shape(scene: Scene, bands: Sequence[int]) -> tuple[int, int]:
+    """(rows, columns) of what the file of the first of ``bands`` decodes at once. Raises RasterError."""
+    layer = next(layer for band in bands if (layer := scene.layers[band - 1]) is not None)
+    return _block_shape(layer.path, layer.number)
+
+
+@_persistent
+def _block_shape(path: str, number: int) -> tuple[int, int]:
+    with _kept_open(path) as dataset:
+        return dataset.block_shapes[number - 1]
+
+
 def read_pixels(scene: Scene, bands: Sequence[int], window: tuple[int, int, int, int]) -> tuple[np.ndarray, Any]:
     """Pixels [C, H, W] of 1-based ``bands`` in (column, row, width, height), and the scene's mask.
 
@@ -480,7 +538,7 @@ def _read(
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Pixels [C, H, W] of a file's bands in a window of its own, and its mask or None."""
     area = Window(*window)  # type: ignore[call-arg]
-    with _opened(path) as dataset:
+    with _kept_open(path) as dataset:
         return dataset.read(list(numbers), window=area), dataset.dataset_mask(window=area) if masked else None
 
 
@@ -515,14 +573,14 @@ def _read_aligned(
 @_persistent
 def read_probabilities(sheet: Sheet, window: tuple[int, int, int, int]) -> np.ndarray:
     """The probability bands [K, H, W] of a sheet, as they are stored. Raises RasterError if it is damaged there."""
-    with _opened(sheet.path) as dataset:
+    with _kept_open(sheet.path) as dataset:
         return dataset.read(list(sheet.bands), window=Window(*window))  # type: ignore[call-arg]
 
 
 @_persistent
 def read_codes(sheet: Sheet, window: tuple[int, int, int, int]) -> np.ndarray:
     """Class codes [H, W] of a sheet in (column, row, width, height). Raises RasterError if it is damaged there."""
-    with _opened(sheet.path) as dataset:
+    with _kept_open(sheet.path) as dataset:
         return dataset.read(1, window=Window(*window))  # type: ignore[call-arg]
 
 

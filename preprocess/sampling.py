@@ -1,21 +1,28 @@
-"""Stretch limits of a scene from a regular sample of its pixels."""
+"""Stretch limits of a scene from a regular sample of its pixels.
+
+Which pixels: about one in 20, taken from whole blocks of the file, since a block is decoded whole or not at all. Of a
+scene with many blocks up to one in five is read, spread evenly like a knight's moves on a chessboard; of one with few
+blocks all. A pure function of the scene's file and the options.
+"""
+
+from collections.abc import Iterator
 
 import numpy as np
 
-from preprocess import masks
+from preprocess import kernels, masks, raster
 from preprocess.options import MaskOptions, PackOptions
 from preprocess.pixels import read_valid
 from preprocess.raster import Scene
 
 MAX_SAMPLES = 4_000_000
-
-
-def sample_strides(width: int, height: int) -> tuple[int, int]:
-    """(columns, rows) between sampled pixels: one pixel in 20, fewer where that would be over MAX_SAMPLES."""
-    across, down = 5, 4
-    while (width // across) * (height // down) > MAX_SAMPLES:
-        across, down = across * 2, down * 2
-    return across, down
+# Units are left out only while this many stay: ground differs from place to place.
+MIN_UNITS = 64
+# A unit is a block, or as many as make it this long: less is not worth a call.
+UNIT_SIDE = 128
+MOST_UNITS = 64  # along a side
+# One unit in this many is read, at most; (columns, rows) between the pixels sampled in it; the step between rows.
+EVERY = {1: ((5, 4), 0), 2: ((5, 2), 1), 3: ((3, 2), 1), 4: ((3, 2), 1), 5: ((2, 2), 2)}
+STRIP_BYTES = 64 << 20
 
 
 def stretch_limits(scene: Scene, bands: tuple[int, ...], options: PackOptions) -> np.ndarray:
@@ -28,29 +35,98 @@ def stretch_limits(scene: Scene, bands: tuple[int, ...], options: PackOptions) -
     stretch = options.stretch
     if stretch.limits is not None:
         return np.array(stretch.limits * (len(bands) if len(stretch.limits) == 1 else 1), np.float64)
-    sample_NC = _sample(scene, bands, options.mask)
-    if not len(sample_NC):
+    joint = stretch.mode != "per_band"
+    of = _float_limits if np.dtype(scene.dtype).kind == "f" else _integer_limits
+    limits = of(scene, bands, options.mask, stretch.percentiles, joint)
+    if limits is None:
         return np.tile([0.0, 1.0], (len(bands), 1))
-    if stretch.mode == "per_band":
-        limits = np.percentile(sample_NC, stretch.percentiles, axis=0).T.astype(np.float64)
-    else:
-        limits = np.tile(np.percentile(sample_NC, stretch.percentiles).astype(np.float64), (len(bands), 1))
+    if joint:
+        limits = np.tile(limits, (len(bands), 1))
     limits[:, 1] = np.maximum(limits[:, 1], limits[:, 0] + 1e-6)  # a constant scene; its tiles are rejected as flat
     return limits
 
 
-def _sample(scene: Scene, bands: tuple[int, ...], mask: MaskOptions) -> np.ndarray:
-    """Sampled values [N, C] in the scene's dtype, read strip by strip."""
-    across, down = sample_strides(scene.place.width, scene.place.height)
-    row_bytes = scene.place.width * len(bands) * np.dtype(scene.dtype).itemsize
-    strip = max(down, min(512, (64 << 20) // row_bytes) // down * down)
-    parts = []
-    for top in range(0, scene.place.height, strip):
-        window = (0, top, scene.place.width, min(strip, scene.place.height - top))
+def units(width: int, height: int, block: tuple[int, int]) -> tuple[int, int]:
+    """(columns, rows) of what is read or left out as one, for blocks of (rows, columns)."""
+
+    def along(side: int, size: int) -> int:
+        return min(side, size * -(-max(UNIT_SIDE, side // MOST_UNITS) // size))
+
+    return along(width, block[1]), along(height, block[0])
+
+
+def windows(
+    width: int, height: int, block: tuple[int, int], row_bytes: int
+) -> tuple[list[tuple[int, int, int, int]], tuple[int, int]]:
+    """(column, row, width, height) of what is read, and (columns, rows) between the pixels sampled in each.
+
+    Where everything is read it goes by strips of rows, and the sample is one grid over the whole scene.
+    """
+    columns, rows = units(width, height, block)
+    across, down = -(-width // columns), -(-height // rows)
+    every = max(1, min(max(EVERY), across * down // MIN_UNITS))
+    (step_x, step_y), skew = EVERY[every]
+    while width * height // (every * step_x * step_y) > MAX_SAMPLES:
+        step_x, step_y = step_x * 2, step_y * 2
+    if every == 1:
+        strip = max(step_y, min(512, STRIP_BYTES // row_bytes) // step_y * step_y)
+        return [(0, top, width, min(strip, height - top)) for top in range(0, height, strip)], (step_x, step_y)
+    skew = skew if across > 1 else 1  # strips as wide as the scene: one after the other
+    chosen = [
+        (i * columns, j * rows, min(columns, width - i * columns), min(rows, height - j * rows))
+        for j in range(down)
+        for i in range(across)
+        if (i + skew * j) % every == 0
+    ]
+    return chosen, (step_x, step_y)
+
+
+def _parts(scene: Scene, bands: tuple[int, ...], mask: MaskOptions) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Sampled pixels [C, h, w] and which of them count, uint8 [h, w]."""
+    width, height = scene.place.width, scene.place.height
+    row_bytes = width * len(bands) * np.dtype(scene.dtype).itemsize
+    chosen, (across, down) = windows(width, height, raster.block_shape(scene, bands), row_bytes)
+    for window in chosen:
         pixels, valid = read_valid(scene, bands, window)
         if scene.mask is not None:
             valid &= 1 - masks.masked_pixels(scene.mask, scene.place.window(*window), mask)
-        values = pixels[:, ::down, ::across].reshape(len(bands), -1).T
-        keep = (valid[::down, ::across].ravel() != 0) & (values.mean(axis=1, dtype=np.float64) != 0)
-        parts.append(values[keep])
-    return np.concatenate(parts)
+        yield pixels[:, ::down, ::across], valid[::down, ::across]
+
+
+def _float_limits(
+    scene: Scene, bands: tuple[int, ...], mask: MaskOptions, percentiles: tuple[float, float], joint: bool
+) -> np.ndarray | None:
+    parts = []
+    for pixels, valid in _parts(scene, bands, mask):
+        values = pixels.reshape(len(bands), -1).T
+        parts.append(values[(valid.ravel() != 0) & (values.mean(axis=1, dtype=np.float64) != 0)])
+    sample_NC = np.concatenate(parts)
+    if not len(sample_NC):
+        return None
+    return np.percentile(sample_NC.reshape(-1, 1) if joint else sample_NC, percentiles, axis=0).T.astype(np.float64)
+
+
+def _integer_limits(
+    scene: Scene, bands: tuple[int, ...], mask: MaskOptions, percentiles: tuple[float, float], joint: bool
+) -> np.ndarray | None:
+    """The same percentiles from how often each value occurs: nothing is sorted, and memory does not grow."""
+    lowest = int(np.iinfo(scene.dtype).min)
+    counts_CV = np.zeros((len(bands), 1 << 8 * np.dtype(scene.dtype).itemsize), np.int64)
+    for pixels, valid in _parts(scene, bands, mask):
+        kernels.count_values(counts_CV, pixels, valid, lowest)
+    if not counts_CV.any():
+        return None
+    if joint:
+        counts_CV = counts_CV.sum(axis=0, keepdims=True)
+    return np.array([[lowest + percentile(counts, percent) for percent in percentiles] for counts in counts_CV])
+
+
+def percentile(counts_V: np.ndarray, percent: float) -> float:
+    """Percentile of numbers 0 to V - 1 that occur so often, interpolated between neighbours as NumPy does."""
+    ends = np.cumsum(counts_V)
+    position = percent / 100 * (ends[-1] - 1)
+    below = int(position)
+    low = int(np.searchsorted(ends, below, side="right"))
+    high = int(np.searchsorted(ends, min(below + 1, ends[-1] - 1), side="right"))
+    share = position - below
+    return low + (high - low) * share if share < 0.5 else high - (high - low) * (1 - share)

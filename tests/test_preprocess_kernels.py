@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from preprocess import cell_kernels, kernels, label_kernels, quality
+from preprocess import cell_kernels, kernels, label_kernels, quality, sampling
 from preprocess.cells import Axis, Cells, axis
 from preprocess.grid import Chunk
 from preprocess.options import QualityOptions
@@ -111,6 +111,28 @@ def test_stretch_of_any_number_of_bands(bands):
     found = np.empty((17, 23, bands), np.uint8)
     Stretch.of(limits, "int16").into(found, pixels, valid)
     np.testing.assert_array_equal(found, stretched(pixels, limits, valid))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    values=st.lists(st.integers(0, 300), min_size=1, max_size=60),
+    percent=st.sampled_from([0, 0.5, 1, 37.7, 50, 99, 100]),
+)
+def test_percentiles_of_counts_are_numpys(values, percent):
+    assert sampling.percentile(np.bincount(values, minlength=400), percent) == np.percentile(values, percent)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "int16"])
+def test_count_values(dtype):
+    pixels, lowest = scene_pixels(dtype, 3, 30, 40), int(np.iinfo(dtype).min)
+    pixels[:, 4, 5:9], pixels[:, 5] = 0, 7
+    valid = (np.random.default_rng(1).random((30, 40)) < 0.8).astype(np.uint8)
+    counts = np.zeros((3, 1 << 8 * pixels.itemsize), np.int64)
+    kernels.count_values(counts, pixels[:, ::2, ::3], valid[::2, ::3], lowest)
+    part, keep = pixels[:, ::2, ::3].astype(np.int64), valid[::2, ::3] != 0
+    keep &= part.sum(0) != 0
+    for band in range(3):
+        np.testing.assert_array_equal(counts[band], np.bincount(part[band][keep] - lowest, minlength=counts.shape[1]))
 
 
 # -------------------------------------------------------------------------------------------------- cells

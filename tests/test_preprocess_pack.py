@@ -15,9 +15,10 @@ import pytest
 import rasterio
 import simplejpeg
 
-from geokr import records
-from preprocess import blocks, pack, sampling, shards, spill, workfolder
+from geokr import config, records
+from preprocess import blocks, pack, raster, sampling, shards, spill, workfolder
 from preprocess.inputs import PlanError
+from preprocess.options import PackOptions
 from preprocess.workfolder import PackError
 from tests.scenes import (
     NO_QUALITY,
@@ -30,6 +31,7 @@ from tests.scenes import (
     patches,
     pixels_of,
     read_records,
+    scene_at,
     write_raster,
 )
 
@@ -690,12 +692,57 @@ def test_stretch_modes(tmp_path, case, dtype):
         )
 
 
-def test_a_large_scene_is_sampled_on_one_regular_grid(monkeypatch):
-    """The grid runs on over the strips in which the scene is read."""
-    for width, height in ((100, 100), (3001, 9000), (20_000, 30_000), (1 << 20, 1 << 20)):
-        across, down = sampling.sample_strides(width, height)
-        assert (width // across) * (height // down) <= sampling.MAX_SAMPLES
-        assert across * down >= 20
+SCENE_BLOCKS = {
+    "a small scene": (100, 100, (20, 100), 1.0),
+    "few large blocks": (4000, 4000, (1024, 1024), 1.0),
+    "tiles": (6000, 6000, (256, 256), 0.2),
+    "some tiles": (3000, 3000, (256, 256), 0.5),
+    "a row a block": (6001, 9000, (1, 6001), 1.0),
+    "many rows a block": (20_000, 90_000, (16, 20_000), 1.0),
+    "one block": (12_000, 12_000, (12_000, 12_000), 1.0),
+    "small tiles of a huge scene": (1 << 17, 1 << 16, (64, 64), 0.2),
+}
+
+
+@pytest.mark.parametrize("case", SCENE_BLOCKS)
+def test_what_a_sample_reads(case):
+    """Whole blocks, none twice, spread over all of the scene, enough of them, and not too many pixels."""
+    width, height, block, share = SCENE_BLOCKS[case]
+    windows, (across, down) = sampling.windows(width, height, block, width * 6)
+    areas = np.array(windows)
+    read = int((areas[:, 2] * areas[:, 3]).sum())
+    assert read / (width * height) == pytest.approx(share, abs=0.04)
+    assert len({w[:2] for w in windows}) == len(windows)
+    for column, row, wide, high in windows:
+        if share < 1:
+            assert column % block[1] == 0
+            assert row % block[0] == 0
+        assert wide % block[1] == 0 or column + wide == width
+        assert row + high <= height
+    sampled = sum(-(-w[2] // across) * -(-w[3] // down) for w in windows)
+    assert sampled <= 1.1 * sampling.MAX_SAMPLES
+    assert sampled >= min(width * height / 21, sampling.MAX_SAMPLES / 4)
+    for axis, side in enumerate((width, height)):  # no fifth of the scene without its share
+        middle = (areas[:, axis] + areas[:, axis + 2] / 2) / side
+        weight = np.histogram(middle, 5, (0, 1), weights=areas[:, 2] * areas[:, 3])[0] / read
+        assert share == 1 or weight.min() > 0.1
+
+
+def test_limits_of_a_scene_of_many_blocks_are_those_of_all_pixels(tmp_path):
+    """A scene that differs from place to place: percentiles of a fifth of its blocks against those of every pixel."""
+    rng = np.random.default_rng(0)
+    ground = np.kron(rng.gamma(3, 300, (12, 12)), np.ones((128, 128))) + np.add.outer(*[np.arange(1536) * 0.2] * 2)
+    pixels = (ground + rng.normal(0, 40, (3, 1536, 1536))).clip(1, 60000).astype(np.uint16)
+    path = write_raster(
+        tmp_path / "s.tif", pixels, (30, 0, 4e5, 0, -30, 5.2e6), tiled=True, blockxsize=64, blockysize=64
+    )
+    scene = scene_at(path)
+    assert len(sampling.windows(1536, 1536, raster.block_shape(scene, (1, 2, 3)), 1)[0]) == 72
+    limits = sampling.stretch_limits(scene, (1, 2, 3), config.load(PackOptions, None))
+    exact = np.percentile(pixels, (1, 99))
+    shares = [(pixels < limit).mean() for limit in limits[0]]
+    np.testing.assert_allclose(shares, (0.01, 0.99), atol=0.006)
+    assert not np.array_equal(limits[0], exact)  # a sample it is
 
 
 def test_jpeg_tiles_show_the_stretched_scene(tmp_path):
