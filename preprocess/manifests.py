@@ -69,11 +69,11 @@ def make_manifest(
     for commit in commits:
         kept[commit["scene_id"]] += commit["kept"]
     rejected = total_rejected(commits)
-    rejected["unreadable"] = sum(task.tiles for task in plan.tasks if task.scene.scene_id in damaged.scenes)
+    rejected["unreadable"] += sum(task.tiles for task in plan.tasks if task.scene.scene_id in damaged.scenes)
     counts = {
         "scenes": len(plan.tasks),
         "scenes_rejected": len(plan.rejected) + len(damaged.scenes),
-        "scenes_without_land_cover": sum(not task.sheets for task in plan.tasks),
+        "scenes_without_land_cover": sum(not task.sheets and task.sample is None for task in plan.tasks),
         **({"scenes_without_mask": sum(not task.scene.mask for task in plan.tasks)} if plan.options.mask.kind else {}),
         "positions": plan.tiles,
         "kept": sum(kept.values()),

@@ -18,10 +18,11 @@ import numpy as np
 
 from geokr import records
 from geokr.records import Manifest, Shard
-from preprocess import blocks, engine, gather, manifests, sampling, scan, shards, spill, stages, workfolder
-from preprocess.damaged import Damaged
+from preprocess import blocks, engine, gather, manifests, sampling, scan, scan_tiles, shards, spill, stages, workfolder
+from preprocess.damaged import BadTiles, Damaged
 from preprocess.engine import Engine
 from preprocess.plan import Plan, SceneTask
+from preprocess.precut import Files
 from preprocess.raster import RasterError
 from preprocess.workfolder import WORK, PackError
 
@@ -111,7 +112,11 @@ def _limits_of(job: _LimitsJob) -> tuple[str, dict[str, Any] | str]:
     clock = stages.Clock()
     try:
         with clock("sample"):
-            limits = sampling.stretch_limits(job.task.scene, job.task.bands, job.options).tolist()
+            task = job.task
+            if task.sample is None:
+                limits = sampling.stretch_limits(task.scene, task.bands, job.options).tolist()
+            else:
+                limits = scan_tiles.stretch_limits(task.sample, task.bands, job.options).tolist()
     except RasterError as error:
         return job.task.scene.scene_id, str(error)
     commit = {"limits": limits, "stages": clock.times}
@@ -158,28 +163,34 @@ def _jobs(plan: Plan, work: Path, limits: dict[str, np.ndarray]) -> Iterator[sca
             number += 1
 
 
+def _scan(job: scan.Job) -> dict[str, Any]:
+    return scan_tiles.scan_files(job) if isinstance(job.chunk, Files) else scan.scan_or_report(job)
+
+
 def _phase_scan(
     plan: Plan, work: Path, limits: dict[str, np.ndarray], damaged: Damaged, runs: Engine, progress: Progress
 ) -> list[dict[str, Any]]:
     """Commits of all chunks of sound scenes, in order of their numbers."""
     commits: dict[int, dict[str, Any]] = {}
-    todo, done = [], 0
+    todo, done, bad = [], 0, BadTiles(plan)
     for job in _jobs(plan, work, limits):
         frames, table, commit_path = spill.spill_paths(job.folder, job.number)
         commit = workfolder.read_commit(commit_path)
         if commit and table.exists() and frames.exists() and frames.stat().st_size == commit["bytes"]:
             commits[job.number] = commit
+            bad.add(commit)
             done += job.chunk.tiles
         else:
             todo.append(job)
     progress("tiles", done, plan.tiles)
     sizes = {job.number: job.chunk.tiles for job in todo}
-    with contextlib.closing(runs.run_all(scan.scan_or_report, todo, lambda job: job.scene.path)) as results:
+    with contextlib.closing(runs.run_all(_scan, todo, lambda job: job.scene.path)) as results:
         for commit in results:
             if "damage" in commit:
                 damaged.add(commit["scene_id"], commit["damage"])
             else:
                 commits[commit["number"]] = commit
+                bad.add(commit)
             done += sizes[commit["number"]]
             progress("tiles", done, plan.tiles)
     return [commits[n] for n in sorted(commits) if commits[n]["scene_id"] not in damaged.scenes]

@@ -28,7 +28,7 @@ from preprocess.finishing import Finishing
 from preprocess.inputs import PlanError
 from preprocess.options import PackOptions
 from preprocess.pack import Packed, pack
-from preprocess.plan import Plan, make_plan
+from preprocess.plan import Plan, make_plan, make_tile_plan
 from preprocess.raster import RasterError
 from preprocess.sensor import sensor_names
 from preprocess.sheets import LabelError
@@ -44,10 +44,17 @@ def parser() -> argparse.ArgumentParser:
         "docs/configuration.md lists the keys.",
     )
     made.add_argument(
-        "--scenes", nargs="+", required=True, metavar="PATTERN",
+        "--scenes", nargs="+", metavar="PATTERN",
         help="files, globs, @list.txt, folders of products, scene lists (.yaml), STAC (.json)",
     )  # fmt: skip
-    made.add_argument("--land-cover", nargs="+", required=True, metavar="PATTERN", help="the map's sheets, likewise")
+    made.add_argument(
+        "--tiles", metavar="DIR", help="in place of --scenes: tiles that are cut already, in any subfolders"
+    )
+    made.add_argument("--land-cover", nargs="+", metavar="PATTERN", help="the map's sheets, likewise")
+    made.add_argument(
+        "--labels", metavar="DIR",
+        help="with --tiles, in place of --land-cover: a label raster or a JSON histogram of each tile's name",
+    )  # fmt: skip
     made.add_argument("--product", required=True, help=f"{', '.join(product_names())}, or a YAML table of your own")
     made.add_argument("--sensor", help=f"{', '.join(sensor_names())}, or a YAML table of your own: names the bands")
     made.add_argument("--out", required=True, type=Path, help="folder of the dataset")
@@ -107,8 +114,23 @@ def cluster(address: str | None, plan: Plan, out: Path) -> Callable[[], Engine] 
         return None
     from preprocess.dask_engine import DaskCluster  # Dask takes a second to import, and few need it
 
-    inputs = [plan.tasks[0].scene.path, plan.sheets[0].sheet.path]
+    inputs = [plan.tasks[0].scene.path, *(sheet.sheet.path for sheet in plan.sheets[:1])]
     return lambda: DaskCluster(address, out, inputs)
+
+
+def plan_of(chosen: argparse.Namespace, options: PackOptions) -> Plan:
+    """Of scenes or of cut tiles, as the arguments say. Raises PlanError where they do not go together."""
+    if (chosen.scenes is None) == (chosen.tiles is None):
+        raise PlanError("give --scenes (to be cut), or --tiles (cut already): one of the two")
+    if chosen.labels is not None and chosen.tiles is None:
+        raise PlanError("--labels go with --tiles; scenes are labelled by --land-cover")
+    if (chosen.land_cover is None) == (chosen.labels is None):
+        raise PlanError(
+            "give --land-cover, the map's sheets" + (", or --labels: one of the two" if chosen.tiles else "")
+        )
+    if chosen.tiles is None:
+        return make_plan(chosen.scenes, chosen.land_cover, chosen.product, options)
+    return make_tile_plan(chosen.tiles, chosen.labels, chosen.land_cover or (), chosen.product, options)
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -119,7 +141,7 @@ def run(arguments: Sequence[str]) -> int:
     options = config.load(PackOptions, chosen.config, overrides)
     if not chosen.dry_run:
         check_writable(chosen.out)
-    plan = make_plan(chosen.scenes, chosen.land_cover, chosen.product, options)
+    plan = plan_of(chosen, options)
     for warning in plan.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     if chosen.dry_run:

@@ -7,18 +7,20 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from geokr.landcover import Legend, Product, build_legend, load_product
 from geokr.records import SCHEMA_VERSION, Band
-from preprocess import bands, ground, labels, masks, raster, sheets
+from preprocess import bands, ground, labels, masks, precut, raster, sheets
 from preprocess.coordinates import WGS84
 from preprocess.grid import Chunk, chunks
 from preprocess.inputs import PlanError, find_files, scene_ids
 from preprocess.options import PackOptions
+from preprocess.precut import Files, Sample
 from preprocess.raster import RasterError, Scene
 from preprocess.scene import Source, open_scene
 from preprocess.sensor import Sensor, load_sensor
@@ -28,13 +30,18 @@ from preprocess.sources import find_sources
 
 @dataclass(frozen=True, slots=True)
 class SceneTask:
-    """A scene with what labels it. bands: 1-based numbers. subdivisions: label pixels a scene pixel (x, y)."""
+    """A scene with what labels it. bands: 1-based numbers. subdivisions: label pixels a scene pixel (x, y).
+
+    Tiles that are cut already are one task: scene is the first of them under the folder's name, and sample says which
+    to take stretch limits from; each tile finds its own sheets.
+    """
 
     scene: Scene
     bands: tuple[int, ...]
     sheets: tuple[LabelSheet, ...]
     subdivisions: tuple[int, int]
-    chunks: tuple[Chunk, ...]
+    chunks: tuple[Chunk | Files, ...]
+    sample: Sample | None = None
 
     @property
     def tiles(self) -> int:
@@ -89,6 +96,50 @@ def make_plan(scene_patterns: Sequence[str], sheet_patterns: Sequence[str], prod
         bands.check_band_names(scenes, chosen, options)
         dtype = bands.tile_dtype(scenes[0], len(chosen), options)
         tasks = _scene_tasks(scenes, land_cover, options)
+    config = _config(table, legend, options, sensor)
+    warnings = tuple(bands.warnings(scenes[0], options))
+    return Plan(options, table, legend, chosen, dtype, tasks, tuple(land_cover), rejected, config, warnings)
+
+
+def make_tile_plan(
+    folder: str, label_folder: str | None, sheet_patterns: Sequence[str], product: str, options: PackOptions
+) -> Plan:
+    """The plan for tiles that are cut already (preprocess.precut): labelled by files beside them, or by a map.
+
+    Raises as :func:`make_plan`.
+    """
+    table = load_product(product)
+    legend = make_legend(table, options)
+    sensor = load_sensor(options.scene.sensor) if options.scene.sensor else None
+    tiles, scene_id = precut.list_tiles(folder), Path(folder).resolve().name
+    land_cover: list[LabelSheet] = []
+    with raster.environment():
+        if label_folder is None:
+            paths = find_files(sheet_patterns, "--land-cover", options.scene.remote)
+            land_cover = sheets.label_sheets([raster.read_sheet(path) for path in paths], table)
+            legend = sheets.with_sheet_colours(legend, table, land_cover)
+            by, listings, label_names = precut.Labels("map"), [tiles], ()
+        else:
+            kind, listing, label_names = precut.list_labels(label_folder, tiles)
+            names = tuple((entry.name, entry.codes[0]) for entry in table.classes)
+            by, listings = precut.Labels(kind, listing.folder, names), [tiles, listing]
+        first, sample = precut.first_tile(tiles, scene_id, options, sensor)
+        options = precut.tile_options(options, first)
+        chosen = bands.choose_bands(first, options)
+        dtype = bands.tile_dtype(first, len(chosen), options)
+        _check_block(first, options)
+        whole = replace(first, path=tiles.folder, fingerprint=precut.fingerprint(listings), date="")
+    numbers = tuple(band.number for band in chosen)
+    cut = precut.chunks(tiles, by, label_names, first, sensor)
+    few = Sample(tiles.folder, tuple(sample), sensor)
+    task = SceneTask(whole, numbers, tuple(land_cover), (1, 1), cut, few)
+    config = {**_config(table, legend, options, sensor), **precut.config_of(by)}
+    warnings = tuple(bands.warnings(first, options))
+    return Plan(options, table, legend, chosen, dtype, (task,), tuple(land_cover), {}, config, warnings)
+
+
+def _config(table: Product, legend: Legend, options: PackOptions, sensor: Sensor | None) -> dict[str, Any]:
+    """What of the configuration decides the dataset's bytes."""
     config = {
         "product": table.name,
         "product_table": table_digest(table, legend),
@@ -98,8 +149,7 @@ def make_plan(scene_patterns: Sequence[str], sheet_patterns: Sequence[str], prod
     if sensor is not None:  # its name, for a table of the user's own is given by its path
         config["scene"]["sensor"] = sensor.name
         config["sensor_table"] = sensor.digest
-    warnings = tuple(bands.warnings(scenes[0], options))
-    return Plan(options, table, legend, chosen, dtype, tasks, tuple(land_cover), rejected, config, warnings)
+    return config
 
 
 def table_digest(product: Product, legend: Legend) -> str:

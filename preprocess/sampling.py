@@ -5,11 +5,12 @@ scene with many blocks up to one in five is read, spread evenly like a knight's 
 blocks all. A pure function of the scene's file and the options.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from preprocess import kernels, masks, raster
+from preprocess.errors import RasterError
 from preprocess.options import MaskOptions, PackOptions
 from preprocess.pixels import read_valid
 from preprocess.raster import Scene
@@ -32,12 +33,24 @@ def stretch_limits(scene: Scene, bands: tuple[int, ...], options: PackOptions) -
     mean over bands is not 0 (the fill of scenes that name no nodata), over all bands together (`joint`, and for
     previews where the mode is `none`) or each by itself (`per_band`). Negative values, such as decibels, are data.
     """
+    return limits_over([scene], bands, options)
+
+
+def limits_over(
+    scenes: Sequence[Scene], bands: tuple[int, ...], options: PackOptions, pass_over: bool = False
+) -> np.ndarray:
+    """One pair a band for all scenes, which have one dtype. pass_over: those that cannot be read have no say."""
     stretch = options.stretch
     if stretch.limits is not None:
         return np.array(stretch.limits * (len(bands) if len(stretch.limits) == 1 else 1), np.float64)
     joint = stretch.mode != "per_band"
-    of = _float_limits if np.dtype(scene.dtype).kind == "f" else _integer_limits
-    limits = of(scene, bands, options.mask, stretch.percentiles, joint)
+    parts = _parts_over(scenes, bands, options.mask, pass_over)
+    if not scenes:
+        limits = None
+    elif np.dtype(scenes[0].dtype).kind == "f":
+        limits = _float_limits(parts, len(bands), stretch.percentiles, joint)
+    else:
+        limits = _integer_limits(parts, len(bands), scenes[0].dtype, stretch.percentiles, joint)
     if limits is None:
         return np.tile([0.0, 1.0], (len(bands), 1))
     if joint:
@@ -93,26 +106,36 @@ def _parts(scene: Scene, bands: tuple[int, ...], mask: MaskOptions) -> Iterator[
         yield pixels[:, ::down, ::across], valid[::down, ::across]
 
 
-def _float_limits(
-    scene: Scene, bands: tuple[int, ...], mask: MaskOptions, percentiles: tuple[float, float], joint: bool
-) -> np.ndarray | None:
-    parts = []
-    for pixels, valid in _parts(scene, bands, mask):
-        values = pixels.reshape(len(bands), -1).T
-        parts.append(values[(valid.ravel() != 0) & (values.mean(axis=1, dtype=np.float64) != 0)])
-    sample_NC = np.concatenate(parts)
+Parts = Iterator[tuple[np.ndarray, np.ndarray]]
+
+
+def _parts_over(scenes: Sequence[Scene], bands: tuple[int, ...], mask: MaskOptions, pass_over: bool) -> Parts:
+    for scene in scenes:
+        try:
+            yield from _parts(scene, bands, mask)
+        except RasterError:
+            if not pass_over:
+                raise
+
+
+def _float_limits(parts: Parts, bands: int, percentiles: tuple[float, float], joint: bool) -> np.ndarray | None:
+    samples = []
+    for pixels, valid in parts:
+        values = pixels.reshape(bands, -1).T
+        samples.append(values[(valid.ravel() != 0) & (values.mean(axis=1, dtype=np.float64) != 0)])
+    sample_NC = np.concatenate(samples) if samples else np.zeros((0, bands))
     if not len(sample_NC):
         return None
     return np.percentile(sample_NC.reshape(-1, 1) if joint else sample_NC, percentiles, axis=0).T.astype(np.float64)
 
 
 def _integer_limits(
-    scene: Scene, bands: tuple[int, ...], mask: MaskOptions, percentiles: tuple[float, float], joint: bool
+    parts: Parts, bands: int, dtype: str, percentiles: tuple[float, float], joint: bool
 ) -> np.ndarray | None:
     """The same percentiles from how often each value occurs: nothing is sorted, and memory does not grow."""
-    lowest = int(np.iinfo(scene.dtype).min)
-    counts_CV = np.zeros((len(bands), 1 << 8 * np.dtype(scene.dtype).itemsize), np.int64)
-    for pixels, valid in _parts(scene, bands, mask):
+    lowest = int(np.iinfo(dtype).min)
+    counts_CV = np.zeros((bands, 1 << 8 * np.dtype(dtype).itemsize), np.int64)
+    for pixels, valid in parts:
         kernels.count_values(counts_CV, pixels, valid, lowest)
     if not counts_CV.any():
         return None

@@ -22,6 +22,7 @@ from preprocess.labels import TileLabels, tile_labels
 from preprocess.options import PackOptions
 from preprocess.pixels import read_valid, strips
 from preprocess.place import Place
+from preprocess.precut import Files
 from preprocess.raster import RasterError, Scene
 from preprocess.report_pictures import keep_examples
 from preprocess.sheets import LabelSheet
@@ -36,18 +37,22 @@ REASONS = (*quality.REASONS, "cloud", "unlabelled", "straddles_split", "unreadab
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Job:
-    """One chunk of a scene with all it takes to scan it. limits: float64 [C, 2] stretch limits, scene units."""
+    """One chunk of a scene with all it takes to scan it. limits: float64 [C, 2] stretch limits, scene units.
+
+    chunk: Files where tiles are cut already (preprocess.scan_tiles). tile_id: of a scene that is one tile, its name.
+    """
 
     number: int
     scene: Scene
     bands: tuple[int, ...]
     sheets: tuple[LabelSheet, ...]
     subdivisions: tuple[int, int]
-    chunk: Chunk
+    chunk: Chunk | Files
     limits: np.ndarray
     legend: Legend
     options: PackOptions
     folder: str
+    tile_id: str = ""
 
 
 def scan_or_report(job: Job) -> dict[str, Any]:
@@ -91,7 +96,7 @@ def scan_chunk(job: Job) -> dict[str, Any]:
     with clock("mask"):
         reject_clouds(view)
     with clock("label"):
-        tile_labels = label(view)
+        tile_labels = label(view, job.sheets, job.subdivisions)
     with clock("place"):
         tiles = place_tiles(view, tile_labels)
     with clock("examples"):
@@ -161,12 +166,12 @@ def reject_clouds(view: View) -> None:
             view.reasons[t] = "cloud"  # rather than what clouds look like: too bright, or flat
 
 
-def label(view: View) -> TileLabels | None:
+def label(view: View, sheets: tuple[LabelSheet, ...], subdivisions: tuple[int, int]) -> TileLabels | None:
     """Class fractions of every tile, or None where not one is left."""
     if all(view.reasons):
         return None
     job = view.job
-    found = tile_labels(view.place, job.sheets, job.subdivisions, view.valid, view.cells, job.chunk.size, job.legend)
+    found = tile_labels(view.place, sheets, subdivisions, view.valid, view.cells, job.chunk.size, job.legend)
     for t in np.flatnonzero(found.valid_fraction < job.options.labels.min_valid_fraction).tolist():
         view.reasons[t] = view.reasons[t] or "unlabelled"
     return found
@@ -231,6 +236,6 @@ def _record(
         transform=transform,
         crs=crs,
         scene_id=job.scene.scene_id,
-        tile_id=f"{job.scene.scene_id}:{column}:{row}",
+        tile_id=job.tile_id or f"{job.scene.scene_id}:{column}:{row}",
         date=job.scene.date,
     )

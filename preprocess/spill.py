@@ -70,10 +70,11 @@ def spill(
     sums: np.ndarray,
     rejected: Mapping[str, int],
     clock: Clock,
+    facts: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Encodes a chunk's tiles one after the other, writes them and commits them; returns the commit's content.
 
-    sums: [chunk's tiles, 2, C] of pixels and their squares.
+    sums: [chunk's tiles, 2, C] of pixels and their squares. facts: what else the commit is to say.
     """
     frames_path, table_path, commit_path = spill_paths(folder, number)
     places = [tile_hash(options.seed, tile.record.tile_id) for tile in tiles]
@@ -100,6 +101,7 @@ def spill(
         "rejected": dict(rejected),
         "splits": [_sums([tile for tile in tiles if tile.side == side], sums) for side in (blocks.TRAIN, blocks.VAL)],
         "stages": clock.times,
+        **(facts or {}),
     }
     shards.write_whole(commit_path, json.dumps(commit).encode())
     return commit

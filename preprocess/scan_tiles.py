@@ -1,0 +1,116 @@
+"""The work of one task over tiles that are cut already: as preprocess.scan, a file at a time."""
+
+import os
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from preprocess import label_json, labels, precut, raster, sampling, scan, sheets
+from preprocess.errors import RasterError
+from preprocess.grid import Chunk
+from preprocess.inputs import PlanError
+from preprocess.labels import TileLabels
+from preprocess.options import PackOptions
+from preprocess.precut import Files, Sample
+from preprocess.raster import Scene
+from preprocess.scan import Job, View
+from preprocess.sheets import LabelError, LabelSheet
+from preprocess.spill import Kept, band_sums, spill
+from preprocess.stages import Clock
+
+MESSAGES = 20  # of a task's bad files that its commit keeps
+
+
+def stretch_limits(sample: Sample, bands: tuple[int, ...], options: PackOptions) -> np.ndarray:
+    """Limits for all tiles, float64 [C, 2], from a sample of them; see sampling.stretch_limits. Files that cannot be
+    read are passed over here: scanning counts them."""
+    scenes = []
+    for name in sample.names:
+        try:
+            scenes.append(precut.open_tile(sample.folder, name, "", options, sample.sensor))
+        except (RasterError, PlanError):
+            continue
+    if options.stretch.mode == "none" and scenes and scenes[0].dtype == "uint8":
+        return np.tile([0.0, 255.0], (len(bands), 1))  # they are grey levels
+    return sampling.limits_over(scenes, bands, options, pass_over=True)
+
+
+def scan_files(job: Job) -> dict[str, Any]:
+    """Reads, judges and labels the tiles of a task, spills the kept ones. Returns the commit's content, in it under
+    ``bad`` what is wrong with files that cannot be used.
+
+    Raises LabelError for labels that cannot be used.
+    """
+    files, clock = job.chunk, Clock()
+    assert isinstance(files, Files)
+    kept: list[Kept] = []
+    sums: list[np.ndarray] = []
+    rejected: Counter[str] = Counter()
+    bad: list[str] = []
+    for n, name in enumerate(files.names):
+        try:
+            view = _view(job, files, name, clock)
+        except (RasterError, PlanError) as error:
+            bad.append(str(error))
+            continue
+        tiles = _scanned(view, files, n, clock)
+        rejected.update(reason for reason in view.reasons if reason)
+        for tile in tiles:
+            with clock("statistics"):
+                sums.append(band_sums(view.image, view.cells)[0])
+            kept.append(replace(tile, t=len(kept)))
+    rejected["unreadable"] = len(bad)
+    facts = {"bad": bad[:MESSAGES]}
+    total = np.array(sums) if sums else np.zeros((0, 2, len(job.bands)))
+    return spill(job.folder, job.number, job.scene.scene_id, job.options, kept, total, +rejected, clock, facts)
+
+
+def _view(job: Job, files: Files, name: str, clock: Clock) -> View:
+    with clock("read"):
+        scene = precut.open_tile(files.folder, name, job.scene.scene_id, job.options, files.sensor)
+        precut.check_form(scene, files.size, files.shape)
+    one = replace(job, scene=scene, chunk=Chunk((0,), (0,), files.size), tile_id=precut.stem(name))
+    return scan.read_view(one, clock)
+
+
+def _scanned(view: View, files: Files, n: int, clock: Clock) -> list[Kept]:
+    with clock("judge"):
+        scan.judge(view)
+    with clock("mask"):
+        scan.reject_clouds(view)
+    with clock("label"):
+        found = _labelled(view, files, n)
+    with clock("place"):
+        return scan.place_tiles(view, found)
+
+
+def _labelled(view: View, files: Files, n: int) -> TileLabels | None:
+    if all(view.reasons):
+        return None
+    job = view.job
+    if files.labels.kind == "json":
+        path = os.path.join(files.labels.folder, files.label_names[n])
+        found = label_json.read_histogram(path, job.legend, dict(files.labels.codes))
+        if found.valid_fraction[0] < job.options.labels.min_valid_fraction:
+            view.reasons[0] = "unlabelled"
+        return found
+    if files.labels.kind == "raster":
+        under = [_sheet(os.path.join(files.labels.folder, files.label_names[n]))]
+    else:
+        under = sheets_of(job.scene, job.sheets)
+    return scan.label(view, tuple(under), labels.subdivision(job.scene.place, under))
+
+
+def sheets_of(tile: Scene, land_cover: tuple[LabelSheet, ...]) -> list[LabelSheet]:
+    """The sheets that may lie under a tile, of the year nearest to its date."""
+    under = labels.overlapping(tile.place, land_cover)
+    return sheets.sheets_of_nearest_year(under, tile.path, tile.date)
+
+
+def _sheet(path: str) -> LabelSheet:
+    try:
+        return LabelSheet(raster.read_sheet(path), None, None)
+    except RasterError as error:  # not the tile's fault, so never a reason to leave it out
+        raise LabelError(str(error)) from error
