@@ -63,9 +63,13 @@ def ground_steps(place: Place, column: float, row: float) -> tuple[float, float]
 
 def middle_of(place: Place) -> tuple[float, float]:
     """(column, row) of a place's middle, or of the nearest place to it whose pixel lies on the Earth."""
+    middle = np.full(4, place.width / 2), np.full(4, place.height / 2)
+    across, down = np.array([-0.5, 0.5, 0, 0]), np.array([0, 0, -0.5, 0.5])
+    if np.isfinite(place.points(WGS84, middle[0] + across, middle[1] + down)[0]).all():
+        return place.width / 2, place.height / 2
     columns, rows = regular(place, 16)
     known = np.ones(columns.shape, bool)
-    for dx, dy in ((-0.5, 0), (0.5, 0), (0, -0.5), (0, 0.5)):
+    for dx, dy in zip(across, down, strict=True):
         known &= np.isfinite(place.points(WGS84, columns + dx, rows + dy)[0])
     away = np.where(known, np.hypot(columns - place.width / 2, rows - place.height / 2), np.inf)
     nearest = int(away.argmin())
