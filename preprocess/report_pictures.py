@@ -13,6 +13,7 @@ import simplejpeg
 from geokr import records
 from geokr.records import Band, Manifest, Record
 from preprocess import shards, spill
+from preprocess.image_codecs import decode_image
 from preprocess.quality import Measures
 
 SIDE = 128  # pixels at most
@@ -48,11 +49,7 @@ def as_jpeg(data: bytes) -> str:
 
 def preview(record: Record, bands: Sequence[Band]) -> np.ndarray:
     """uint8 [H, W, 3 or 1] of a record; more than 8 bits go from their 2nd to their 98th percentile."""
-    if record.codec == "jpeg":
-        pixels = simplejpeg.decode_jpeg(record.image)
-    else:
-        pixels = np.frombuffer(record.image, np.dtype(record.dtype).newbyteorder("<")).reshape(record.shape)
-    pixels = pixels[..., shown_bands(bands)]
+    pixels = decode_image(record, "record")[..., shown_bands(bands)]
     if pixels.dtype == np.uint8:
         return pixels
     values = np.nan_to_num(pixels.astype(np.float32))
