@@ -30,13 +30,13 @@ def is_validation(row: int, cell: int, seed: int, val_fraction: float) -> bool:
     return int.from_bytes(digest, "little") < val_fraction * 2.0**64
 
 
-def far_apart(longitudes: np.ndarray, latitudes: np.ndarray) -> float:
-    """The longest way in degrees between neighbours of a lattice of points [P, Q] over the ground."""
+def far_apart(longitudes: np.ndarray, latitudes: np.ndarray) -> np.ndarray:
+    """The longest way in degrees between neighbours of lattices of points [..., P, Q] over the ground, [...]."""
     lon, lat = np.radians(longitudes), np.radians(latitudes)
     xyz = np.stack([np.cos(lat) * np.cos(lon), np.cos(lat) * np.sin(lon), np.sin(lat)])
-    steps = (np.diff(xyz, axis=1), np.diff(xyz, axis=2))
-    chord = max(float(np.sqrt((step**2).sum(axis=0)).max()) for step in steps)
-    return math.degrees(2 * math.asin(min(1.0, chord / 2)))
+    steps = (np.diff(xyz, axis=-2), np.diff(xyz, axis=-1))
+    chord = np.maximum(*(np.sqrt((step**2).sum(axis=0)).max(axis=(-2, -1)) for step in steps))
+    return np.degrees(2 * np.arcsin(np.minimum(1.0, chord / 2)))
 
 
 def _interval(longitudes: np.ndarray) -> tuple[float, float]:
@@ -80,8 +80,17 @@ def touched_cells(longitudes: np.ndarray, latitudes: np.ndarray, step: float, bl
     return cells
 
 
-def side_of(longitudes_PP: np.ndarray, latitudes_PP: np.ndarray, block_m: float, seed: int, val_fraction: float) -> int:
+def side_of(
+    longitudes_PP: np.ndarray,
+    latitudes_PP: np.ndarray,
+    block_m: float,
+    seed: int,
+    val_fraction: float,
+    step: float | None = None,
+) -> int:
     """TRAIN, VAL or BOTH for a tile, given as a lattice of P x P points over its footprint, degrees.
+
+    step: the way between its points (:func:`far_apart`), where it is known already.
 
     A tile that touches both kinds of block belongs to neither split. Tried on the whole tile's bounding box
     first; where that is mixed, each cell of the lattice has its own, small box.
@@ -89,10 +98,10 @@ def side_of(longitudes_PP: np.ndarray, latitudes_PP: np.ndarray, block_m: float,
     if val_fraction == 0:
         return TRAIN
 
-    step = far_apart(longitudes_PP, latitudes_PP)
+    apart = float(far_apart(longitudes_PP, latitudes_PP)) if step is None else step
 
     def kinds(part: tuple[slice, slice]) -> set[bool]:
-        cells = touched_cells(longitudes_PP[part], latitudes_PP[part], step, block_m)
+        cells = touched_cells(longitudes_PP[part], latitudes_PP[part], apart, block_m)
         return {is_validation(row, cell, seed, val_fraction) for row, cell in cells}
 
     found = kinds((slice(None), slice(None)))

@@ -29,7 +29,7 @@ MAX_ERROR = 1e-4
 # Error in degrees (a centimetre) of the longitude and latitude that choose between overlapping sheets.
 DOMAIN_ERROR = 1e-7
 # Label pixels treated at once; bounds the memory of labels and of a lattice at spacing 1.
-STRIP_PIXELS = 4 << 20
+STRIP_PIXELS = 8 << 20
 
 
 # --------------------------------------------------------------------------------------- pixel sizes, overlap

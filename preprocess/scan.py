@@ -184,14 +184,18 @@ def place_tiles(view: View, found: TileLabels | None) -> list[Kept]:
     if found is None or all(view.reasons):
         return []
     longitudes, latitudes = footprints(view.place, view.origins, size)
+    known = np.asarray(np.isfinite(longitudes + latitudes).all(axis=(1, 2)))
+    rings, steps = ring_of(longitudes, latitudes), blocks.far_apart(longitudes, latitudes)
     tiles = []
     for t, (left, top) in enumerate(view.origins.tolist()):
         if view.reasons[t]:
             continue
-        if not np.isfinite(longitudes[t] + latitudes[t]).all():
+        if not known[t]:
             view.reasons[t] = "unlabelled"
             continue
-        side = blocks.side_of(longitudes[t], latitudes[t], split.block_m, job.options.seed, split.val_fraction)
+        side = blocks.side_of(
+            longitudes[t], latitudes[t], split.block_m, job.options.seed, split.val_fraction, float(steps[t])
+        )
         if side == blocks.BOTH:
             view.reasons[t] = "straddles_split"
             continue
@@ -200,7 +204,7 @@ def place_tiles(view: View, found: TileLabels | None) -> list[Kept]:
         lonlat = ((middle[0] + 180) % 360 - 180, middle[1])  # a scene in degrees may run beyond 180
         place = view.place.window(left, top, size, size)
         record = _record(job, pixels_HWC, found, t, place, lonlat, (left, top))
-        facts = pack_facts(record, ring_of(longitudes[t], latitudes[t]), view.measures[t][: len(QUALITY)])
+        facts = pack_facts(record, rings[t], view.measures[t][: len(QUALITY)])
         tiles.append(Kept(t, side, record, pixels_HWC, facts))
     return tiles
 

@@ -6,6 +6,7 @@ alone, as in datasets of other versions, the same facts are found with footprint
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -19,6 +20,7 @@ QUALITY = ("valid_pixels", "dark_share", "bright_share", "contrast", "brightness
 UNKNOWN = (np.nan,) * len(QUALITY)
 
 
+@lru_cache
 def row_dtype(classes: int) -> np.dtype:
     """The fixed part of a tile's facts."""
     return np.dtype(
