@@ -34,7 +34,13 @@ def check_identity(found: Mapping[str, Any], current: Mapping[str, Any], where: 
     lines = differences(found, current)
     if lines:
         listed = "\n  ".join(lines)
+        grown = (
+            "\nIf the dataset has grown since (pack_records.py --append), data.records=FOLDER/manifest-v1.json (or a "
+            "later one of those) goes on with what it was."
+            if any(line.startswith("data.dataset:") for line in lines)
+            else ""
+        )
         raise ConfigError(
             f"{where} belongs to a run with another method, model or data:\n  {listed}\n"
-            "Give its configuration again to go on, or another run.dir to begin anew."
+            f"Give its configuration again to go on, or another run.dir to begin anew.{grown}"
         )

@@ -18,6 +18,7 @@ A record's number in its split, in shard order, is its record id.
 import hashlib
 import json
 import math
+import re
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -34,6 +35,9 @@ SCHEMA_VERSION = 2
 # Version 1 lacks the keys that are marked `added`; it reads as if they had their defaults.
 READABLE_VERSIONS = (1, 2)
 MANIFEST = "manifest.json"
+WORK = ".work"  # an unfinished packing run's folder
+EARLIER_MANIFEST = re.compile(r"manifest-v[0-9]+\.json")  # kept when scenes are added to a dataset
+GROWING = ".work/growing.json"  # {"version": the one that is being made}, while scenes are added to a dataset
 SPLITS = ("train", "val")
 DTYPES = ("uint8", "uint16", "int16", "float32")
 CODECS = ("jpeg", "png", "raw", "lz4")
@@ -225,10 +229,13 @@ class _Part(BaseModel):
         return tree
 
 
+SHARD_NAME = r"(train|val)-([0-9]{5,})\.tfrecord"
+
+
 class Shard(_Part):
     """A shard file and the index beside it (same name, ``.idx``)."""
 
-    name: str = Field(pattern=r"^(train|val)-[0-9]{5,}\.tfrecord$")
+    name: str = Field(pattern=f"^{SHARD_NAME}$")
     records: int = Field(gt=0)
     bytes: int = Field(gt=0)
     sha256: str
@@ -340,12 +347,21 @@ def dump_manifest(manifest: Manifest) -> bytes:
     return (json.dumps(tree, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
+def folder_of(path: str | Path) -> Path:
+    """The folder of a dataset that is named by itself, or by a manifest that it has grown beyond."""
+    path = Path(path)
+    return path.parent if EARLIER_MANIFEST.fullmatch(path.name) else path
+
+
 def load_manifest(folder: str | Path) -> Manifest:
-    """Reads ``folder/manifest.json``. Raises RecordError if it is missing, damaged, or of another version."""
-    path = Path(folder) / MANIFEST
+    """Reads ``folder/manifest.json``, or the earlier manifest that is named (see :func:`folder_of`).
+
+    Raises RecordError if it is missing, damaged, or of another version.
+    """
+    path = Path(folder) if EARLIER_MANIFEST.fullmatch(Path(folder).name) else Path(folder) / MANIFEST
     if not path.is_file():
         reason = "there is no such folder" if not Path(folder).is_dir() else f"it holds no {MANIFEST}"
-        if (Path(folder) / ".work").is_dir():
+        if (Path(folder) / WORK).is_dir():
             reason += ", but an unfinished packing run: give its command again to finish it"
         raise RecordError(
             f"{folder}: not a dataset: {reason}. Make one with python preprocess/pack_records.py --out {folder} ..."
@@ -401,7 +417,7 @@ def open_index(folder: str | Path, shard: Shard) -> np.ndarray:
 
     Raises RecordError: missing or truncated shard, another index, a symbolic link in place of a file.
     """
-    path, index_path = Path(folder) / shard.name, Path(folder) / shard.index_name
+    path, index_path = folder_of(folder) / shard.name, folder_of(folder) / shard.index_name
     for file in (path, index_path):
         if file.is_symlink() or not file.is_file():
             raise RecordError(f"{file}: missing (or not a plain file) though the manifest lists it; pack again")
@@ -413,7 +429,7 @@ def open_index(folder: str | Path, shard: Shard) -> np.ndarray:
 
 def load_index(folder: str | Path, shard: Shard) -> np.ndarray:
     """As :func:`open_index`, for a shard that itself need not be there."""
-    index_path = Path(folder) / shard.index_name
+    index_path = folder_of(folder) / shard.index_name
     data = index_path.read_bytes()
     if hashlib.sha256(data).hexdigest() != shard.index_sha256:
         raise RecordError(f"{index_path}: its hash is not the manifest's: damaged or changed; pack again")
@@ -427,8 +443,35 @@ def load_index(folder: str | Path, shard: Shard) -> np.ndarray:
 
 
 def check_folder(folder: str | Path, manifest: Manifest) -> None:
-    """Raises RecordError if the folder holds a shard that the manifest does not list."""
-    listed = {shard.name for name in SPLITS for shard in manifest.split(name).shards}
-    for path in sorted(Path(folder).glob("*.tfrecord")):
-        if path.name not in listed:
+    """Raises RecordError if the folder holds a shard that the manifest does not list.
+
+    Shards of a later version are none of this one's business: of one that is being made (the packer says so in
+    ``.work``), or that the folder's manifest has moved on to.
+    """
+    folder = folder_of(folder)
+    listed = _listed(manifest)
+    surplus = [path for path in sorted(folder.glob("*.tfrecord")) if path.name not in listed]
+    if not surplus:
+        return
+    later: set[str] = set()
+    if (folder / GROWING).is_file():
+        later = {path.name for path in surplus if is_later(path.name, manifest)}
+    if {path.name for path in surplus} - later and (folder / MANIFEST).is_file():
+        newest = load_manifest(folder)
+        later |= _listed(newest) if newest.version > manifest.version else set()
+    for path in surplus:
+        if path.name not in later:
             raise RecordError(f"{path}: a shard that the manifest does not list; remove it or pack again")
+
+
+def is_later(name: str, manifest: Manifest) -> bool:
+    """Whether a file is named like a shard behind all those of its split."""
+    match = re.fullmatch(SHARD_NAME, name)
+    if not match:
+        return False
+    listed = manifest.split(cast(Split, match[1])).shards
+    return int(match[2]) > max((int(shard.name[len(match[1]) + 1 : -len(".tfrecord")]) for shard in listed), default=-1)
+
+
+def _listed(manifest: Manifest) -> set[str]:
+    return {shard.name for name in SPLITS for shard in manifest.split(name).shards}

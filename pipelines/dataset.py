@@ -135,17 +135,17 @@ class Dataset:
 
     @classmethod
     def open(cls, folder: str | Path) -> Self:
-        """Reads manifest and indexes of a folder that pack_records.py wrote.
+        """Reads manifest and indexes of a folder that pack_records.py wrote, or of an earlier manifest in one.
 
         Raises RecordError: no dataset, missing, surplus or changed files.
         """
-        folder = Path(folder)
-        manifest = records.load_manifest(folder)
+        named, folder = folder, records.folder_of(folder)
+        manifest = records.load_manifest(named)
         _check_manifest(folder, manifest)
         records.check_folder(folder, manifest)
         origin = Origin(folder, _shape(manifest))
         train, val = (_open_split(origin, manifest, name) for name in records.SPLITS)
-        return cls(str(folder), manifest, train, val)
+        return cls(str(named), manifest, train, val)
 
     @classmethod
     def open_remote(cls, source: RecordsSource, cache: Cache, timeout_s: float) -> Self:

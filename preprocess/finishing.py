@@ -10,7 +10,7 @@ from pathlib import Path
 from geokr.records import Manifest, RecordError
 from preprocess import engine, report_page, report_pictures, shards, stages, tile_table, workfolder
 from preprocess.errors import RasterError
-from preprocess.pack import Progress
+from preprocess.phases import Progress
 from preprocess.plan import Plan
 from preprocess.report_page import Run
 

@@ -3,7 +3,7 @@
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,11 @@ from typing import Any
 import numpy as np
 
 from geokr import records
-from geokr.records import Split
+from geokr.records import Manifest, Split
 from preprocess import blocks, shards, spill, tile_table
 from preprocess.plan import Plan
 from preprocess.stages import Clock
 from preprocess.tile_facts import unpack_facts
-from preprocess.workfolder import WORK
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -34,12 +33,12 @@ class ShardJob:
     facts: np.ndarray
     classes: tuple[str, ...]
     out: str
+    work: str
 
 
 def gather(job: ShardJob) -> dict[str, Any]:
     """Writes a shard; returns its commit's content: {shard: its entry in the manifest, stages}."""
-    out, clock = Path(job.out), Clock()
-    work = out / WORK
+    out, work, clock = Path(job.out), Path(job.work), Clock()
     facts: list[bytes] = []
     with clock("gather"):
         shard = shards.write_shard(out, job.split, job.number, _frames(job, work / "spill", facts), work)
@@ -84,12 +83,12 @@ def _frames(job: ShardJob, folder: Path, facts: list[bytes]) -> Iterator[bytes]:
             os.close(descriptor)
 
 
-def tables(plan: Plan, out: Path, commits: list[dict[str, Any]], kept: int) -> tuple[np.ndarray, np.ndarray]:
+def tables(work: Path, commits: list[dict[str, Any]], kept: int) -> tuple[np.ndarray, np.ndarray]:
     """All tiles' rows in global order: (chunk number of each, spill.TABLE rows). 27 bytes a tile."""
     table, chunk_of = np.empty(kept, spill.TABLE), np.empty(kept, np.uint32)
     at = 0
     for commit in commits:
-        part = np.load(spill.spill_paths(out / WORK / "spill", commit["number"])[1])
+        part = np.load(spill.spill_paths(work / "spill", commit["number"])[1])
         table[at : at + len(part)], chunk_of[at : at + len(part)] = part, commit["number"]
         at += len(part)
     # stable: rows of one hash stay as they were read, in order of chunk and offset. Column by column, since a second
@@ -100,12 +99,29 @@ def tables(plan: Plan, out: Path, commits: list[dict[str, Any]], kept: int) -> t
     return chunk_of[order], table
 
 
-def shard_jobs(plan: Plan, out: Path, chunk_of: np.ndarray, table: np.ndarray) -> Iterator[ShardJob]:
+def number_of(name: str) -> tuple[str, int]:
+    """(split, number) of a shard's name, which is the order of shards."""
+    split, number = name.removesuffix(".tfrecord").split("-")
+    return split, int(number)
+
+
+def next_numbers(base: Manifest | None) -> dict[Split, int]:
+    """The first free number of each split behind a dataset's shards."""
+    return {
+        name: 1 + max((number_of(shard.name)[1] for shard in base.split(name).shards), default=-1) if base else 0
+        for name in records.SPLITS
+    }
+
+
+def shard_jobs(
+    plan: Plan, out: Path, work: Path, chunk_of: np.ndarray, table: np.ndarray, first: Mapping[Split, int]
+) -> Iterator[ShardJob]:
+    """first: number of each split's first shard."""
     names = tuple(entry.name for entry in plan.legend.classes)
     splits: tuple[tuple[int, Split], ...] = ((blocks.TRAIN, "train"), (blocks.VAL, "val"))
     for side, split in splits:
         rows = np.flatnonzero(table["split"] == side)
-        for number, start in enumerate(range(0, len(rows), plan.options.shards.records)):
+        for number, start in enumerate(range(0, len(rows), plan.options.shards.records), first[split]):
             part = rows[start : start + plan.options.shards.records]
             rows_here = table[part]
             yield ShardJob(
@@ -117,4 +133,5 @@ def shard_jobs(plan: Plan, out: Path, chunk_of: np.ndarray, table: np.ndarray) -
                 rows_here["facts"],
                 names,
                 str(out),
+                str(work),
             )

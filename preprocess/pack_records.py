@@ -59,6 +59,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--sensor", help=f"{', '.join(sensor_names())}, or a YAML table of your own: names the bands")
     made.add_argument("--out", required=True, type=Path, help="folder of the dataset")
     made.add_argument("--config", help="YAML file; the overrides come on top")
+    made.add_argument("--append", action="store_true", help="add the scenes that the dataset in --out does not have")
     made.add_argument(
         "--scheduler",
         metavar="ADDRESS",
@@ -114,8 +115,8 @@ def cluster(address: str | None, plan: Plan, out: Path) -> Callable[[], Engine] 
         return None
     from preprocess.dask_engine import DaskCluster  # Dask takes a second to import, and few need it
 
-    inputs = [plan.tasks[0].scene.path, *(sheet.sheet.path for sheet in plan.sheets[:1])]
-    return lambda: DaskCluster(address, out, inputs)
+    every = plan.inputs()
+    return lambda: DaskCluster(address, out, every[:: max(1, len(every) // 20)])
 
 
 def plan_of(chosen: argparse.Namespace, options: PackOptions) -> Plan:
@@ -153,7 +154,7 @@ def run(arguments: Sequence[str]) -> int:
     finishing = Finishing(plan, chosen.out, bars, ["python", "preprocess/pack_records.py", *arguments])
     try:
         engine = cluster(chosen.scheduler, plan, chosen.out)
-        packed: Packed = pack(plan, chosen.out, bars, finishing.with_work, engine)
+        packed: Packed = pack(plan, chosen.out, bars, finishing.with_work, engine, append=chosen.append)
         finishing.afterwards(packed.manifest)
     finally:
         bars.close()

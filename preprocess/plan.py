@@ -68,6 +68,11 @@ class Plan:
     def tiles(self) -> int:
         return sum(task.tiles for task in self.tasks)
 
+    def inputs(self) -> list[str]:
+        """Paths or URLs of what tasks read."""
+        layers = (layer.path for task in self.tasks for layer in task.scene.layers if layer is not None)
+        return [*dict.fromkeys(layers), *(sheet.sheet.path for sheet in self.sheets)]
+
     def identity(self) -> dict[str, Any]:
         """What decides the dataset's bytes: two runs with equal identities write equal files."""
         return {
@@ -260,5 +265,5 @@ def _place(scene: Scene) -> str:
     return f"longitude {lon[0]:.3f}, latitude {lat[0]:.3f}"
 
 
-def identity_json(plan: Plan) -> bytes:
-    return json.dumps(plan.identity(), sort_keys=True, indent=1).encode() + b"\n"
+def identity_json(identity: Mapping[str, Any]) -> bytes:
+    return json.dumps(identity, sort_keys=True, indent=1).encode() + b"\n"

@@ -2,8 +2,11 @@
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
+import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,8 @@ from preprocess import shards
 from preprocess.inputs import PlanError
 from preprocess.plan import Plan, identity_json
 
-WORK = ".work"
+WORK = records.WORK
+LOCK = "lock"
 EXTRAS = ("tiles.parquet", "report.html")  # made from a finished dataset, and made again where they are missing
 
 
@@ -43,49 +47,110 @@ def finished(plan: Plan, out: Path) -> Manifest | None:
         "scenes": {scene.scene_id: scene.fingerprint for scene in manifest.scenes},
         "land_cover": {str(i): value for i, value in enumerate(manifest.land_cover_fingerprints)},
     }
-    same_or_error(old, new, out, "a dataset made")
+    if manifest.version > 1:  # of several runs, in their order
+        old["land_cover"], new["land_cover"] = (sorted(tree["land_cover"].values()) for tree in (old, new))
+    grown = set(old["scenes"].items()) < set(new["scenes"].items())
+    same_or_error(old, new, out, "a dataset made", hint="; --append adds the new scenes to it" if grown else "")
+    check_whole(out, manifest)
+    return manifest
+
+
+def check_whole(out: Path, manifest: Manifest) -> None:
+    """Raises RecordError unless all files are there, as far as sizes and indexes tell, and none too many."""
     records.check_folder(out, manifest)
     for name in records.SPLITS:
         for shard in manifest.split(name).shards:
             records.open_index(out, shard)
-    return manifest
 
 
-def same_or_error(old: dict[str, Any], new: dict[str, Any], out: Path, what: str) -> None:
+def same_or_error(old: dict[str, Any], new: dict[str, Any], out: Path, what: str, hint: str = "") -> None:
     lines = differences(json.loads(json.dumps(old)), json.loads(json.dumps(new)))
     if lines:
         raise PlanError(
             f"{out}: holds {what} from other inputs or another configuration (there -> here):\n"
             + "\n".join(f"  {line}" for line in lines[:20])
-            + "\nchoose another --out, or remove that folder"
+            + f"\nchoose another --out, or remove that folder{hint}"
         )
 
 
-def open_work(plan: Plan, out: Path, work: Path) -> None:
+def open_work(plan: Plan, out: Path, base: Manifest | None) -> Path:
+    """The run's own folder in .work, made or found. base: the dataset that the run adds to.
+
+    Raises PlanError if the folder holds anything else, or an unfinished run of other inputs.
+    """
+    work = out / WORK
     foreign = [path.name for path in out.iterdir() if path.name != WORK and not _ours(path.name)]
     if foreign:
         raise PlanError(f"--out {out}: is not empty ({', '.join(sorted(foreign)[:5])}); choose a new folder")
-    identity = work / "plan.json"
-    if identity.exists():
-        same_or_error(json.loads(identity.read_bytes()), plan.identity(), out, "an unfinished run")
-    elif shards_there := sorted(out.glob("*.tfrecord")):
-        raise PlanError(f"--out {out}: holds {shards_there[0].name} but no manifest; remove it or choose a new folder")
+    identity, path = _identity(plan, base), work / "plan.json"
+    if path.exists():
+        old = json.loads(path.read_bytes())
+        kind = "an unfinished --append" if "appends_to" in old else "an unfinished run"
+        advice = f"; or give that command again, or give it up: remove {work} and the shards that no manifest lists"
+        same_or_error(old, identity, out, kind, hint=advice if base else "")
     else:
-        shards.write_whole(identity, identity_json(plan))
-    for folder in (work / "spill", work / "shards"):
+        if base is None and (shards_there := sorted(out.glob("*.tfrecord"))):
+            raise PlanError(
+                f"--out {out}: holds {shards_there[0].name} but no manifest; remove it or choose a new folder"
+            )
+        if base is not None:  # before any new shard: readers then know what it is
+            shards.write_whole(out / records.GROWING, json.dumps({"version": base.version + 1}).encode())
+        shards.write_whole(path, identity_json(identity))
+    run = work / f"run-{hashlib.sha256(identity_json(identity)).hexdigest()[:16]}"
+    for folder in (run, run / "spill", run / "shards"):
         folder.mkdir(exist_ok=True)
         for left in folder.glob(".*.tmp"):  # of a process that was killed
             left.unlink(missing_ok=True)
+    return run
+
+
+def _identity(plan: Plan, base: Manifest | None) -> dict[str, Any]:
+    if base is None:
+        return plan.identity()
+    return {**plan.identity(), "appends_to": hashlib.sha256(records.dump_manifest(base)).hexdigest()}
+
+
+def folder_of_last_run(work: Path) -> Path:
+    """The folder that a run which ended before clearing up has left, or .work itself."""
+    return next(iter(sorted(work.glob("run-*"))), work)
+
+
+def growing_to(work: Path) -> int:
+    """The version that an unfinished --append makes; 0 if there is none."""
+    commit = read_commit(work.parent / records.GROWING)
+    return commit["version"] if commit else 0
+
+
+def clear(work: Path) -> None:
+    """Empties .work but for the lock, while it is held. A worker that still writes a file that nobody needs any more,
+    or a network file system that keeps a deleted one for a moment, is no reason to fail."""
+    for attempt in range(5):
+        for path in work.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.name != LOCK:
+                path.unlink(missing_ok=True)
+        if {path.name for path in work.iterdir()} <= {LOCK}:
+            break
+        time.sleep(0.2 * attempt)
+    (work / LOCK).unlink(missing_ok=True)
+
+
+def remove(work: Path) -> None:
+    """Removes an empty .work; after the lock was given up, for a network file system keeps open files."""
+    with contextlib.suppress(OSError):
+        work.rmdir()
 
 
 def _ours(name: str) -> bool:
-    return name.endswith((".tfrecord", ".idx", ".log")) or name in EXTRAS
+    kept = name == records.MANIFEST or records.EARLIER_MANIFEST.fullmatch(name)
+    return bool(kept) or name.endswith((".tfrecord", ".idx", ".log")) or name in EXTRAS
 
 
 @contextlib.contextmanager
 def lock(work: Path) -> Iterator[None]:
     """Only one process packs into a folder. The system drops the lock of a process that dies."""
-    path = work / "lock"
+    path = work / LOCK
     while True:
         try:
             work.mkdir(parents=True, exist_ok=True)
@@ -95,8 +160,13 @@ def lock(work: Path) -> Iterator[None]:
         with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
+            except BlockingIOError as error:
                 raise PackError(f"{work.parent}: another process is packing into it; wait for it or stop it") from error
+            except OSError as error:
+                raise PackError(
+                    f"{work.parent}: its file system does not lock files ({error.strerror}): mount it with locks "
+                    "(Lustre: -o flock, NFS: without nolock), or choose another folder"
+                ) from error
             # whoever held it may have finished and removed the folder between the opening and the lock
             if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 yield

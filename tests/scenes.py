@@ -83,12 +83,22 @@ def patches(seed: int, height: int, width: int, codes: Sequence[int], side: int 
     return np.repeat(np.repeat(coarse, side, 0), side, 1)[:height, :width].astype(np.uint8)
 
 
-def pack_quietly(scenes: Sequence[Path | str], sheets: Sequence[Path | str], product: str, out: Path, *overrides: str):
-    """Packs in this process without a console; returns preprocess.pack.Packed. Of equal keys the last counts."""
+def pack_quietly(
+    scenes: Sequence[Path | str],
+    sheets: Sequence[Path | str],
+    product: str,
+    out: Path,
+    *overrides: str,
+    **keywords: Any,
+):
+    """Packs in this process without a console; returns preprocess.pack.Packed. Of equal keys the last counts.
+
+    keywords: preprocess.pack.pack's.
+    """
     last = {override.split("=")[0]: override for override in overrides}
     options = config.load(PackOptions, None, last.values())
     plan = make_plan([str(p) for p in scenes], [str(p) for p in sheets], product, options)
-    return pack(plan, out, lambda phase, done, total: None)
+    return pack(plan, out, lambda phase, done, total: None, **keywords)
 
 
 def scene_at(path: Path | str, scene_id: str = "scene") -> Scene:

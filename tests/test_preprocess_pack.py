@@ -16,7 +16,7 @@ import rasterio
 import simplejpeg
 
 from geokr import config, records
-from preprocess import blocks, pack, raster, sampling, shards, spill, workfolder
+from preprocess import blocks, phases, raster, sampling, shards, spill, workfolder
 from preprocess.inputs import PlanError
 from preprocess.options import PackOptions
 from preprocess.workfolder import PackError
@@ -266,7 +266,7 @@ def test_signals(long, tmp_path):
         out = tmp_path / number.name  # each from the beginning, so that most of the work is still to be done
         process = subprocess.Popen([*arguments, "--out", str(out), "workers=2"], stderr=subprocess.PIPE, cwd=ROOT)
         deadline = time.monotonic() + 60
-        while len(list(out.glob(".work/spill/*.json"))) < 2 and process.poll() is None:
+        while len(list(out.glob(".work/run-*/spill/*.json"))) < 2 and process.poll() is None:
             assert time.monotonic() < deadline
             time.sleep(0.02)
         workers = children_of(process.pid)
@@ -302,7 +302,7 @@ def test_another_configuration_is_refused_with_the_difference(inputs, tmp_path):
 
 def test_an_unfinished_run_of_another_configuration_is_refused(inputs, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    monkeypatch.setattr(pack, "_phase_gather", lambda *a: (_ for _ in ()).throw(PowerCut()))
+    monkeypatch.setattr(phases.Run, "gather_shards", lambda *a: (_ for _ in ()).throw(PowerCut()))
     with pytest.raises(PowerCut):
         inputs.pack(out)
     monkeypatch.undo()
@@ -419,10 +419,14 @@ def test_a_file_in_place_of_the_folder(inputs, tmp_path, capsys, where, monkeypa
     assert (tmp_path / "out").read_text() == "a file"
 
 
-def test_left_overs_of_a_killed_process_go(inputs, tmp_path):
+def test_left_overs_of_a_killed_process_go(inputs, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    (out / ".work/spill").mkdir(parents=True)
-    (out / ".work/spill/.00000000.frames.99.tmp").write_bytes(b"half")
+    with monkeypatch.context() as patch:
+        patch.setattr(phases.Run, "gather_shards", lambda *a: (_ for _ in ()).throw(PowerCut()))
+        with pytest.raises(PowerCut):
+            inputs.pack(out)
+    (run,) = (out / ".work").glob("run-*")
+    (run / "spill/.00000000.frames.99.tmp").write_bytes(b"half")
     inputs.pack(out)
     assert contents(out) == inputs.bytes
 

@@ -108,7 +108,7 @@ def test_workers_and_interruptions_change_nothing(world, tmp_path, monkeypatch):
 
     monkeypatch.setattr(precut, "open_tile", stops)
     assert command(world / "tiles", tmp_path / "b", *how, *KEYS) == 130
-    assert len(list((tmp_path / "b/.work/spill").glob("*.json"))) < 7
+    assert len(list((tmp_path / "b/.work").glob("run-*/spill/*.json"))) < 7
     monkeypatch.setattr(precut, "open_tile", real)
     assert command(world / "tiles", tmp_path / "b", *how, *KEYS[:-1], "workers=1") == 0
     monkeypatch.setattr(precut, "MAX_FILES", 256)

@@ -1,0 +1,110 @@
+"""Scenes added to a dataset: new shards behind the old ones, and a manifest that speaks of all.
+
+Old shards keep their bytes. The split cannot leak: its blocks are cells of one grid over the Earth, whatever scenes
+there are. The order of records is the order of the runs, and within each the hash order.
+"""
+
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from geokr import records
+from geokr.config import differences
+from geokr.records import Manifest, Part, SplitInfo
+from preprocess import manifests
+from preprocess.inputs import PlanError
+from preprocess.plan import Plan
+
+
+def kept_name(manifest: Manifest) -> str:
+    """The file that keeps a manifest when the dataset grows beyond it."""
+    return f"manifest-v{manifest.version}.json"
+
+
+def new_scenes(plan: Plan, manifest: Manifest, out: Path) -> Plan:
+    """The plan without the scenes that the dataset has. Raises PlanError where the rest cannot be added to it."""
+    _check_alike(plan, manifest, out)
+    have = {scene.scene_id: scene.fingerprint for scene in manifest.scenes}
+    by_fingerprint = {fingerprint: scene_id for scene_id, fingerprint in have.items()}
+    tasks = []
+    for task in plan.tasks:
+        scene = task.scene
+        if scene.scene_id not in have:
+            if (other := by_fingerprint.get(scene.fingerprint)) is not None:
+                raise PlanError(
+                    f"--append: {scene.path} is in {out} already, as scene {other!r}; leave it out, or name it as then"
+                )
+            tasks.append(task)
+        elif have[scene.scene_id] != scene.fingerprint:
+            raise PlanError(
+                f"--append: {scene.path}: {out} holds another scene {scene.scene_id!r} (fingerprint "
+                f"{have[scene.scene_id]}, this one {scene.fingerprint}): rename this one, or pack anew where it "
+                "replaces that one"
+            )
+    left_out = {scene: reason for scene, reason in plan.rejected.items() if scene not in manifest.left_out}
+    return replace(plan, tasks=tuple(tasks), rejected=left_out)
+
+
+def _check_alike(plan: Plan, manifest: Manifest, out: Path) -> None:
+    old: dict[str, Any] = {"config": manifest.config, "bands": [band.name for band in manifest.bands]}
+    new: dict[str, Any] = {"config": plan.config, "bands": [band.name for band in plan.bands]}
+    old["dtype"], new["dtype"] = manifest.tile.dtype, plan.dtype
+    old["classes"] = [entry.name for entry in manifest.classes]
+    new["classes"] = [entry.name for entry in plan.legend.classes]
+    if lines := differences(json.loads(json.dumps(old)), json.loads(json.dumps(new))):
+        raise PlanError(
+            f"--append: {out} was made with another configuration (there -> here):\n"
+            + "\n".join(f"  {line}" for line in lines[:20])
+            + "\ngive the same one, or pack into a folder of its own and train on both (data.records takes a list)"
+        )
+    if any(manifest.split(name).records and manifest.split(name).moments is None for name in records.SPLITS):
+        raise PlanError(
+            f"--append: {out} was packed by an earlier version, which kept no sums to go on from; pack it again, or "
+            "pack the new scenes into a folder of their own and train on both (data.records takes a list)"
+        )
+
+
+def joined(base: Manifest, new: Manifest) -> Manifest:
+    """The manifest of a dataset and what was added to it; all statistics are over both, from their sums."""
+    prints = (*base.land_cover_fingerprints, *new.land_cover_fingerprints)
+    prints = tuple(dict.fromkeys(prints))  # each once, in order
+    added = _part(new, tuple(prints.index(one) for one in new.land_cover_fingerprints))
+    return base.model_copy(
+        update={
+            "schema_version": records.SCHEMA_VERSION,
+            "version": base.version + 1,
+            "parts": (*(base.parts or (_part(base, tuple(range(len(base.land_cover_fingerprints)))),)), added),
+            "left_out": {**base.left_out, **new.left_out},
+            "land_cover_years": tuple(sorted({*base.land_cover_years, *new.land_cover_years})),
+            "land_cover_fingerprints": prints,
+            "train": _split(base.train, new.train),
+            "val": _split(base.val, new.val),
+            "counts": _sums(base.counts, new.counts),
+            "scenes": (*base.scenes, *new.scenes),
+        }
+    )
+
+
+def _part(manifest: Manifest, land_cover: tuple[int, ...]) -> Part:
+    return Part(
+        scenes=len(manifest.scenes),
+        train_shards=len(manifest.train.shards),
+        val_shards=len(manifest.val.shards),
+        land_cover=land_cover,
+    )
+
+
+def _split(base: SplitInfo, new: SplitInfo) -> SplitInfo:
+    if base.moments is None or new.moments is None:
+        return new if base.moments is None else base  # one of them holds no record
+    moments = manifests.total_moments([base.moments.model_dump(), new.moments.model_dump()])
+    return manifests.split_info(base.records + new.records, moments, (*base.shards, *new.shards))
+
+
+def _sums(base: dict[str, int], new: dict[str, int]) -> dict[str, int]:
+    total = Counter(base)
+    for name, count in new.items():
+        total[name] += count
+    return dict(total)

@@ -1,0 +1,194 @@
+"""The phases of a run: limits of every scene, then tiles of every chunk, then shards.
+
+Each phase finds what an earlier run has committed and does the rest. What tasks write lies in the run's own folder,
+so that a task of a run that was given up, still busy on some worker, cannot write among the files of another.
+"""
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from geokr.records import Manifest, Shard
+from preprocess import blocks, gather, manifests, sampling, scan, scan_tiles, shards, spill, stages, workfolder
+from preprocess.damaged import BadTiles, Damaged
+from preprocess.engine import Engine
+from preprocess.plan import Plan, SceneTask
+from preprocess.precut import Files
+from preprocess.raster import RasterError
+from preprocess.workfolder import PackError
+
+Progress = Callable[[str, int, int], None]  # (phase, done, of)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _LimitsJob:
+    task: SceneTask
+    options: Any
+    path: str
+
+
+def _limits_of(job: _LimitsJob) -> tuple[str, dict[str, Any] | str]:
+    """(scene id, {limits, stages} or what is wrong with it)."""
+    clock = stages.Clock()
+    try:
+        with clock("sample"):
+            task = job.task
+            if task.sample is None:
+                limits = sampling.stretch_limits(task.scene, task.bands, job.options).tolist()
+            else:
+                limits = scan_tiles.stretch_limits(task.sample, task.bands, job.options).tolist()
+    except RasterError as error:
+        return job.task.scene.scene_id, str(error)
+    commit = {"limits": limits, "stages": clock.times}
+    shards.write_whole(Path(job.path), json.dumps(commit).encode())
+    return job.task.scene.scene_id, commit
+
+
+def _scan(job: scan.Job) -> dict[str, Any]:
+    return scan_tiles.scan_files(job) if isinstance(job.chunk, Files) else scan.scan_or_report(job)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Run:
+    """One run of the packer. work: its own folder. base: the dataset it adds to, or None for a new one.
+
+    spent: stage to [CPU seconds, seconds that passed], filled by the phases.
+    """
+
+    plan: Plan
+    out: Path
+    work: Path
+    engine: Engine
+    progress: Progress
+    base: Manifest | None = None
+    spent: dict[str, list[float]] = field(default_factory=dict)
+
+    def make(self) -> Manifest:
+        """All phases; the manifest of what they made."""
+        damaged = Damaged(self.plan)
+        limits = self.find_limits(damaged)
+        commits = self.scan_chunks(limits, damaged)
+        finished = self.gather_shards(commits)
+        for commit in commits:
+            stages.add(self.spent, commit["stages"])
+        return manifests.make_manifest(self.plan, limits, commits, damaged, finished)
+
+    def find_limits(self, damaged: Damaged) -> dict[str, np.ndarray]:
+        """Limits of every scene that could be read, by scene id."""
+        limits: dict[str, np.ndarray] = {}
+        jobs = []
+        for number, task in enumerate(self.plan.tasks):
+            path = self.work / f"limits-{number:06d}.json"
+            if (done := workfolder.read_commit(path)) is not None:
+                limits[task.scene.scene_id] = np.array(done["limits"])
+                stages.add(self.spent, done["stages"])
+            elif task.chunks:
+                jobs.append(_LimitsJob(replace(task, chunks=(), sheets=()), self.plan.options, str(path)))
+        done = len(limits)
+        self.progress("stretch limits", done, done + len(jobs))
+        with contextlib.closing(
+            self.engine.run_all(_limits_of, jobs, lambda job: f"scene {job.task.scene.path}")
+        ) as results:
+            for number, (scene_id, value) in enumerate(results, 1):
+                if isinstance(value, str):
+                    damaged.add(scene_id, value)
+                else:
+                    limits[scene_id] = np.array(value["limits"])
+                    stages.add(self.spent, value["stages"])
+                self.progress("stretch limits", done + number, done + len(jobs))
+        return limits
+
+    def scan_chunks(self, limits: dict[str, np.ndarray], damaged: Damaged) -> list[dict[str, Any]]:
+        """Commits of all chunks of sound scenes, in order of their numbers."""
+        commits: dict[int, dict[str, Any]] = {}
+        todo, done, bad = [], 0, BadTiles(self.plan)
+        for job in self._scan_jobs(limits):
+            frames, table, commit_path = spill.spill_paths(job.folder, job.number)
+            commit = workfolder.read_commit(commit_path)
+            if commit and table.exists() and frames.exists() and frames.stat().st_size == commit["bytes"]:
+                commits[job.number] = commit
+                bad.add(commit)
+                done += job.chunk.tiles
+            else:
+                todo.append(job)
+        self.progress("tiles", done, self.plan.tiles)
+        sizes = {job.number: job.chunk.tiles for job in todo}
+        with contextlib.closing(self.engine.run_all(_scan, todo, lambda job: f"scene {job.scene.path}")) as results:
+            for commit in results:
+                if "damage" in commit:
+                    damaged.add(commit["scene_id"], commit["damage"])
+                else:
+                    commits[commit["number"]] = commit
+                    bad.add(commit)
+                done += sizes[commit["number"]]
+                self.progress("tiles", done, self.plan.tiles)
+        return [commits[n] for n in sorted(commits) if commits[n]["scene_id"] not in damaged.scenes]
+
+    def _scan_jobs(self, limits: dict[str, np.ndarray]) -> Iterator[scan.Job]:
+        number, folder, plan = 0, str(self.work / "spill"), self.plan
+        for task in plan.tasks:
+            here = limits.get(task.scene.scene_id)
+            for chunk in task.chunks:
+                if here is not None:
+                    yield scan.Job(
+                        number, task.scene, task.bands, task.sheets, task.subdivisions, chunk,
+                        here, plan.legend, plan.options, folder,
+                    )  # fmt: skip
+                number += 1
+
+    def gather_shards(self, commits: list[dict[str, Any]]) -> list[Shard]:
+        """The shards' entries in the manifest, by name."""
+        kept = sum(commit["kept"] for commit in commits)
+        if not kept:
+            rejected = manifests.total_rejected(commits)
+            raise PackError(
+                "not one usable tile: "
+                + ", ".join(f"{count} {reason}" for reason, count in rejected.most_common())
+                + ". See quality.*, labels.min_valid_fraction and split.block_m in docs/configuration.md"
+            )
+        chunk_of, table = gather.tables(self.work, commits, kept)
+        if self.base is None:
+            _check_val_share(self.plan, table)
+        finished: list[Shard] = []
+        todo = []
+        for job in gather.shard_jobs(self.plan, self.out, self.work, chunk_of, table, gather.next_numbers(self.base)):
+            if (entry := self._gathered(f"{job.split}-{job.number:05d}.tfrecord")) is None:
+                todo.append(job)
+            else:
+                finished.append(Shard.model_validate(entry["shard"]))
+                stages.add(self.spent, entry["stages"])
+        done = sum(shard.records for shard in finished)
+        self.progress("shards", done, kept)
+        name_of = lambda job: f"shard {job.split}-{job.number:05d}"  # noqa: E731
+        with contextlib.closing(self.engine.run_all(gather.gather, todo, name_of)) as results:
+            for entry in results:
+                finished.append(Shard.model_validate(entry["shard"]))
+                stages.add(self.spent, entry["stages"])
+                done += entry["shard"]["records"]
+                self.progress("shards", done, kept)
+        return sorted(finished, key=lambda shard: gather.number_of(shard.name))
+
+    def _gathered(self, name: str) -> dict[str, Any] | None:
+        """The commit of a shard that is there."""
+        entry = workfolder.read_commit(self.work / "shards" / f"{name}.json")
+        shard, index = self.out / name, self.out / name.replace(".tfrecord", ".idx")
+        there = shard.exists() and index.exists()
+        return entry if entry and there and shard.stat().st_size == entry["shard"]["bytes"] else None
+
+
+def _check_val_share(plan: Plan, table: np.ndarray) -> None:
+    wanted = plan.options.split.val_fraction
+    share = float((table["split"] == blocks.VAL).mean())
+    if share == 1:
+        raise PackError("every tile fell into validation blocks: use a smaller split.block_m, or another seed")
+    if wanted > 0 and share == 0:
+        raise PackError(
+            f"no tile fell into a validation block, {wanted:.0%} were asked for: use a smaller split.block_m "
+            f"(now {plan.options.split.block_m:g} m), a larger split.val_fraction, or another seed; "
+            "split.val_fraction=0 does without validation"
+        )

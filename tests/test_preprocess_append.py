@@ -1,0 +1,342 @@
+"""A dataset grows: old shards keep their bytes, statistics speak of all, nothing leaks, a cut does no harm."""
+
+import json
+import os
+import shutil
+from fractions import Fraction
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from geokr import records
+from geokr.config import ConfigError
+from geokr.identity import check_identity
+from geokr.records import Manifest, RecordError
+from pipelines.dataset import Dataset
+from preprocess import appending, blocks, verify_records
+from preprocess.inputs import PlanError
+from preprocess.workfolder import PackError
+from tests.scenes import (
+    NO_QUALITY,
+    command,
+    contents,
+    noise,
+    pack_quietly,
+    patches,
+    pixels_of,
+    read_records,
+    write_raster,
+)
+
+KEYS = (
+    *NO_QUALITY, "tile.size=32", "tile.step=24", "tile.bands=[1,2,3]", "tile.codec=raw", "stretch.mode=none",
+    "shards.records=32", "split.val_fraction=0.3", "split.block_m=2000", "seed=5", "workers=0",
+)  # fmt: skip
+PLACES = {"a": (4e5, 5.2e6), "b": (402000, 5.197e6), "c": (400600, 5.1996e6), "d": (401500, 5.1986e6)}
+
+
+class PowerCut(BaseException):
+    """Nothing in the code under test catches it."""
+
+
+class World:
+    """Scenes that overlap one another, over two sheets."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.scenes = {
+            name: write_raster(
+                folder / f"{name}.tif", noise(i, (3, 130, 170), "uint16", 1, 60000), (30, 0, x, 0, -30, y)
+            )
+            for i, (name, (x, y)) in enumerate(PLACES.items())
+        }
+        codes = patches(3, 300, 400, [10, 20, 30, 50, 80], 5)
+        self.west = write_raster(folder / "west.tif", codes[:, :200], (30, 0, 399000, 0, -30, 5201000))
+        self.east = write_raster(folder / "east.tif", codes[:, 200:], (30, 0, 405000, 0, -30, 5201000))
+        self.first = folder / "first"
+        self.pack(self.first, "ab")
+        self.grown = folder / "grown"
+        self.bytes = self.undisturbed(self.grown)
+
+    def undisturbed(self, out):
+        shutil.copytree(self.first, out)
+        assert self.pack(out, "abcd", append=True).written
+        return contents(out)
+
+    def pack(self, out, names, *more, covers=None, append=False):
+        scenes = [self.scenes[name] for name in names]
+        return pack_quietly(scenes, covers or [self.west, self.east], "worldcover", out, *KEYS, *more, append=append)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return World(tmp_path_factory.mktemp("append"))
+
+
+@pytest.fixture
+def out(world, tmp_path):
+    return shutil.copytree(world.first, tmp_path / "out")
+
+
+def parts(folder, name="manifest.json"):
+    return Manifest.model_validate_json((folder / name).read_bytes())
+
+
+def test_old_files_stay_and_new_ones_follow(world):
+    before = contents(world.first)
+    old, new = parts(world.first), parts(world.grown)
+    assert {name: data for name, data in world.bytes.items() if name in before and name != records.MANIFEST} == {
+        name: data for name, data in before.items() if name != records.MANIFEST
+    }
+    assert world.bytes["manifest-v1.json"] == before[records.MANIFEST]
+    for split in records.SPLITS:
+        names = [shard.name for shard in new.split(split).shards]
+        assert names == [f"{split}-{number:05d}.tfrecord" for number in range(len(names))]
+        assert len(names) > len(old.split(split).shards) > 0
+        assert new.split(split).shards[: len(old.split(split).shards)] == old.split(split).shards
+    assert (old.version, new.version) == (1, 2)
+    assert [part.scenes for part in new.parts] == [2, 2]
+    assert [scene.scene_id for scene in new.scenes] == ["a", "b", "c", "d"]
+    assert sum(part.train_shards for part in new.parts) == len(new.train.shards)
+    assert verify_records.verify(world.grown, 1) == ([], new)
+
+
+def test_the_tiles_are_those_of_packing_all_at_once(world, tmp_path):
+    world.pack(tmp_path / "once", "abcd")
+    once, grown = ({r.tile_id: (split, r.image, r.fractions.tobytes()) for split, r in read_records(folder)}
+                   for folder in (tmp_path / "once", world.grown))  # fmt: skip
+    assert once == grown
+    one, two = parts(tmp_path / "once"), parts(world.grown)
+    assert one.counts == two.counts
+    for split in records.SPLITS:
+        assert one.split(split).moments.sum == two.split(split).moments.sum
+        assert one.split(split).moments.squares == two.split(split).moments.squares
+        assert (one.split(split).mean, one.split(split).std) == (two.split(split).mean, two.split(split).std)
+        np.testing.assert_allclose(one.split(split).prior, two.split(split).prior, atol=1e-14)
+
+
+def test_statistics_are_exact_over_all_pixels(world):
+    manifest = parts(world.grown)
+    for split in records.SPLITS:
+        mine = [record for name, record in read_records(world.grown, manifest) if name == split]
+        pixels = np.concatenate([pixels_of(record).reshape(-1, 3) for record in mine]).astype(object)
+        mean = [Fraction(sum(pixels[:, band]), len(pixels)) for band in range(3)]
+        squares = [Fraction(sum(pixels[:, band] ** 2), len(pixels)) for band in range(3)]
+        assert manifest.split(split).mean == tuple(float(value) for value in mean)
+        expected = [float(square - value**2) ** 0.5 for square, value in zip(squares, mean, strict=True)]
+        np.testing.assert_allclose(manifest.split(split).std, expected, rtol=1e-15)
+        prior = np.mean([record.fractions.astype(np.float64) for record in mine], axis=0)
+        np.testing.assert_allclose(manifest.split(split).prior, prior, atol=1e-7)
+
+
+def test_no_ground_in_both_splits(world):
+    """Any two tiles of different splits, of whatever scenes, lie apart."""
+    boxes = {"train": [], "val": []}
+    for split, record in read_records(world.grown):
+        _, _, x, _, _, y = record.transform
+        boxes[split].append((x, y - 32 * 30, x + 32 * 30, y))
+        part = record.transform
+        assert part[0] == 30
+    train, val = np.array(boxes["train"]), np.array(boxes["val"])
+    across = (train[:, None, 0] < val[None, :, 2]) & (val[None, :, 0] < train[:, None, 2])
+    down = (train[:, None, 1] < val[None, :, 3]) & (val[None, :, 1] < train[:, None, 3])
+    assert len(train) > 30
+    assert len(val) > 10
+    assert not (across & down).any()
+    assert blocks.BOTH not in (blocks.TRAIN, blocks.VAL)
+
+
+def stamps(folder):
+    return {str(p): (p.stat().st_mtime_ns, p.stat().st_ino) for p in [folder, *folder.rglob("*")]}
+
+
+@pytest.mark.parametrize("names", ["abcd", "cd", "d", "ab"])
+def test_again_writes_nothing(world, tmp_path, names):
+    out = shutil.copytree(world.grown, tmp_path / "out")
+    before = stamps(out)
+    assert not world.pack(out, names, append=True).written
+    assert stamps(out) == before
+
+
+def test_only_the_new_scenes_need_be_named(world, out):
+    world.pack(out, "cd", append=True)
+    assert contents(out) == world.bytes
+
+
+def test_several_times_and_through_the_command(world, out, capsys):
+    arguments = ([world.west, world.east], "worldcover", out, *KEYS, "--append")
+    assert command([world.scenes["c"]], *arguments) == 0
+    assert command([world.scenes["d"]], *arguments) == 0
+    manifest = parts(out)
+    assert manifest.version == 3
+    assert [part.scenes for part in manifest.parts] == [2, 1, 1]
+    assert {name for name in contents(out) if name.startswith("manifest")} >= {"manifest-v1.json", "manifest-v2.json"}
+    assert verify_records.verify(out, 1)[0] == []
+    assert sorted(r.tile_id for _, r in read_records(out)) == sorted(r.tile_id for _, r in read_records(world.grown))
+    assert parts(out).counts == parts(world.grown).counts
+    assert not (out / ".work").exists()
+    rows = pq.read_table(out / "tiles.parquet", columns=["tile_id", "shard"]).to_pylist()
+    assert sorted(row["tile_id"] for row in rows) == sorted(r.tile_id for _, r in read_records(out))
+    assert {row["shard"] for row in rows} == {s.name for split in records.SPLITS for s in manifest.split(split).shards}
+    capsys.readouterr()
+    assert command([world.scenes["d"]], *arguments) == 0
+    assert "nothing to do" in capsys.readouterr().out
+
+
+def test_append_to_nothing_is_a_new_dataset(world, tmp_path):
+    world.pack(tmp_path / "out", "ab", append=True)
+    assert contents(tmp_path / "out") == contents(world.first)
+
+
+def test_land_cover_may_grow(world, tmp_path):
+    world.pack(tmp_path / "out", "ab", covers=[world.west])
+    world.pack(tmp_path / "out", "cd", covers=[world.east], append=True)
+    manifest = parts(tmp_path / "out")
+    assert [part.land_cover for part in manifest.parts] == [(0,), (1,)]
+    assert len(set(manifest.land_cover_fingerprints)) == 2
+
+
+# ------------------------------------------------------------------------------------------------ refusals
+
+
+def refused(world, out, names, *more, match, **keywords):
+    before = contents(out)
+    with pytest.raises(PlanError, match=match):
+        world.pack(out, names, *more, **keywords)
+    assert contents(out) == before
+
+
+def test_without_append_more_scenes_are_refused(world, out):
+    refused(world, out, "abc", match=r"(?s)scenes\.c: None -> .*--append adds the new scenes")
+    refused(world, out, "bc", match=r"(?s)scenes\.a: .* -> None.*remove that folder$")
+
+
+def test_the_first_command_is_refused_on_the_larger_dataset(world, tmp_path):
+    out = shutil.copytree(world.grown, tmp_path / "out")
+    refused(world, out, "ab", match=r"scenes\.c: .* -> None")
+    assert not world.pack(out, "abcd").written
+
+
+def test_another_configuration(world, out):
+    refused(world, out, "abcd", "tile.step=20", match=r"(?s)--append.*config\.tile\.step: 24 -> 20", append=True)
+    refused(world, out, "abcd", "seed=6", match=r"config\.seed: 5 -> 6", append=True)
+
+
+def test_another_scene_of_the_same_name(world, out, tmp_path):
+    other = write_raster(tmp_path / "a.tif", noise(77, (3, 130, 170), "uint16"), (30, 0, 4e5, 0, -30, 5.2e6))
+    with pytest.raises(PlanError, match=r"holds another scene 'a'.*rename this one"):
+        pack_quietly([other], [world.west, world.east], "worldcover", out, *KEYS, append=True)
+
+
+def test_the_same_scene_under_another_name(world, out, tmp_path):
+    shutil.copy(world.scenes["a"], tmp_path / "z.tif")
+    with pytest.raises(PlanError, match=r"z\.tif is in .* already, as scene 'a'"):
+        pack_quietly([tmp_path / "z.tif"], [world.west, world.east], "worldcover", out, *KEYS, append=True)
+
+
+def test_a_dataset_without_sums(world, out):
+    tree = json.loads((out / records.MANIFEST).read_bytes())
+    for split in records.SPLITS:
+        del tree[split]["moments"]
+    (out / records.MANIFEST).write_text(json.dumps({**tree, "schema_version": 1}))
+    refused(world, out, "abcd", match=r"packed by an earlier version.*data\.records takes a list", append=True)
+
+
+def test_nothing_usable_changes_nothing(world, out, tmp_path):
+    empty = write_raster(tmp_path / "e.tif", np.zeros((3, 64, 64), np.uint16), (30, 0, 4e5, 0, -30, 5.2e6), nodata=0)
+    before = contents(out)
+    with pytest.raises(PackError, match="not one usable tile"):
+        pack_quietly([empty], [world.west], "worldcover", out, *KEYS, append=True)
+    assert {name: data for name, data in contents(out).items() if not name.startswith(".work")} == before
+    assert Dataset.open(out).train.records == parts(world.first).train.records
+
+
+# -------------------------------------------------------------------------------------------- interruptions
+
+
+def readable(world, out, thoroughly):
+    """What training sees: one of the two datasets, whole."""
+    dataset = Dataset.open(out)
+    assert dataset.manifest in (parts(world.first), parts(world.grown))
+    if thoroughly:
+        assert verify_records.verify(out, 1)[0] == []
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_cut_short_at_every_commit(world, tmp_path, monkeypatch, moment):
+    """At the n-th rename, for every n: the old dataset can be read until the new one is there."""
+    rename, left = os.replace, 0
+
+    def replace(source, target):
+        nonlocal left
+        left -= 1
+        if left == 0 and moment == "before":
+            raise PowerCut
+        rename(source, target)
+        if left == 0:
+            raise PowerCut
+
+    number = 0
+    while True:
+        number += 1
+        out, left = shutil.copytree(world.first, tmp_path / f"out{number}"), number
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", replace)
+            try:
+                world.pack(out, "abcd", append=True)
+                break
+            except PowerCut:
+                readable(world, out, thoroughly=number % 5 == 0)
+                if parts(out).version == 1:
+                    assert not world.pack(out, "ab").written, "the dataset that is there is whole"
+        world.pack(out, "abcd", append=True)
+        assert contents(out) == world.bytes
+        shutil.rmtree(out)
+    assert number > 15
+
+
+def cut_after_shards(world, out, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(appending, "joined", lambda *a: (_ for _ in ()).throw(PowerCut()))
+        with pytest.raises(PowerCut):
+            world.pack(out, "abcd", append=True)
+
+
+def test_an_unfinished_append_of_other_scenes_is_refused(world, out, monkeypatch):
+    cut_after_shards(world, out, monkeypatch)
+    before = contents(out)
+    with pytest.raises(PlanError, match=r"(?s)holds an unfinished --append.*scenes\.d: .* -> None.*give it up: remove"):
+        world.pack(out, "abc", append=True)
+    assert contents(out) == before
+    world.pack(out, "abcd", append=True)
+    assert contents(out) == world.bytes
+
+
+def test_shards_that_nobody_speaks_of_are_still_refused(world, out, monkeypatch):
+    cut_after_shards(world, out, monkeypatch)
+    shutil.copy(out / "train-00000.tfrecord", out / "extra.tfrecord")
+    with pytest.raises(RecordError, match=r"extra\.tfrecord: a shard that the manifest does not list"):
+        Dataset.open(out)
+    (out / "extra.tfrecord").unlink()
+    Dataset.open(out)
+    shutil.rmtree(out / ".work")  # now nothing says that more is being made
+    with pytest.raises(RecordError, match="a shard that the manifest does not list"):
+        Dataset.open(out)
+
+
+def test_the_smaller_dataset_can_be_opened_from_the_larger_folder(world):
+    """A reader that took the old manifest just before the new one came."""
+    records.check_folder(world.grown, parts(world.first))
+
+
+def test_training_goes_on_with_the_smaller_dataset(world):
+    """Its hash is the one that a run began with; the larger one is another dataset, and the message says what to do."""
+    small, large = Dataset.open(world.grown / "manifest-v1.json"), Dataset.open(world.grown)
+    first = Dataset.open(world.first)
+    assert records.dump_manifest(small.manifest) == records.dump_manifest(first.manifest)
+    assert (small.train.records, small.val.records) == (first.train.records, first.val.records)
+    assert small.train.records < large.train.records
+    where = "out/run"
+    with pytest.raises(ConfigError, match=r"data\.dataset.*(?s:.)*manifest-v1\.json"):
+        check_identity({"data": {"dataset": "a"}}, {"data": {"dataset": "b"}}, where)
