@@ -12,6 +12,16 @@ from preprocess.errors import RasterError
 WGS84 = "EPSG:4326"
 
 
+def wkt_of(crs: str) -> str:
+    """WKT of a CRS given as WKT or EPSG:.."""
+    return _parsed(crs).to_wkt()
+
+
+def is_geographic(crs: str) -> bool:
+    """Whether its coordinates are longitudes and latitudes."""
+    return _parsed(crs).is_geographic
+
+
 def transform_points(source: str, target: str, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Coordinates in another CRS (both WKT or EPSG:..), float64, NaN where the target cannot express a point.
 

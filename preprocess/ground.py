@@ -51,20 +51,28 @@ def near(here: Cap, caps: Sequence[Cap]) -> np.ndarray:
 
 
 def ground_steps(place: Place, column: float, row: float) -> tuple[float, float]:
-    """Length in metres on the ground of one pixel along columns and along rows, at a pixel position."""
-    columns = np.array([column - 0.5, column + 0.5, column, column])
-    rows = np.array([row, row, row - 0.5, row + 0.5])
+    """Length in metres on the ground of one pixel along columns and along rows, at a pixel position.
+
+    Over a DEM it is that of the pixels around it: one of them may lie on a cliff.
+    """
+    reach = _reach(place)
+    columns = np.array([column - reach, column + reach, column, column])
+    rows = np.array([row, row, row - reach, row + reach])
     ends = on_sphere(*place.points(WGS84, columns, rows))
     # chords, which for pixels are as long as arcs; unlike differences of longitude they hold at a pole
-    return float(np.linalg.norm(ends[1] - ends[0])) * EARTH_RADIUS_M, float(
-        np.linalg.norm(ends[3] - ends[2])
-    ) * EARTH_RADIUS_M
+    radius = EARTH_RADIUS_M / (2 * reach)
+    return float(np.linalg.norm(ends[1] - ends[0])) * radius, float(np.linalg.norm(ends[3] - ends[2])) * radius
+
+
+def _reach(place: Place) -> float:
+    """Pixels from a place to the ends of what is measured there."""
+    return 0.5 if place.smooth else 32.0
 
 
 def middle_of(place: Place) -> tuple[float, float]:
     """(column, row) of a place's middle, or of the nearest place to it whose pixel lies on the Earth."""
     middle = np.full(4, place.width / 2), np.full(4, place.height / 2)
-    across, down = np.array([-0.5, 0.5, 0, 0]), np.array([0, 0, -0.5, 0.5])
+    across, down = np.array([-1, 1, 0, 0]) * _reach(place), np.array([0, 0, -1, 1]) * _reach(place)
     if np.isfinite(place.points(WGS84, middle[0] + across, middle[1] + down)[0]).all():
         return place.width / 2, place.height / 2
     columns, rows = regular(place, 16)

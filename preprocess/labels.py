@@ -28,6 +28,9 @@ from preprocess.sheets import Domain, LabelError, LabelSheet, lookup_of
 MAX_ERROR = 1e-4
 # Error in degrees (a centimetre) of the longitude and latitude that choose between overlapping sheets.
 DOMAIN_ERROR = 1e-7
+# Over a DEM both are this many times as large: a hundredth of a land-cover pixel, a metre. Ground that bends at every
+# cell of the DEM would need an exact point a pixel to come nearer, and no DEM is that exact.
+ROUGH = 100
 # Label pixels treated at once; bounds the memory of labels and of a lattice at spacing 1.
 STRIP_PIXELS = 8 << 20
 
@@ -123,7 +126,7 @@ def sheets_under(place: Place, sheets: Sequence[LabelSheet]) -> list[tuple[Label
         if ground.apart(here, entry.cap):
             continue
         if sheet.crs not in lattices:
-            tolerance = _tolerance([other.sheet for other in sheets if other.sheet.crs == sheet.crs])
+            tolerance = _tolerance(place, [other.sheet for other in sheets if other.sheet.crs == sheet.crs])
             lattices[sheet.crs] = lattice.lattice(place, sheet.crs, sheet.geographic, tolerance)
         pixels = _in_pixels(lattices[sheet.crs], sheet)
         if np.isfinite(pixels).any() and pieces(sheet, pixels[..., 0], pixels[..., 1]):
@@ -139,7 +142,8 @@ def label_grid(place: Place, sheets: Sequence[LabelSheet], legend: Legend) -> np
     labels = np.full((place.height, place.width), NODATA, np.uint8)
     hits = sheets_under(place, sheets)
     if len(hits) > 1 and any(entry.domain is not None for entry, _ in hits):
-        lonlat = lattice.lattice(place, WGS84, True, (DOMAIN_ERROR, DOMAIN_ERROR))
+        error = DOMAIN_ERROR * (1 if place.smooth else ROUGH)
+        lonlat = lattice.lattice(place, WGS84, True, (error, error))
         for entry, pixels in hits:
             if entry.domain is not None:
                 _gather(labels, entry, pixels, legend, lonlat, entry.domain)
@@ -148,12 +152,13 @@ def label_grid(place: Place, sheets: Sequence[LabelSheet], legend: Legend) -> np
     return labels
 
 
-def _tolerance(sheets: Sequence[raster.Sheet]) -> tuple[float, float]:
+def _tolerance(place: Place, sheets: Sequence[raster.Sheet]) -> tuple[float, float]:
     """MAX_ERROR of the finest sheet's pixel, in units of the CRS, along x and y."""
     transforms = [sheet.grid.transform for sheet in sheets]
     x = min(max(abs(t[0]), abs(t[1])) for t in transforms)
     y = min(max(abs(t[3]), abs(t[4])) for t in transforms)
-    return MAX_ERROR * x, MAX_ERROR * y
+    error = MAX_ERROR * (1 if place.smooth else ROUGH)
+    return error * x, error * y
 
 
 def _gather(

@@ -133,6 +133,14 @@ class SceneOptions(Options):
     remote: bool = False
     """Read scenes and land cover behind https://, s3://, gs:// and az:// URLs, over the network. Does not change the
     bytes of the records."""
+    height: float | None = Field(default=None, ge=-1000, le=10_000)
+    """For scenes with RPCs and no CRS: height of the ground in metres above the ellipsoid; null for the height that
+    the RPCs are centred on. With `scene.dem`: metres added to the DEM's heights (null: 0)."""
+    dem: str | None = None
+    """For scenes with RPCs and no CRS: a GeoTIFF of the ground's heights in metres that reaches over every scene."""
+    gcp: Literal["polynomial", "tps"] = "polynomial"
+    """For scenes with ground control points and no CRS. `polynomial`: fitted to the points, of first order with three
+    to five, of second order with more. `tps`: a thin plate spline through every point, for dense grids of points."""
 
 
 class SplitOptions(Options):

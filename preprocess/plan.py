@@ -17,6 +17,7 @@ from geokr.landcover import Legend, Product, build_legend, load_product
 from geokr.records import SCHEMA_VERSION, Band
 from preprocess import bands, ground, labels, masks, precut, raster, sheets
 from preprocess.coordinates import WGS84
+from preprocess.georeference import Placement
 from preprocess.grid import Chunk, chunks
 from preprocess.inputs import PlanError, find_files, scene_ids
 from preprocess.options import PackOptions
@@ -154,6 +155,8 @@ def _config(table: Product, legend: Legend, options: PackOptions, sensor: Sensor
     if sensor is not None:  # its name, for a table of the user's own is given by its path
         config["scene"]["sensor"] = sensor.name
         config["sensor_table"] = sensor.digest
+    if options.scene.dem:  # where it lies does not count; its content does, in every scene's fingerprint
+        config["scene"]["dem"] = Path(options.scene.dem).name
     return config
 
 
@@ -178,9 +181,12 @@ def make_legend(product: Product, options: PackOptions) -> Legend:
 def _read_scenes(
     sources: Sequence[Source], options: PackOptions, sensor: Sensor | None
 ) -> tuple[list[Scene], dict[str, str]]:
+    how = options.scene
+    placement = Placement(how.height, raster.read_dem(how.dem) if how.dem else None, how.gcp)
+
     def opened(source: Source, scene_id: str) -> Scene | RasterError:
         try:
-            return masks.with_mask(open_scene(source, scene_id, options, sensor), options.mask)
+            return masks.with_mask(open_scene(source, scene_id, options, sensor, placement), options.mask)
         except RasterError as error:
             return error
 

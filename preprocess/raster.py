@@ -26,9 +26,10 @@ from rasterio.errors import CRSError, RasterioError, RasterioIOError
 from rasterio.io import DatasetReader
 from rasterio.windows import Window
 
-from preprocess import remote
+from preprocess import remote, rpc
 from preprocess.alignment import Alignment
 from preprocess.errors import RasterError, RemoteError, UnreadableError
+from preprocess.georeference import PLAIN, Dem, Placement, crs_of, grid_of, place_of
 from preprocess.grid import Grid
 from preprocess.place import AffinePlace, Place
 
@@ -42,8 +43,6 @@ SIGNATURES = {
     b"\x00\x00\x00\x0cjP  ": "JP2OpenJPEG",
     b"\xffO\xffQ": "JP2OpenJPEG",  # a bare codestream
 }
-# A 10 m raster around the whole Earth has 4 million columns. Beyond this a header is damaged or made to harm.
-MAX_SIDE = 1 << 23
 SCENE_DTYPES = ("uint8", "uint16", "int16", "float32")
 SHEET_DTYPES = ("uint8", "int8", "uint16", "int16")
 PROBABILITY_DTYPES = ("uint8", "uint16", "int16", "float32", "float64")
@@ -132,12 +131,14 @@ class Header:
     """What one file says of itself. descriptions, colours, wavelengths_nm, nodata: one a band; colours as GDAL's words.
 
     masked: whether a mask says which pixels hold data; an alpha band stands in ``colours``.
+    placed: what identifies its place, apart from paths.
     tag_date: from tags that say when it was acquired; processed: from TIFFTAG_DATETIME, where many programs write the
     day of processing; both ISO or empty. digest: identifies its bytes cheaply.
     """
 
     path: str
     place: Place
+    placed: tuple[Any, ...]
     dtypes: tuple[str, ...]
     descriptions: tuple[str, ...]
     colours: tuple[str, ...]
@@ -342,15 +343,6 @@ def digest(path: str) -> str:
     return f"{size}-{hashed.hexdigest()[:24]}"
 
 
-def _crs(dataset: Any, path: str) -> str:
-    if dataset.crs is None:
-        hint = "ground control points alone" if dataset.gcps[0] else "RPCs alone" if dataset.rpcs else "no CRS"
-        raise RasterError(f"{path}: has {hint}; warp it to a CRS first (gdalwarp -t_srs EPSG:...)", "no_crs")
-    if dataset.transform.is_identity:
-        raise RasterError(f"{path}: has a CRS but no geotransform; georeference it first", "no_crs")
-    return dataset.crs.to_wkt()
-
-
 def _remote_digest(dataset: Any) -> str:
     """As :func:`digest` for a file behind a URL, from what costs few requests: its form, where its blocks lie and how
     large they are, which compression makes a matter of the pixels, and the first and the last block itself."""
@@ -367,20 +359,6 @@ def _remote_digest(dataset: Any) -> str:
 def same_crs(one: str, other: str) -> bool:
     """Whether two CRS (WKT) are one, however they are written."""
     return one == other or CRS.from_wkt(one) == CRS.from_wkt(other)
-
-
-def _grid(dataset: Any, path: str) -> Grid:
-    if max(dataset.width, dataset.height) > MAX_SIDE:
-        raise RasterError(
-            f"{path}: its header declares {dataset.width} x {dataset.height} pixels, more than {MAX_SIDE} on a side: "
-            "it is damaged, or to be cut into parts first",
-            "size",
-        )
-    t = dataset.transform
-    try:
-        return Grid(dataset.width, dataset.height, (t.a, t.b, t.c, t.d, t.e, t.f))
-    except ValueError as error:
-        raise RasterError(f"{path}: {error}", "no_crs") from error
 
 
 _DATE_TAGS = ("ACQUISITIONDATETIME", "ACQUISITION_DATE", "DATE_ACQUIRED", "datetime")
@@ -416,14 +394,25 @@ def _wavelengths(dataset: Any) -> tuple[float | None, ...]:
 
 
 @_persistent
-def read_header(path: str) -> Header:
+def read_header(path: str, placement: Placement = PLAIN) -> Header:
     """A scene file's header. Raises RasterError."""
+    try:
+        return _header(path, placement)
+    except RasterError:
+        if beside := rpc.file_beside(path):
+            rpc.read(beside)  # GDAL does not open an image whose RPCs are broken; this says what is wrong with them
+        raise
+
+
+def _header(path: str, placement: Placement) -> Header:
     with _opened(path) as dataset:
+        place, placed = place_of(dataset, path, placement)
         flags = dataset.mask_flag_enums[0]
         colours = tuple(colour.name for colour in dataset.colorinterp)
         return Header(
             path=path,
-            place=AffinePlace(_grid(dataset, path), _crs(dataset, path)),
+            place=place,
+            placed=placed,
             dtypes=tuple(dataset.dtypes),
             descriptions=tuple((text or "").strip() for text in dataset.descriptions),
             colours=colours,
@@ -450,7 +439,7 @@ def read_sheet(path: str, probabilities: Sequence[str] = ()) -> Sheet:
                 f"{path}: {dataset.count} band(s) of {dataset.dtypes[0]}; a land-cover sheet has one band of "
                 f"{', '.join(SHEET_DTYPES)} with class codes{other}"
             )
-        crs, grid, name = _crs(dataset, path), _grid(dataset, path), Path(remote.shown(path)).name
+        crs, grid, name = crs_of(dataset, path), grid_of(dataset, path), Path(remote.shown(path)).name
         return Sheet(
             path=path,
             name=name,
@@ -500,6 +489,20 @@ def block_shape(scene: Scene, bands: Sequence[int]) -> tuple[int, int]:
 def _block_shape(path: str, number: int) -> tuple[int, int]:
     with _kept_open(path) as dataset:
         return dataset.block_shapes[number - 1]
+
+
+def read_dem(path: str) -> Dem:
+    """The header of a raster of heights. Raises RasterError."""
+    if remote.is_remote(path):
+        raise RasterError(f"scene.dem {remote.shown(path)}: only a local file; copy it here first", "remote")
+    with _opened(path) as dataset:
+        # GDAL opens it once more by its path alone, and of the files let in here only a TIFF is one for every driver
+        if dataset.driver != "GTiff" or dataset.count != 1:
+            raise RasterError(
+                f"{path}: {dataset.driver} of {dataset.count} band(s); a DEM is a GeoTIFF of one band of metres"
+            )
+        crs, grid = crs_of(dataset, path), grid_of(dataset, path)
+        return Dem(os.path.abspath(path), grid, crs, fingerprint([digest(path)], (crs, grid.transform, dataset.nodata)))
 
 
 def read_pixels(scene: Scene, bands: Sequence[int], window: tuple[int, int, int, int]) -> tuple[np.ndarray, Any]:

@@ -8,6 +8,7 @@ from preprocess import bands, raster, remote
 from preprocess.alignment import align
 from preprocess.bands import NamedBand
 from preprocess.errors import RasterError
+from preprocess.georeference import PLAIN, Placement
 from preprocess.inputs import PlanError
 from preprocess.options import PackOptions
 from preprocess.place import AffinePlace
@@ -49,7 +50,9 @@ class Source:
     mask: str = ""
 
 
-def open_scene(source: Source, scene_id: str, options: PackOptions, sensor: Sensor | None) -> Scene:
+def open_scene(
+    source: Source, scene_id: str, options: PackOptions, sensor: Sensor | None, placement: Placement = PLAIN
+) -> Scene:
     """A scene's headers read. Raises RasterError for files that cannot be used, PlanError for bands that are not there.
 
     Of a scene with several files only those of the chosen bands are opened; the finest of them gives the grid.
@@ -58,7 +61,7 @@ def open_scene(source: Source, scene_id: str, options: PackOptions, sensor: Sens
 
     def header(path: str) -> Header:
         if path not in headers:
-            headers[path] = raster.read_header(path)
+            headers[path] = raster.read_header(path, placement)
             _check_dtype(headers[path], headers[next(iter(headers))])
         return headers[path]
 
@@ -130,7 +133,7 @@ def _assembled(
     date = date or next((h.processed for h in headers.values() if h.processed), "")
     any_masked = any(masked.values()) or parted
     names = tuple(band.name for band in named)
-    ground = [(header.path is reference.path, *header.place.georeference()) for _, header in sorted(headers.items())]
+    ground = [(header.path is reference.path, *header.placed) for _, header in sorted(headers.items())]
     chosen = [layer and (layer.number, layer.alignment) for layer in layers]
     return Scene(
         path=source.title,

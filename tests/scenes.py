@@ -150,7 +150,7 @@ class OtherWay:
     """Class fractions of tiles from (path, transform, crs) alone, sub-pixel by sub-pixel."""
 
     def __init__(self, product: str, sheets: Sequence[Path], drop: Sequence[str] = (), merge: dict | None = None):
-        table = yaml.safe_load(Path(product).read_text() if product.endswith(".yaml") else _packaged(product))
+        table = yaml.safe_load(Path(product).read_text() if product.endswith(".yaml") else packaged(product))
         self.nodata, self.ignored = set(table["nodata"]), set(table["ignore"])
         self.class_of: dict[int, str] = {}
         into = {member: new for new, members in (merge or {}).items() for member in members}
@@ -168,12 +168,15 @@ class OtherWay:
         rows = (np.arange(size * ky) + 0.5) / ky
         columns, rows = np.meshgrid(columns, rows)
         a, b, c, d, e, f = transform
-        x, y = a * columns + b * rows + c, d * columns + e * rows + f
+        return self.labels_at(a * columns + b * rows + c, d * columns + e * rows + f, crs)
+
+    def labels_at(self, x: np.ndarray, y: np.ndarray, crs: str) -> np.ndarray:
+        """Class names of points of any shape in a CRS."""
         lon, lat = warp_points(crs, "EPSG:4326", x.ravel(), y.ravel())[:2]
         per_sheet = [self._codes(sheet, crs, x.ravel(), y.ravel()) for sheet in self.sheets]
         found = np.empty(x.size, object)
         for i in range(x.size):
-            order = sorted(range(len(self.sheets)), key=lambda s: not _is_at_home(self.sheets[s][0], lon[i], lat[i]))
+            order = sorted(range(len(self.sheets)), key=lambda s: not is_at_home(self.sheets[s][0], lon[i], lat[i]))
             found[i] = next((self._name(per_sheet[s][i]) for s in order if per_sheet[s][i] is not None), None)
         return found.reshape(x.shape)
 
@@ -200,18 +203,23 @@ class OtherWay:
     ) -> tuple[np.ndarray, float]:
         """(fractions in the order of ``names``, share of sub-pixels that counted). valid: bool [size, size]."""
         found = self.labels(transform, crs, size, kx, ky)
-        found = found[np.repeat(np.repeat(valid, ky, 0), kx, 1)]
-        counts = np.array([np.sum(found == name) for name in names], np.float64)
-        return counts / max(counts.sum(), 1), counts.sum() / (size * size * kx * ky)
+        return shares(names, found[np.repeat(np.repeat(valid, ky, 0), kx, 1)], size * size * kx * ky)
 
 
-def _packaged(product: str) -> str:
+def shares(names: Sequence[str], labels: np.ndarray, of: int) -> tuple[np.ndarray, float]:
+    """(fractions in the order of ``names``, share of ``of`` that counted) of labels."""
+    counts = np.array([np.sum(labels == name) for name in names], np.float64)
+    return counts / max(counts.sum(), 1), counts.sum() / of
+
+
+def packaged(product: str) -> str:
+    """The YAML of a product that comes with the package."""
     import geokr.products
 
     return (Path(next(iter(geokr.products.__path__))) / f"{product}.yaml").read_text()
 
 
-def _is_at_home(name: str, lon: float, lat: float) -> bool:
+def is_at_home(name: str, lon: float, lat: float) -> bool:
     """Whether a GlobeLand30 sheet's name stands for a place: its 6 degree zone and 5 degree band."""
     match = re.match(r"([nNsS])(\d\d)_(\d\d)_", name)
     if not match:

@@ -96,13 +96,19 @@ def test_no_crs(at, capsys):
     refused(at, capsys, r"1 of 1 scenes cannot be used.*bare\.tif: has no CRS; .*gdalwarp", scenes=["bare.tif"])
 
 
-def test_ground_control_points_alone(at, capsys):
-    points = [GroundControlPoint(r, c, 3 + c / 1e4, 47 - r / 1e4, 0) for r in (0, 50) for c in (0, 50)]
-    profile = {"driver": "GTiff", "width": 50, "height": 50, "count": 3, "dtype": "uint8"}
+def test_ground_control_points_alone_do_for_a_scene_but_not_for_land_cover(at, capsys):
+    points = [GroundControlPoint(r, c, 4e5 + 30 * c, 5.2e6 - 30 * r, 0) for r in (0, 100) for c in (0, 100)]
+    with rasterio.open(at / "scene.tif") as file:
+        bands, profile = file.read(), {**file.profile, "crs": None, "transform": None}
     with rasterio.open(at / "gcp.tif", "w", **profile) as file:
-        file.write(noise(1, (3, 50, 50)))
-        file.gcps = (points, rasterio.crs.CRS.from_epsg(4326))
-    refused(at, capsys, r"gcp\.tif: has ground control points alone; .*gdalwarp", scenes=["gcp.tif"])
+        file.write(bands)
+        file.gcps = (points, rasterio.crs.CRS.from_epsg(32631))
+    assert command([at / "gcp.tif"], [at / "cover.tif"], "worldcover", at / "out", *KEYS) == 0
+    assert records.load_manifest(at / "out").counts["kept"] == 16
+    with rasterio.open(at / "map.tif", "w", **{**profile, "count": 1}) as file:
+        file.write(bands[:1])
+        file.gcps = (points, rasterio.crs.CRS.from_epsg(32631))
+    refused(at, capsys, r"map\.tif: has ground control points alone; .*gdalwarp", cover="map.tif", out="other")
 
 
 def test_a_crs_without_a_transform(at, capsys):
