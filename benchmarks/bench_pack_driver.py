@@ -75,10 +75,7 @@ def _pretend_scanned(plan: Any, out: Path) -> None:
     folder.mkdir(parents=True)
     task = plan.tasks[0]
     limits = np.tile([0.0, 3000.0], (len(task.bands), 1))
-    job = scan.Job(
-        0, task.scene, task.bands, task.sheets, task.subdivisions, task.chunks[0], limits, plan.legend, plan.options,
-        str(folder),
-    )  # fmt: skip
+    job = scan.Job(0, task.scene, task.bands, task.covers, task.chunks[0], limits, plan.options, str(folder))
     commit = scan.scan_chunk(job)
     frames, rows, _ = spill.spill_paths(folder, 0)
     table = np.load(rows)

@@ -81,6 +81,9 @@ class DataOptions(Options):
     records: str | tuple[RecordsSource, ...] | None = None
     """Folder that pack_records.py wrote, or its URL (`s3://`, `gs://`, `https://`); or a list of such, each
     alone or as `{path: ..., weight: ...}`. Weights are shares of the samples; without them each record counts once."""
+    labels: str | None = None
+    """The land-cover product to train on, where the records hold several; null for the one they were packed with
+    first."""
     cache_dir: str | None = None
     """Where shards of datasets behind URLs are kept on this machine; null for `geokr/records` in the user's cache."""
     cache_gb: float | None = Field(default=None, gt=0)

@@ -21,7 +21,7 @@ import math
 import re
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -29,6 +29,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
 from geokr import example
+from geokr.config import suggestion
 
 SCHEMA = "geokr-records"
 SCHEMA_VERSION = 2
@@ -41,6 +42,7 @@ GROWING = ".work/growing.json"  # {"version": the one that is being made}, while
 SPLITS = ("train", "val")
 DTYPES = ("uint8", "uint16", "int16", "float32")
 CODECS = ("jpeg", "png", "raw", "lz4")
+FRACTIONS = "fractions"
 
 HEADER = struct.Struct("<QI")
 FOOTER = struct.Struct("<I")
@@ -113,6 +115,15 @@ def read_index(text: str, where: str) -> np.ndarray:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class FurtherLabels:
+    """What a further land-cover product says of a tile. fractions: float32 [its classes], sum 1."""
+
+    fractions: np.ndarray
+    valid_fraction: float
+    label_gap_years: float | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Record:
     """One tile and what the land-cover map says of the ground under it.
 
@@ -120,6 +131,8 @@ class Record:
     shape: (height, width, bands). fractions: float32 [classes], sum 1. valid_fraction: share of the tile's
     ground that counted. lonlat: WGS 84 degrees of the centre. transform: pixel (column, row) to CRS as
     (a, b, c, d, e, f): x = a*column + b*row + c, y = d*column + e*row + f. crs: WKT. date: ISO or empty.
+    label_gap_years: from the middle of the land cover's year to the date, where both are known. also: labels by
+    further products, by name.
     """
 
     image: bytes
@@ -134,6 +147,12 @@ class Record:
     scene_id: str
     tile_id: str
     date: str = ""
+    label_gap_years: float | None = None
+    also: Mapping[str, FurtherLabels] = field(default_factory=dict)
+
+    def fractions_of(self, product: str | None) -> np.ndarray:
+        """The fractions of a further product, or of the first where it is None. Raises KeyError."""
+        return self.fractions if product is None else self.also[product].fractions
 
 
 def encode_record(record: Record) -> bytes:
@@ -153,7 +172,35 @@ def encode_record(record: Record) -> bytes:
     }
     if record.date:
         features["date"] = record.date.encode()
+    if record.label_gap_years is not None:
+        features["label_gap_years"] = np.array([record.label_gap_years], np.float32)
+    for name, labels in record.also.items():
+        features[f"{FRACTIONS}/{name}"] = labels.fractions.astype(np.float32)
+        features[f"valid_fraction/{name}"] = np.array([labels.valid_fraction], np.float32)
+        if labels.label_gap_years is not None:
+            features[f"label_gap_years/{name}"] = np.array([labels.label_gap_years], np.float32)
     return example.encode(features)
+
+
+def fractions_feature(product: str | None) -> str:
+    """Name of the feature that holds the fractions of a further product, or of the first where it is None."""
+    return FRACTIONS if product is None else f"{FRACTIONS}/{product}"
+
+
+def _further(features: Mapping[str, Any]) -> dict[str, FurtherLabels]:
+    names = [name.removeprefix(f"{FRACTIONS}/") for name in features if name.startswith(f"{FRACTIONS}/")]
+    return {
+        name: FurtherLabels(
+            features[f"{FRACTIONS}/{name}"],
+            float(features[f"valid_fraction/{name}"][0]),
+            _number(features, f"label_gap_years/{name}"),
+        )
+        for name in names
+    }
+
+
+def _number(features: Mapping[str, Any], name: str) -> float | None:
+    return float(features[name][0]) if name in features else None
 
 
 def _text(features: Mapping[str, Any], name: str) -> str:
@@ -177,6 +224,8 @@ def decode_record(payload: bytes, where: str = "record") -> Record:
             scene_id=_text(features, "scene_id"),
             tile_id=_text(features, "tile_id"),
             date=_text(features, "date") if "date" in features else "",
+            label_gap_years=_number(features, "label_gap_years"),
+            also=_further(features),
         )
     except (example.ExampleError, KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise RecordError(f"{where}: not a geokr record ({type(error).__name__}: {error})") from error
@@ -185,15 +234,12 @@ def decode_record(payload: bytes, where: str = "record") -> Record:
 
 
 def _check_record(record: Record, where: str) -> None:
-    fractions = record.fractions
     checks = {
         "image": isinstance(record.image, bytes),
         "codec": record.codec in CODECS,
         "dtype": record.dtype in DTYPES,
         "shape": len(record.shape) == 3 and all(0 < n <= 1 << 20 for n in record.shape),
-        "fractions": isinstance(fractions, np.ndarray)
-        and fractions.dtype == np.float32
-        and bool(np.isfinite(fractions).all() and (fractions >= 0).all() and abs(fractions.sum() - 1) < 1e-4),
+        "fractions": _are_fractions(record.fractions),
         "valid_fraction": 0 < record.valid_fraction <= 1.0001,
         "lonlat": len(record.lonlat) == 2 and bool(np.isfinite(record.lonlat).all()),
         "transform": len(record.transform) == 6 and bool(np.isfinite(record.transform).all()),
@@ -201,10 +247,24 @@ def _check_record(record: Record, where: str) -> None:
     for name, fine in checks.items():
         if not fine:
             raise RecordError(f"{where}: feature {name!r} holds {getattr(record, name)!r:.200}, which cannot be")
+    for name, labels in record.also.items():
+        if not (_are_fractions(labels.fractions) and 0 < labels.valid_fraction <= 1.0001):
+            raise RecordError(f"{where}: feature 'fractions/{name}' or its valid_fraction cannot be: {labels!r:.200}")
+    for gap in (record.label_gap_years, *(labels.label_gap_years for labels in record.also.values())):
+        if gap is not None and not np.isfinite(gap):
+            raise RecordError(f"{where}: feature 'label_gap_years' holds {gap}, which cannot be")
     if record.codec == "raw":
         expected = int(np.prod(record.shape, dtype=np.int64)) * np.dtype(record.dtype).itemsize
         if len(record.image) != expected:
             raise RecordError(f"{where}: feature 'image' holds {len(record.image)} bytes, its shape needs {expected}")
+
+
+def _are_fractions(values: Any) -> bool:
+    return (
+        isinstance(values, np.ndarray)
+        and values.dtype == np.float32
+        and bool(np.isfinite(values).all() and (values >= 0).all() and abs(values.sum() - 1) < 1e-4)
+    )
 
 
 # -------------------------------------------------------------------------------------------- manifest
@@ -222,9 +282,9 @@ class _Part(BaseModel):
     @model_serializer(mode="wrap")
     def _without_defaults(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         tree = write(self)
-        for name, field in type(self).model_fields.items():
-            extra = field.json_schema_extra
-            if isinstance(extra, dict) and extra.get("added") and getattr(self, name) == field.default:
+        for name, key in type(self).model_fields.items():
+            extra = key.json_schema_extra
+            if isinstance(extra, dict) and extra.get("added") and getattr(self, name) == key.default:
                 tree.pop(name, None)
         return tree
 
@@ -249,12 +309,13 @@ class Shard(_Part):
 class Moments(_Part):
     """What a split's statistics are made from, so that those of more tiles can be made from both: number of pixels,
     sum and sum of squares of each band (whole numbers of any size where the dtype is an integer), and the sum of each
-    class's fractions over the tiles."""
+    class's fractions over the tiles. also: those sums for further products, by name."""
 
     pixels: int = Field(ge=0)
     sum: tuple[int | float, ...]
     squares: tuple[int | float, ...]
     fractions: tuple[float, ...]
+    also: dict[str, tuple[float, ...]] = added({})
 
 
 class SplitInfo(_Part):
@@ -275,6 +336,16 @@ class ClassInfo(_Part):
     rgb: tuple[int, int, int]
 
 
+class ProductInfo(_Part):
+    """A further land-cover product of the records; its classes are in the order of ``fractions/NAME``."""
+
+    product: str
+    product_title: str
+    land_cover_years: tuple[int, ...]
+    land_cover_fingerprints: tuple[str, ...]
+    classes: tuple[ClassInfo, ...]
+
+
 class Band(_Part):
     """A band of the tiles: its name, its 1-based number in the scene, its centre wavelength where known."""
 
@@ -292,13 +363,15 @@ class Tile(_Part):
 
 
 class SceneInfo(_Part):
-    """A scene that went in: what identifies its bytes, and the stretch limits that were used on it."""
+    """A scene that went in: what identifies its bytes, and the stretch limits that were used on it. label_gap_years:
+    from the middle of the land cover's year to its date, by product, where both are known."""
 
     scene_id: str
     fingerprint: str
     date: str
     stretch_limits: tuple[tuple[float, float], ...] | None
     kept: int
+    label_gap_years: dict[str, float] = added({})
 
 
 class Part(_Part):
@@ -315,7 +388,7 @@ class Manifest(_Part):
     """``manifest.json``. ``config`` is the packing configuration without paths, workers or hosts.
 
     version counts the runs that added to the dataset; parts says what each of them did, from version 2 on. left_out:
-    scenes that could not be used, by id, with the reason.
+    scenes that could not be used, by id, with the reason. products: land-cover products beside the first, by name.
     """
 
     schema_name: Literal["geokr-records"] = Field(alias="schema", default="geokr-records")
@@ -323,6 +396,7 @@ class Manifest(_Part):
     version: int = added(1, ge=1)
     parts: tuple[Part, ...] = added(())
     left_out: dict[str, str] = added({})
+    products: dict[str, ProductInfo] = added({})
     product: str
     product_title: str
     land_cover_years: tuple[int, ...]
@@ -339,6 +413,30 @@ class Manifest(_Part):
 
     def split(self, name: Split) -> SplitInfo:
         return self.train if name == "train" else self.val
+
+
+def labelled_by(manifest: Manifest, labels: str | None, where: str) -> tuple[Manifest, str | None]:
+    """(the manifest as if it knew one product only, that product where it is a further one): what training with
+    ``data.labels`` sees. None stands for the first product. Raises RecordError that lists the products there are."""
+    if labels is None or labels == manifest.product:
+        return manifest, None
+    if labels not in manifest.products:
+        names = [manifest.product, *manifest.products]
+        raise RecordError(
+            f"{where}: data.labels: its records hold no labels of product {labels!r}{suggestion(labels, names)}; "
+            f"they hold {', '.join(names)}"
+        )
+    splits = {name: _split_labelled_by(manifest.split(name), labels) for name in SPLITS}
+    chosen = {name: getattr(manifest.products[labels], name) for name in ProductInfo.model_fields}
+    return manifest.model_copy(update={"products": {}, **chosen, **splits}), labels
+
+
+def _split_labelled_by(part: SplitInfo, labels: str) -> SplitInfo:
+    if part.moments is None:  # it holds no tiles
+        return part
+    sums = part.moments.also[labels]
+    moments = part.moments.model_copy(update={"fractions": sums, "also": {}})
+    return part.model_copy(update={"prior": tuple(value / sum(sums) for value in sums), "moments": moments})
 
 
 def dump_manifest(manifest: Manifest) -> bytes:
@@ -403,7 +501,8 @@ def _split_fault(manifest: Manifest, name: Split) -> str:
         return f"its statistics do not fit {len(manifest.bands)} bands and {len(manifest.classes)} classes"
     if moments := part.moments:
         of = ((moments.sum, manifest.bands), (moments.squares, manifest.bands), (moments.fractions, manifest.classes))
-        if not all(len(values) == len(those) and _finite(values) for values, those in of):
+        also = [(moments.also.get(product, ()), info.classes) for product, info in manifest.products.items()]
+        if not all(len(values) == len(those) and _finite(values) for values, those in (*of, *also)):
             return f"its moments do not fit {len(manifest.bands)} bands and {len(manifest.classes)} classes"
     return ""
 

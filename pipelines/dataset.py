@@ -31,12 +31,14 @@ class Origin:
 
     shape: (H, W, bands) of its records. pick: places of the images' bands among them, None for all as they are.
     copy: of a remote dataset; its shards come to the folder when they are needed (pipelines.staging).
+    labels: the further product whose fractions are wanted, None for those of the first.
     """
 
     folder: Path
     shape: tuple[int, int, int]
     pick: Picks = None
     copy: Copy | None = None
+    labels: str | None = None
 
     def path(self, shard: records.Shard) -> Path:
         """The shard's file on this machine."""
@@ -134,21 +136,24 @@ class Dataset:
     shares: tuple[int, ...] = (1,)
 
     @classmethod
-    def open(cls, folder: str | Path) -> Self:
+    def open(cls, folder: str | Path, labels: str | None = None) -> Self:
         """Reads manifest and indexes of a folder that pack_records.py wrote, or of an earlier manifest in one.
 
-        Raises RecordError: no dataset, missing, surplus or changed files.
+        labels: as in DataOptions.
+
+        Raises RecordError: no dataset, missing, surplus or changed files, no such labels.
         """
         named, folder = folder, records.folder_of(folder)
         manifest = records.load_manifest(named)
         _check_manifest(folder, manifest)
         records.check_folder(folder, manifest)
-        origin = Origin(folder, _shape(manifest))
+        manifest, product = records.labelled_by(manifest, labels, str(folder))
+        origin = Origin(folder, _shape(manifest), labels=product)
         train, val = (_open_split(origin, manifest, name) for name in records.SPLITS)
         return cls(str(named), manifest, train, val)
 
     @classmethod
-    def open_remote(cls, source: RecordsSource, cache: Cache, timeout_s: float) -> Self:
+    def open_remote(cls, source: RecordsSource, cache: Cache, timeout_s: float, labels: str | None = None) -> Self:
         """Fetches manifest and indexes of a dataset behind a URL; its shards come when they are needed.
 
         Raises TransferError, ReadTimeoutError, PipelineError for a URL that cannot be, and RecordError.
@@ -158,7 +163,8 @@ class Dataset:
             manifest = records.load_manifest(copy.folder)
             _check_manifest(copy.folder, manifest)
             _fetch_indexes(copy, manifest, timeout_s)
-            origin = Origin(copy.folder, _shape(manifest), copy=copy)
+            manifest, product = records.labelled_by(manifest, labels, str(copy.folder))
+            origin = Origin(copy.folder, _shape(manifest), copy=copy, labels=product)
             train, val = (_open_split(origin, manifest, name) for name in records.SPLITS)
         except RecordError as error:
             raise RecordError(f"{source.shown}: {error}") from error
@@ -202,10 +208,10 @@ def open_records(options: DataOptions, bands: Sequence[str] | None = None) -> Da
 
 def _open(source: RecordsSource, options: DataOptions) -> Dataset:
     if not source.is_remote:
-        return Dataset.open(source.folder)
+        return Dataset.open(source.folder, options.labels)
     limit = None if options.cache_gb is None else int(options.cache_gb * GB)
     root = default_root() if options.cache_dir is None else Path(options.cache_dir).expanduser()
-    return Dataset.open_remote(source, Cache(root, limit), options.read_timeout_s)
+    return Dataset.open_remote(source, Cache(root, limit), options.read_timeout_s, options.labels)
 
 
 def _fetch_indexes(copy: Copy, manifest: Manifest, timeout_s: float) -> None:

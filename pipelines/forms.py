@@ -17,7 +17,9 @@ class Forms:
 
     of_shard: int64 [shards], the number of each shard's form. contents: uint8 [F, 5, bytes], features that all
     records of a form share, and lengths: int64 [F, 5], of every feature, -1 for any; both in the order of
-    :mod:`pipelines.parse`. shapes: (H, W, bands). picks: places of the wanted bands, None for all as they are.
+    :mod:`pipelines.parse`. names: uint8 [F, bytes] and name_ends: int64 [F, 6], what the features are called. shapes:
+    (H, W, bands). picks: places of the wanted bands, None for all as they are. labels: the further product whose
+    fractions are wanted, None for those of the first.
     """
 
     tile: records.Tile
@@ -25,6 +27,9 @@ class Forms:
     of_shard: np.ndarray
     shapes: Sequence[tuple[int, int, int]]
     picks: Sequence[tuple[int, ...] | None]
+    labels: Sequence[str | None]
+    names: np.ndarray
+    name_ends: np.ndarray
     contents: np.ndarray
     lengths: np.ndarray
 
@@ -44,7 +49,9 @@ class Forms:
         lengths[:, parse.FRACTIONS] = 4 * classes
         if tile.codec == "raw":
             lengths[:, parse.IMAGE] = [int(np.prod(shape)) * np.dtype(tile.dtype).itemsize for shape in shapes]
-        return cls(tile, classes, split.origin_of, shapes, picks, contents, lengths)
+        labels = [origin.labels for origin in split.origins]
+        names, ends = _names(labels)
+        return cls(tile, classes, split.origin_of, shapes, picks, labels, names, ends, contents, lengths)
 
     @property
     def are_whole(self) -> bool:
@@ -70,7 +77,8 @@ class Forms:
         Raises RecordError that begins with ``where`` if it is no record, or not one that the manifest describes.
         """
         record = records.decode_record(payload, where)
-        found = (record.codec, record.dtype, record.shape, len(record.fractions))
+        fractions = self._fractions(record, form, where)
+        found = (record.codec, record.dtype, record.shape, len(fractions))
         expected = (self.tile.codec, self.tile.dtype, self.shapes[form], self.classes)
         if found != expected:
             raise RecordError(
@@ -80,4 +88,22 @@ class Forms:
         image = self.wanted(np.frombuffer(record.image, np.uint8), form)
         if self.floats and not np.isfinite(np.frombuffer(image, "<f4")).all():
             raise RecordError(f"{where}: feature 'image' holds NaN or infinity; pack again from sound scenes")
-        return image, record.fractions
+        return image, fractions
+
+    def _fractions(self, record: records.Record, form: int, where: str) -> np.ndarray:
+        try:
+            return record.fractions_of(self.labels[form])
+        except KeyError as error:
+            raise RecordError(
+                f"{where}: holds no labels of product {error}, which the manifest lists: shard and manifest do not "
+                "belong together, pack again"
+            ) from error
+
+
+def _names(labels: Sequence[str | None]) -> tuple[np.ndarray, np.ndarray]:
+    """Names of the wanted features, uint8 [F, bytes], and their ends, int64 [F, 6], by product."""
+    called = [parse.feature_names(records.fractions_feature(product)) for product in labels]
+    names = np.zeros((len(called), max(len(text) for text, _ in called)), np.uint8)
+    for form, (text, _) in enumerate(called):
+        names[form, : len(text)] = text
+    return names, np.stack([ends for _, ends in called])

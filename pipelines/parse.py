@@ -13,8 +13,16 @@ _compiled = numba.njit(nogil=True, cache=True)
 # Order of the spans in the result; the numbers are used below.
 CODEC, DTYPE, FRACTIONS, IMAGE, SHAPE = range(5)
 _NAMES = (b"codec", b"dtype", b"fractions", b"image", b"shape")
-NAME_BYTES = np.frombuffer(b"".join(_NAMES), np.uint8)
-NAME_ENDS = np.cumsum([0, *map(len, _NAMES)])
+
+
+def feature_names(fractions: str) -> tuple[np.ndarray, np.ndarray]:
+    """The wanted names one after another, uint8, and where each ends, int64 [6] from 0 on. fractions: the feature that
+    holds the class fractions wanted."""
+    names = [fractions.encode() if number == FRACTIONS else name for number, name in enumerate(_NAMES)]
+    return np.frombuffer(b"".join(names), np.uint8), np.cumsum([0, *map(len, names)])
+
+
+NAME_BYTES, NAME_ENDS = feature_names("fractions")
 # Field that holds the values: bytes_list, float_list or int64_list of a Feature.
 KINDS = np.array([1, 1, 2, 1, 3])
 

@@ -12,7 +12,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from geokr.records import FOOTER, FRAME_OVERHEAD, HEADER
-from pipelines.parse import CODEC, DTYPE, FRACTIONS, IMAGE, KINDS, NAME_BYTES, NAME_ENDS, SHAPE, walk
+from pipelines.parse import CODEC, DTYPE, FRACTIONS, IMAGE, KINDS, SHAPE, walk
 
 _compiled = numba.njit(nogil=True, cache=True)
 _HEAD, _FOOT, _OVERHEAD, _LENGTH = HEADER.size, FOOTER.size, FRAME_OVERHEAD, 8
@@ -103,9 +103,9 @@ def _is_finite(data, start, end):
 
 
 @_compiled
-def _take(buffer, start, size, contents, lengths, floats, spans, fractions):
+def _take(buffer, start, size, names, name_ends, contents, lengths, floats, spans, fractions):
     """Finds a record's features and stores its fractions; False where it is not of the expected form."""
-    if not walk(buffer, start + _HEAD, start + size - _FOOT, NAME_BYTES, NAME_ENDS, KINDS, spans):
+    if not walk(buffer, start + _HEAD, start + size - _FOOT, names, name_ends, KINDS, spans):
         return False
     for number in (CODEC, DTYPE, SHAPE):
         if not _same(buffer, spans[number, 0], spans[number, 1], contents[number], lengths[number]):
@@ -123,11 +123,14 @@ def _take(buffer, start, size, contents, lengths, floats, spans, fractions):
 def take_records(start, stop, frames, buffer, expected, results):
     """Features of the records from ``start`` to ``stop``, which are in the buffer. Tuples as in :func:`read_runs`."""
     _, _, places, sizes = frames
-    forms, contents, lengths, floats = expected
+    forms, names, name_ends, contents, lengths, floats = expected
     spans, fractions, taken = results
     for n in range(start, stop):
         form = forms[n]
-        taken[n] = _take(buffer, places[n], sizes[n], contents[form], lengths[form], floats, spans[n], fractions[n])
+        taken[n] = _take(
+            buffer, places[n], sizes[n], names[form], name_ends[form], contents[form], lengths[form], floats,
+            spans[n], fractions[n],
+        )  # fmt: skip
 
 
 @_compiled
@@ -136,8 +139,9 @@ def read_runs(pread, crc32c, low, high, handles, frames, buffer, expected, resul
 
     pread, crc32c: addresses (pipelines.native). handles: int64 [runs], of open files (-1: none).
     frames: (edges int64 [runs + 1], where each run begins among the N records; offsets, places, sizes int64 [N], of
-    each frame in its file and in the buffer). expected: (forms int64 [N]; contents uint8 [F, 5, bytes] and lengths
-    int64 [F, 5], as in pipelines.forms; floats bool, images are float32).
+    each frame in its file and in the buffer). expected: (forms int64 [N]; names uint8 [F, bytes], name_ends int64
+    [F, 6], contents uint8 [F, 5, bytes] and lengths int64 [F, 5], as in pipelines.forms; floats bool, images are
+    float32).
     Fills hand: int64 [1], the run in hand, for whoever watches. sound: bool [runs]. results, unless a run is not
     sound: (spans int64 [N, 5, 2]; fractions uint8 [N, bytes]; taken bool [N], whether a record is of its form).
     Returns how many runs are not sound.

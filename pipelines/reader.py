@@ -115,7 +115,7 @@ class _Work:
             fractions=fractions,
             taken=taken,
             frames=(layout.edges, layout.offsets, layout.places, layout.sizes),
-            expected=(of_record, forms.contents, forms.lengths, forms.floats),
+            expected=(of_record, forms.names, forms.name_ends, forms.contents, forms.lengths, forms.floats),
             results=(spans, fractions.view(np.uint8), taken),
         )
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from geokr import records
 from geokr.config import differences
-from geokr.records import Manifest, Part, SplitInfo
+from geokr.records import Manifest, Part, ProductInfo, SplitInfo
 from preprocess import manifests
 from preprocess.inputs import PlanError
 from preprocess.plan import Plan
@@ -79,12 +79,19 @@ def joined(base: Manifest, new: Manifest) -> Manifest:
             "left_out": {**base.left_out, **new.left_out},
             "land_cover_years": tuple(sorted({*base.land_cover_years, *new.land_cover_years})),
             "land_cover_fingerprints": prints,
+            "products": {name: _product(info, new.products[name]) for name, info in base.products.items()},
             "train": _split(base.train, new.train),
             "val": _split(base.val, new.val),
             "counts": _sums(base.counts, new.counts),
             "scenes": (*base.scenes, *new.scenes),
         }
     )
+
+
+def _product(base: ProductInfo, new: ProductInfo) -> ProductInfo:
+    prints = dict.fromkeys((*base.land_cover_fingerprints, *new.land_cover_fingerprints))
+    years = tuple(sorted({*base.land_cover_years, *new.land_cover_years}))
+    return base.model_copy(update={"land_cover_years": years, "land_cover_fingerprints": tuple(prints)})
 
 
 def _part(manifest: Manifest, land_cover: tuple[int, ...]) -> Part:

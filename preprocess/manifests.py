@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from geokr import records
-from geokr.records import ClassInfo, Manifest, Moments, SceneInfo, Shard, SplitInfo, Tile
+from geokr.records import ClassInfo, Manifest, Moments, ProductInfo, SceneInfo, Shard, SplitInfo, Tile
 from preprocess import blocks, scan
+from preprocess.covers import Cover
 from preprocess.damaged import Damaged
 from preprocess.plan import Plan
 
@@ -30,6 +31,10 @@ def total_moments(sums: Sequence[Mapping[str, Any]]) -> Moments:
         sum=tuple(sum(part["sum"][band] for part in sums) for band in bands),
         squares=tuple(sum(part["squares"][band] for part in sums) for band in bands),
         fractions=tuple(np.sum([part["fractions"] for part in sums], axis=0).tolist()),
+        also={
+            name: tuple(np.sum([part["also"][name] for part in sums], axis=0).tolist())
+            for name in sums[0].get("also", ())
+        },
     )
 
 
@@ -58,6 +63,16 @@ def _split_info(commits: list[dict[str, Any]], side: int, parts: tuple[Shard, ..
     return split_info(sum(part["tiles"] for part in sums), total_moments(sums), parts)
 
 
+def _product_info(cover: Cover) -> ProductInfo:
+    return ProductInfo(
+        product=cover.product.name,
+        product_title=cover.product.title,
+        land_cover_years=cover.years,
+        land_cover_fingerprints=tuple(sheet.sheet.fingerprint for sheet in cover.sheets),
+        classes=tuple(ClassInfo(name=c.name, codes=c.codes, rgb=c.rgb) for c in cover.legend.classes),
+    )
+
+
 def make_manifest(
     plan: Plan,
     limits: dict[str, np.ndarray],
@@ -73,7 +88,7 @@ def make_manifest(
     counts = {
         "scenes": len(plan.tasks),
         "scenes_rejected": len(plan.rejected) + len(damaged.scenes),
-        "scenes_without_land_cover": sum(not task.sheets and task.sample is None for task in plan.tasks),
+        "scenes_without_land_cover": sum(not task.is_covered and task.sample is None for task in plan.tasks),
         **({"scenes_without_mask": sum(not task.scene.mask for task in plan.tasks)} if plan.options.mask.kind else {}),
         "positions": plan.tiles,
         "kept": sum(kept.values()),
@@ -89,17 +104,19 @@ def make_manifest(
             if stretched and task.scene.scene_id in limits and task.scene.scene_id not in damaged.scenes
             else None,
             kept=kept[task.scene.scene_id],
+            label_gap_years={cover.name: cover.gap_years for cover in task.covers if cover.gap_years is not None},
         )
         for task in plan.tasks
     )
-    split = plan.options.split
+    split, first = plan.options.split, _product_info(plan.covers[0])
     by_split = {name: tuple(s for s in finished if s.name.startswith(f"{name}-")) for name in records.SPLITS}
     return Manifest(
-        product=plan.product.name,
-        product_title=plan.product.title,
-        land_cover_years=tuple(sorted({sheet.year for sheet in plan.sheets if sheet.year is not None})),
-        land_cover_fingerprints=tuple(sheet.sheet.fingerprint for sheet in plan.sheets),
-        classes=tuple(ClassInfo(name=c.name, codes=c.codes, rgb=c.rgb) for c in plan.legend.classes),
+        product=first.product,
+        product_title=first.product_title,
+        land_cover_years=first.land_cover_years,
+        land_cover_fingerprints=first.land_cover_fingerprints,
+        classes=first.classes,
+        products={cover.name: _product_info(cover) for cover in plan.covers[1:]},
         bands=plan.bands,
         tile=Tile(size=plan.options.tile.size, codec=plan.options.tile.codec, dtype=plan.dtype),  # type: ignore[arg-type]
         train=_split_info(commits, blocks.TRAIN, by_split["train"]),

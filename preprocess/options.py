@@ -83,7 +83,9 @@ class QualityOptions(Options):
     """Rejected as `nodata` if less than this share of its pixels has data."""
 
 
-class LabelOptions(Options):
+class ProductOptions(Options):
+    """What becomes of a land-cover product's classes."""
+
     groups: bool = False
     """Merge classes by the groups that the product's table defines (NLCD's nine, for example)."""
     merge: dict[str, tuple[str, ...]] = Field(default_factory=dict)
@@ -92,6 +94,23 @@ class LabelOptions(Options):
     """Classes that leave the histogram and its denominator."""
     min_valid_fraction: float = Field(default=0.5, gt=0, le=1)
     """Rejected as `unlabelled` if less than this share of the tile's ground has a class that counts."""
+    year: int | None = Field(default=None, ge=1900, le=2100)
+    """The land cover's year, where the names of its sheets do not say it."""
+
+
+class FurtherProduct(ProductOptions):
+    """A product of ``--also``."""
+
+    product: str | None = None
+    """The product, or the YAML table of one; null for the one that has this name."""
+
+
+class LabelOptions(ProductOptions):
+    """The product of ``--product``; further ones have the same keys each."""
+
+    also: dict[str, FurtherProduct] = Field(default_factory=dict)
+    """For further products (`--also NAME PATTERN`), by name: `{nlcd2016: {product: nlcd, groups: true}}`, with
+    `product`, `groups`, `merge`, `drop`, `min_valid_fraction` and `year` as above."""
 
 
 class MaskOptions(Options):

@@ -57,6 +57,14 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     made.add_argument("--product", required=True, help=f"{', '.join(product_names())}, or a YAML table of your own")
     made.add_argument("--sensor", help=f"{', '.join(sensor_names())}, or a YAML table of your own: names the bands")
+    made.add_argument(
+        "--also",
+        nargs="+",
+        action="append",
+        default=[],
+        metavar=("NAME", "PATTERN"),
+        help="a further product and its sheets, so that each tile has labels by both; may stand several times",
+    )
     made.add_argument("--out", required=True, type=Path, help="folder of the dataset")
     made.add_argument("--config", help="YAML file; the overrides come on top")
     made.add_argument("--append", action="store_true", help="add the scenes that the dataset in --out does not have")
@@ -103,7 +111,10 @@ def describe(plan: Plan) -> str:
         f"{len(plan.tasks)} scenes, {len(plan.sheets)} land-cover sheets, {plan.tiles} tile positions in "
         f"{sum(len(task.chunks) for task in plan.tasks)} chunks",
         f"bands: {', '.join(f'{band.number} {band.name}' for band in plan.bands)}; tiles of {plan.dtype}",
-        f"classes: {', '.join(entry.name for entry in plan.legend.classes)}",
+        *(
+            f"classes{f' of {cover.name}' if number else ''}: {', '.join(entry.name for entry in cover.legend.classes)}"
+            for number, cover in enumerate(plan.covers)
+        ),
         f"disk: at most {report.size(bound)} of spill while packing, and as much again for the records",
     ]
     return "\n".join(lines)
@@ -119,6 +130,18 @@ def cluster(address: str | None, plan: Plan, out: Path) -> Callable[[], Engine] 
     return lambda: DaskCluster(address, out, every[:: max(1, len(every) // 20)])
 
 
+def _further(given: Sequence[Sequence[str]]) -> dict[str, list[str]]:
+    """What ``--also`` names, to the patterns of its sheets."""
+    also: dict[str, list[str]] = {}
+    for name, *patterns in given:
+        if not patterns:
+            raise PlanError(f"--also {name}: name its sheets too: --also {name} PATTERN ...")
+        if name in also:
+            raise PlanError(f"--also {name}: stands twice; give all its sheets in one")
+        also[name] = patterns
+    return also
+
+
 def plan_of(chosen: argparse.Namespace, options: PackOptions) -> Plan:
     """Of scenes or of cut tiles, as the arguments say. Raises PlanError where they do not go together."""
     if (chosen.scenes is None) == (chosen.tiles is None):
@@ -130,8 +153,10 @@ def plan_of(chosen: argparse.Namespace, options: PackOptions) -> Plan:
             "give --land-cover, the map's sheets" + (", or --labels: one of the two" if chosen.tiles else "")
         )
     if chosen.tiles is None:
-        return make_plan(chosen.scenes, chosen.land_cover, chosen.product, options)
-    return make_tile_plan(chosen.tiles, chosen.labels, chosen.land_cover or (), chosen.product, options)
+        return make_plan(chosen.scenes, chosen.land_cover, chosen.product, options, _further(chosen.also))
+    return make_tile_plan(
+        chosen.tiles, chosen.labels, chosen.land_cover or (), chosen.product, options, _further(chosen.also)
+    )
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -88,7 +88,7 @@ class Run:
                 limits[task.scene.scene_id] = np.array(done["limits"])
                 stages.add(self.spent, done["stages"])
             elif task.chunks:
-                jobs.append(_LimitsJob(replace(task, chunks=(), sheets=()), self.plan.options, str(path)))
+                jobs.append(_LimitsJob(replace(task, chunks=(), covers=()), self.plan.options, str(path)))
         done = len(limits)
         self.progress("stretch limits", done, done + len(jobs))
         with contextlib.closing(
@@ -135,10 +135,7 @@ class Run:
             here = limits.get(task.scene.scene_id)
             for chunk in task.chunks:
                 if here is not None:
-                    yield scan.Job(
-                        number, task.scene, task.bands, task.sheets, task.subdivisions, chunk,
-                        here, plan.legend, plan.options, folder,
-                    )  # fmt: skip
+                    yield scan.Job(number, task.scene, task.bands, task.covers, chunk, here, plan.options, folder)
                 number += 1
 
     def gather_shards(self, commits: list[dict[str, Any]]) -> list[Shard]:

@@ -3,7 +3,6 @@
 A plan is a pure function of the inputs, the configuration and the seed. It reads headers only.
 """
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,13 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from geokr.landcover import Legend, Product, build_legend, load_product
+from geokr.landcover import Legend, Product
 from geokr.records import SCHEMA_VERSION, Band
-from preprocess import bands, ground, labels, masks, precut, raster, sheets
+from preprocess import bands, covers, ground, masks, precut, raster
 from preprocess.coordinates import WGS84
+from preprocess.covers import Cover, SceneCover
 from preprocess.georeference import Placement
 from preprocess.grid import Chunk, chunks
-from preprocess.inputs import PlanError, find_files, scene_ids
+from preprocess.inputs import PlanError, scene_ids
 from preprocess.options import PackOptions
 from preprocess.precut import Files, Sample
 from preprocess.raster import RasterError, Scene
@@ -31,18 +31,22 @@ from preprocess.sources import find_sources
 
 @dataclass(frozen=True, slots=True)
 class SceneTask:
-    """A scene with what labels it. bands: 1-based numbers. subdivisions: label pixels a scene pixel (x, y).
+    """A scene with what labels it. bands: 1-based numbers. covers: the dataset's products over it, in its order.
 
-    Tiles that are cut already are one task: scene is the first of them under the folder's name, and sample says which
-    to take stretch limits from; each tile finds its own sheets.
+    Tiles that are cut already are one task: scene is the first of them under the folder's name, sample says which to
+    take stretch limits from, and covers hold all sheets, of which each tile finds its own.
     """
 
     scene: Scene
     bands: tuple[int, ...]
-    sheets: tuple[LabelSheet, ...]
-    subdivisions: tuple[int, int]
+    covers: tuple[SceneCover, ...]
     chunks: tuple[Chunk | Files, ...]
     sample: Sample | None = None
+
+    @property
+    def is_covered(self) -> bool:
+        """Whether every product has a sheet that may lie under it."""
+        return all(cover.sheets for cover in self.covers)
 
     @property
     def tiles(self) -> int:
@@ -51,19 +55,29 @@ class SceneTask:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Plan:
-    """All that packing needs. rejected: scenes left out, by id, with the reason's key. warnings: what is allowed but
-    may not be meant."""
+    """All that packing needs. covers: the product of ``--product``, then further ones. rejected: scenes left out, by
+    id, with the reason's key. warnings: what is allowed but may not be meant."""
 
     options: PackOptions
-    product: Product
-    legend: Legend
+    covers: tuple[Cover, ...]
     bands: tuple[Band, ...]
     dtype: str
     tasks: tuple[SceneTask, ...]
-    sheets: tuple[LabelSheet, ...]
     rejected: Mapping[str, str]
     config: Mapping[str, Any]
     warnings: tuple[str, ...] = ()
+
+    @property
+    def product(self) -> Product:
+        return self.covers[0].product
+
+    @property
+    def legend(self) -> Legend:
+        return self.covers[0].legend
+
+    @property
+    def sheets(self) -> tuple[LabelSheet, ...]:
+        return self.covers[0].sheets
 
     @property
     def tiles(self) -> int:
@@ -72,7 +86,7 @@ class Plan:
     def inputs(self) -> list[str]:
         """Paths or URLs of what tasks read."""
         layers = (layer.path for task in self.tasks for layer in task.scene.layers if layer is not None)
-        return [*dict.fromkeys(layers), *(sheet.sheet.path for sheet in self.sheets)]
+        return [*dict.fromkeys(layers), *(sheet.sheet.path for cover in self.covers for sheet in cover.sheets)]
 
     def identity(self) -> dict[str, Any]:
         """What decides the dataset's bytes: two runs with equal identities write equal files."""
@@ -82,52 +96,59 @@ class Plan:
             "scenes": {task.scene.scene_id: task.scene.fingerprint for task in self.tasks},
             "rejected": dict(self.rejected),
             "land_cover": {str(i): sheet.sheet.fingerprint for i, sheet in enumerate(self.sheets)},
+            "also": {
+                cover.name: {str(i): sheet.sheet.fingerprint for i, sheet in enumerate(cover.sheets)}
+                for cover in self.covers[1:]
+            },
         }
 
 
-def make_plan(scene_patterns: Sequence[str], sheet_patterns: Sequence[str], product: str, options: PackOptions) -> Plan:
-    """Raises PlanError, ConfigError, RasterError or LabelError before any pixel is read."""
-    table = load_product(product)
-    legend = make_legend(table, options)
+def make_plan(
+    scene_patterns: Sequence[str],
+    sheet_patterns: Sequence[str],
+    product: str,
+    options: PackOptions,
+    also: Mapping[str, Sequence[str]] | None = None,
+) -> Plan:
+    """also: further products, name to patterns of their sheets.
+
+    Raises PlanError, ConfigError, RasterError or LabelError before any pixel is read.
+    """
     sensor = load_sensor(options.scene.sensor) if options.scene.sensor else None
-    allow_remote = options.scene.remote
-    sources = find_sources(scene_patterns, sensor, allow_remote)
+    sources = find_sources(scene_patterns, sensor, options.scene.remote)
     with raster.environment():
-        paths = find_files(sheet_patterns, "--land-cover", allow_remote)
-        land_cover = sheets.label_sheets([raster.read_sheet(path) for path in paths], table)
-        legend = sheets.with_sheet_colours(legend, table, land_cover)
+        products = covers.read_covers(sheet_patterns, product, also or {}, options)
         scenes, rejected = _read_scenes(sources, options, sensor)
         bands.check_alike(scenes)
         chosen = bands.choose_bands(scenes[0], options)
         bands.check_band_names(scenes, chosen, options)
         dtype = bands.tile_dtype(scenes[0], len(chosen), options)
-        tasks = _scene_tasks(scenes, land_cover, options)
-    config = _config(table, legend, options, sensor)
+        tasks = _scene_tasks(scenes, products, options)
     warnings = tuple(bands.warnings(scenes[0], options))
-    return Plan(options, table, legend, chosen, dtype, tasks, tuple(land_cover), rejected, config, warnings)
+    return Plan(options, products, chosen, dtype, tasks, rejected, _config(products, options, sensor), warnings)
 
 
 def make_tile_plan(
-    folder: str, label_folder: str | None, sheet_patterns: Sequence[str], product: str, options: PackOptions
+    folder: str,
+    label_folder: str | None,
+    sheet_patterns: Sequence[str],
+    product: str,
+    options: PackOptions,
+    also: Mapping[str, Sequence[str]] | None = None,
 ) -> Plan:
     """The plan for tiles that are cut already (preprocess.precut): labelled by files beside them, or by a map.
 
-    Raises as :func:`make_plan`.
+    Arguments and errors as for :func:`make_plan`; further products are maps.
     """
-    table = load_product(product)
-    legend = make_legend(table, options)
     sensor = load_sensor(options.scene.sensor) if options.scene.sensor else None
     tiles, scene_id = precut.list_tiles(folder), Path(folder).resolve().name
-    land_cover: list[LabelSheet] = []
     with raster.environment():
+        products = covers.read_covers(sheet_patterns, product, also or {}, options)
         if label_folder is None:
-            paths = find_files(sheet_patterns, "--land-cover", options.scene.remote)
-            land_cover = sheets.label_sheets([raster.read_sheet(path) for path in paths], table)
-            legend = sheets.with_sheet_colours(legend, table, land_cover)
             by, listings, label_names = precut.Labels("map"), [tiles], ()
         else:
             kind, listing, label_names = precut.list_labels(label_folder, tiles)
-            names = tuple((entry.name, entry.codes[0]) for entry in table.classes)
+            names = tuple((entry.name, entry.codes[0]) for entry in products[0].product.classes)
             by, listings = precut.Labels(kind, listing.folder, names), [tiles, listing]
         first, sample = precut.first_tile(tiles, scene_id, options, sensor)
         options = precut.tile_options(options, first)
@@ -138,19 +159,27 @@ def make_tile_plan(
     numbers = tuple(band.number for band in chosen)
     cut = precut.chunks(tiles, by, label_names, first, sensor)
     few = Sample(tiles.folder, tuple(sample), sensor)
-    task = SceneTask(whole, numbers, tuple(land_cover), (1, 1), cut, few)
-    config = {**_config(table, legend, options, sensor), **precut.config_of(by)}
+    task = SceneTask(whole, numbers, tuple(map(covers.whole, products)), cut, few)
+    config = {**_config(products, options, sensor), **precut.config_of(by)}
     warnings = tuple(bands.warnings(first, options))
-    return Plan(options, table, legend, chosen, dtype, (task,), tuple(land_cover), {}, config, warnings)
+    return Plan(options, products, chosen, dtype, (task,), {}, config, warnings)
 
 
-def _config(table: Product, legend: Legend, options: PackOptions, sensor: Sensor | None) -> dict[str, Any]:
-    """What of the configuration decides the dataset's bytes."""
+def _config(products: Sequence[Cover], options: PackOptions, sensor: Sensor | None) -> dict[str, Any]:
+    """What the manifest keeps of the configuration: no paths, which fingerprints stand for, and no workers."""
     config = {
-        "product": table.name,
-        "product_table": table_digest(table, legend),
+        "product": products[0].product.name,
+        "product_table": products[0].digest(),
         # not where masks were looked for: their fingerprints say which they are
         **options.model_dump(mode="json", exclude={"workers": True, "mask": {"pattern"}, "scene": {"remote"}}),
+    }
+    config["labels"]["also"] = {
+        cover.name: {
+            "product_table": cover.digest(),
+            **cover.options.model_dump(mode="json"),
+            "product": cover.product.name,
+        }
+        for cover in products[1:]
     }
     if sensor is not None:  # its name, for a table of the user's own is given by its path
         config["scene"]["sensor"] = sensor.name
@@ -158,24 +187,6 @@ def _config(table: Product, legend: Legend, options: PackOptions, sensor: Sensor
     if options.scene.dem:  # where it lies does not count; its content does, in every scene's fingerprint
         config["scene"]["dem"] = Path(options.scene.dem).name
     return config
-
-
-def table_digest(product: Product, legend: Legend) -> str:
-    """Identifies what a product's table comes to: another meaning of a code makes another dataset."""
-    digest = hashlib.sha256(legend.lookup.tobytes())
-    digest.update(repr((product.title, legend.classes, product.filename and product.filename.pattern)).encode())
-    return digest.hexdigest()[:24]
-
-
-def make_legend(product: Product, options: PackOptions) -> Legend:
-    """The dataset's classes by ``labels.groups``, ``labels.merge`` and ``labels.drop``. Raises ConfigError."""
-    merge = {name: list(members) for name, members in options.labels.merge.items()}
-    if options.labels.groups:
-        if not product.groups:
-            raise PlanError(f"labels.groups: the table of product {product.name!r} defines no groups")
-        names = {code: entry.name for entry in product.classes for code in entry.codes}
-        merge = {**{group: [names[code] for code in codes] for group, codes in product.groups.items()}, **merge}
-    return build_legend(product, merge, options.labels.drop)
 
 
 def _read_scenes(
@@ -209,32 +220,39 @@ def _read_scenes(
     return sorted(scenes, key=lambda scene: scene.scene_id), rejected
 
 
-def _scene_tasks(
-    scenes: Sequence[Scene], land_cover: Sequence[LabelSheet], options: PackOptions
-) -> tuple[SceneTask, ...]:
+def _scene_tasks(scenes: Sequence[Scene], products: Sequence[Cover], options: PackOptions) -> tuple[SceneTask, ...]:
     tasks = []
     for scene in scenes:
         numbers = tuple(band.number for band in bands.choose_bands(scene, options))
         _check_positions(scene, options)
-        under = labels.overlapping(scene.place, land_cover)
-        under = sheets.sheets_of_nearest_year(under, scene.scene_id, scene.date)
-        kx, ky = labels.subdivision(scene.place, under)
+        over = tuple(covers.narrowed(covers.whole(cover), scene, scene.scene_id) for cover in products)
         _check_block(scene, options)
         bytes_a_pixel = len(numbers) * (_itemsize(scene.dtype) * 2 + 1) + 1  # source, its preview, and a mask
         tile = options.tile
         cut = tuple(chunks(scene.place.width, scene.place.height, tile.size, tile.step, bytes_a_pixel))
-        tasks.append(SceneTask(scene, numbers, tuple(under), (kx, ky), cut if under else ()))
-    if not any(task.sheets for task in tasks):
-        raise PlanError(
-            f"none of the {len(tasks)} scenes overlaps the land cover: "
-            f"{tasks[0].scene.path} lies at {_place(tasks[0].scene)}; check --land-cover, and the rasters' CRS"
-        )
+        tasks.append(SceneTask(scene, numbers, over, cut if all(cover.sheets for cover in over) else ()))
+    _check_covered(tasks)
     if not any(task.chunks for task in tasks):
         sizes = {f"{task.scene.place.width}x{task.scene.place.height}" for task in tasks}
         raise PlanError(
             f"no scene holds a tile of {options.tile.size} pixels (scenes of {', '.join(sorted(sizes))}); set tile.size"
         )
     return tuple(tasks)
+
+
+def _check_covered(tasks: Sequence[SceneTask]) -> None:
+    """Raises PlanError where not one scene has land cover of every product."""
+    if any(task.is_covered for task in tasks):
+        return
+    first = tasks[0]
+    for number, cover in enumerate(first.covers):
+        if not any(task.covers[number].sheets for task in tasks):
+            what, option = ("land cover", "--land-cover") if number == 0 else (cover.name, f"--also {cover.name}")
+            raise PlanError(
+                f"none of the {len(tasks)} scenes overlaps the {what}: "
+                f"{first.scene.path} lies at {_place(first.scene)}; check {option}, and the rasters' CRS"
+            )
+    raise PlanError("no scene overlaps all the products: a tile needs every one of them; check --land-cover and --also")
 
 
 def _itemsize(dtype: str) -> int:

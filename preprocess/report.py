@@ -56,6 +56,9 @@ def summary(manifest: Manifest, seconds: float | None) -> str:
         ["shards", str(len(manifest.train.shards) + len(manifest.val.shards))],
         ["bytes", size(total)],
     ]
+    gaps = [scene.label_gap_years.get(manifest.product) for scene in manifest.scenes if scene.kept]
+    if gaps := [gap for gap in gaps if gap is not None]:
+        rows.append(["years from the map to the scenes", f"{min(gaps):.1f} to {max(gaps):.1f}"])
     if seconds:
         rows.append(["positions a second", f"{counts['positions'] / seconds:.0f}"])
     shares = [["class", "train", "validation"]]

@@ -30,7 +30,8 @@ def label_picture(place: MapPlace, sheets: Sequence[LabelSheet], legend: Legend)
     lattices: dict[str, np.ndarray] = {}
     for entry in sheets:
         sheet = entry.sheet
-        if ground.apart(here, entry.cap) or time.monotonic() - start > SECONDS:
+        # probabilities are no codes that could be drawn
+        if sheet.bands or ground.apart(here, entry.cap) or time.monotonic() - start > SECONDS:
             continue
         if sheet.crs not in lattices:
             lattices[sheet.crs] = lattice.points(place, sheet.crs, sheet.geographic, columns, rows)

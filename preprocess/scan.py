@@ -6,26 +6,26 @@ short and run again, does no harm.
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from geokr.landcover import Legend
-from geokr.records import Record
+from geokr.records import FurtherLabels, Record
 from preprocess import blocks, cell_kernels, kernels, masks, quality
 from preprocess.cells import Cells
 from preprocess.coordinates import WGS84
+from preprocess.covers import SceneCover, tile_labels
 from preprocess.footprints import ring_of
 from preprocess.grid import Chunk
-from preprocess.labels import TileLabels, tile_labels
+from preprocess.labels import TileLabels
 from preprocess.options import PackOptions
 from preprocess.pixels import read_valid, strips
 from preprocess.place import Place
 from preprocess.precut import Files
 from preprocess.raster import RasterError, Scene
 from preprocess.report_pictures import keep_examples
-from preprocess.sheets import LabelSheet
 from preprocess.spill import Kept, band_sums, spill
 from preprocess.stages import Clock
 from preprocess.stretching import Stretch
@@ -45,11 +45,9 @@ class Job:
     number: int
     scene: Scene
     bands: tuple[int, ...]
-    sheets: tuple[LabelSheet, ...]
-    subdivisions: tuple[int, int]
+    covers: tuple[SceneCover, ...]
     chunk: Chunk | Files
     limits: np.ndarray
-    legend: Legend
     options: PackOptions
     folder: str
     tile_id: str = ""
@@ -96,9 +94,9 @@ def scan_chunk(job: Job) -> dict[str, Any]:
     with clock("mask"):
         reject_clouds(view)
     with clock("label"):
-        tile_labels = label(view, job.sheets, job.subdivisions)
+        found = label(view, job.covers)
     with clock("place"):
-        tiles = place_tiles(view, tile_labels)
+        tiles = place_tiles(view, found)
     with clock("examples"):
         leave_examples(view)
     with clock("statistics"):
@@ -166,22 +164,23 @@ def reject_clouds(view: View) -> None:
             view.reasons[t] = "cloud"  # rather than what clouds look like: too bright, or flat
 
 
-def label(view: View, sheets: tuple[LabelSheet, ...], subdivisions: tuple[int, int]) -> TileLabels | None:
-    """Class fractions of every tile, or None where not one is left."""
-    if all(view.reasons):
-        return None
-    job = view.job
-    found = tile_labels(view.place, sheets, subdivisions, view.valid, view.cells, job.chunk.size, job.legend)
-    for t in np.flatnonzero(found.valid_fraction < job.options.labels.min_valid_fraction).tolist():
-        view.reasons[t] = view.reasons[t] or "unlabelled"
+def label(view: View, covers: Sequence[SceneCover]) -> list[TileLabels]:
+    """Class fractions of every tile for each product, or less where not one tile is left."""
+    found: list[TileLabels] = []
+    for cover in covers:
+        if all(view.reasons):
+            break
+        found.append(tile_labels(cover, view.place, view.valid, view.cells, view.job.chunk.size))
+        for t in np.flatnonzero(found[-1].valid_fraction < cover.min_valid_fraction).tolist():
+            view.reasons[t] = view.reasons[t] or "unlabelled"
     return found
 
 
-def place_tiles(view: View, found: TileLabels | None) -> list[Kept]:
+def place_tiles(view: View, found: Sequence[TileLabels]) -> list[Kept]:
     """The tiles that stay: those that have a place on the Earth, on one side of the split."""
     job, size = view.job, view.job.chunk.size
     split = job.options.split
-    if found is None or all(view.reasons):
+    if all(view.reasons):
         return []
     longitudes, latitudes = footprints(view.place, view.origins, size)
     known = np.asarray(np.isfinite(longitudes + latitudes).all(axis=(1, 2)))
@@ -220,7 +219,7 @@ def footprints(window: Place, origins: np.ndarray, size: int) -> tuple[np.ndarra
 def _record(
     job: Job,
     pixels_HWC: np.ndarray,
-    found: TileLabels,
+    found: Sequence[TileLabels],
     t: int,
     place: Place,
     lonlat: tuple[float, float],
@@ -234,12 +233,19 @@ def _record(
         codec=job.options.tile.codec,
         shape=pixels_HWC.shape,  # type: ignore[arg-type]
         dtype=pixels_HWC.dtype.name,
-        fractions=found.fractions[t].astype(np.float32),
-        valid_fraction=float(found.valid_fraction[t]),
+        fractions=found[0].fractions[t].astype(np.float32),
+        valid_fraction=float(found[0].valid_fraction[t]),
         lonlat=lonlat,
         transform=transform,
         crs=crs,
         scene_id=job.scene.scene_id,
         tile_id=job.tile_id or f"{job.scene.scene_id}:{column}:{row}",
         date=job.scene.date,
+        label_gap_years=job.covers[0].gap_years,
+        also={
+            cover.name: FurtherLabels(
+                labels.fractions[t].astype(np.float32), float(labels.valid_fraction[t]), cover.gap_years
+            )
+            for cover, labels in zip(job.covers[1:], found[1:], strict=True)
+        },
     )

@@ -7,14 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from preprocess import label_json, labels, precut, raster, sampling, scan, sheets
+from preprocess import covers, label_json, labels, precut, raster, sampling, scan
 from preprocess.errors import RasterError
 from preprocess.grid import Chunk
 from preprocess.inputs import PlanError
 from preprocess.labels import TileLabels
 from preprocess.options import PackOptions
 from preprocess.precut import Files, Sample
-from preprocess.raster import Scene
 from preprocess.scan import Job, View
 from preprocess.sheets import LabelError, LabelSheet
 from preprocess.spill import Kept, band_sums, spill
@@ -81,32 +80,30 @@ def _scanned(view: View, files: Files, n: int, clock: Clock) -> list[Kept]:
     with clock("mask"):
         scan.reject_clouds(view)
     with clock("label"):
-        found = _labelled(view, files, n)
+        view, found = _labelled(view, files, n)
     with clock("place"):
         return scan.place_tiles(view, found)
 
 
-def _labelled(view: View, files: Files, n: int) -> TileLabels | None:
+def _labelled(view: View, files: Files, n: int) -> tuple[View, list[TileLabels]]:
+    """The tile's labels by each product, and the view with the products over this tile."""
     if all(view.reasons):
-        return None
-    job = view.job
+        return view, []
+    job, known = view.job, list[TileLabels]()
+    first, *further = job.covers
     if files.labels.kind == "json":
         path = os.path.join(files.labels.folder, files.label_names[n])
-        found = label_json.read_histogram(path, job.legend, dict(files.labels.codes))
-        if found.valid_fraction[0] < job.options.labels.min_valid_fraction:
+        known.append(label_json.read_histogram(path, first.legend, dict(files.labels.codes)))
+        if known[0].valid_fraction[0] < first.min_valid_fraction:
             view.reasons[0] = "unlabelled"
-        return found
-    if files.labels.kind == "raster":
-        under = [_sheet(os.path.join(files.labels.folder, files.label_names[n]))]
+    elif files.labels.kind == "raster":
+        under = (_sheet(os.path.join(files.labels.folder, files.label_names[n])),)
+        first = replace(first, sheets=under, subdivisions=labels.subdivision(job.scene.place, under))
     else:
-        under = sheets_of(job.scene, job.sheets)
-    return scan.label(view, tuple(under), labels.subdivision(job.scene.place, under))
-
-
-def sheets_of(tile: Scene, land_cover: tuple[LabelSheet, ...]) -> list[LabelSheet]:
-    """The sheets that may lie under a tile, of the year nearest to its date."""
-    under = labels.overlapping(tile.place, land_cover)
-    return sheets.sheets_of_nearest_year(under, tile.path, tile.date)
+        first = covers.narrowed(first, job.scene, job.scene.path)
+    over = (first, *(covers.narrowed(cover, job.scene, job.scene.path) for cover in further))
+    view = replace(view, job=replace(job, covers=over))
+    return view, known + scan.label(view, over[len(known) :])
 
 
 def _sheet(path: str) -> LabelSheet:

@@ -63,10 +63,14 @@ def sheet_year(product: Product, name: str) -> int | None:
     return int(year) if year else None
 
 
-def label_sheets(sheets: Sequence[raster.Sheet], product: Product) -> list[LabelSheet]:
-    """Sheets with what their names say, in order of their names (then paths)."""
+def label_sheets(sheets: Sequence[raster.Sheet], product: Product, year: int | None = None) -> list[LabelSheet]:
+    """Sheets with what their names say, in order of their names (then paths). year: of those whose names do not."""
     ordered = sorted(sheets, key=lambda s: (s.name, s.path))
-    return [LabelSheet(s, sheet_year(product, s.name), nominal_cell(product, s.name), cap_of(s.place)) for s in ordered]
+    years = [sheet_year(product, s.name) or year for s in ordered]
+    return [
+        LabelSheet(s, its_year, nominal_cell(product, s.name), cap_of(s.place))
+        for s, its_year in zip(ordered, years, strict=True)
+    ]
 
 
 def with_sheet_colours(legend: Legend, product: Product, sheets: Sequence[LabelSheet]) -> Legend:

@@ -118,4 +118,8 @@ def _sums(tiles: Sequence[Kept], sums: np.ndarray) -> dict[str, Any]:
         "sum": total[0].tolist(),
         "squares": total[1].tolist(),
         "fractions": np.sum([tile.record.fractions.astype(np.float64) for tile in tiles], axis=0).tolist(),
+        "also": {
+            name: np.sum([tile.record.also[name].fractions.astype(np.float64) for tile in tiles], axis=0).tolist()
+            for name in tiles[0].record.also
+        },
     }

@@ -60,6 +60,10 @@ def check_tile(record: Record, manifest: Manifest, where: str) -> None:
     found = record.shape, record.codec, record.dtype, len(record.fractions)
     if found != expected:
         raise RecordError(f"{where}: (shape, codec, dtype, classes) is {found}, the manifest says {expected}")
+    further = {name: len(labels.fractions) for name, labels in record.also.items()}
+    listed = {name: len(info.classes) for name, info in manifest.products.items()}
+    if further != listed:
+        raise RecordError(f"{where}: classes of further products are {further}, the manifest says {listed}")
     decode_image(record, where)
 
 

@@ -46,9 +46,16 @@ def finished(plan: Plan, out: Path) -> Manifest | None:
         "config": manifest.config,
         "scenes": {scene.scene_id: scene.fingerprint for scene in manifest.scenes},
         "land_cover": {str(i): value for i, value in enumerate(manifest.land_cover_fingerprints)},
+        "also": {
+            name: {str(i): value for i, value in enumerate(info.land_cover_fingerprints)}
+            for name, info in manifest.products.items()
+        },
     }
     if manifest.version > 1:  # of several runs, in their order
         old["land_cover"], new["land_cover"] = (sorted(tree["land_cover"].values()) for tree in (old, new))
+        old["also"], new["also"] = (
+            {name: sorted(prints.values()) for name, prints in tree["also"].items()} for tree in (old, new)
+        )
     grown = set(old["scenes"].items()) < set(new["scenes"].items())
     same_or_error(old, new, out, "a dataset made", hint="; --append adds the new scenes to it" if grown else "")
     check_whole(out, manifest)

@@ -5,7 +5,8 @@ a colour of its own under some noise, so that fractions can be learned from the 
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,20 @@ def make_records(images: np.ndarray, fractions: np.ndarray, codec: str) -> list[
     return made
 
 
+def _also(record: records.Record, products: Mapping[str, int], seed: int) -> records.Record:
+    """The record with labels by further products."""
+    rng = np.random.default_rng(seed)
+    drawn = {name: rng.dirichlet(np.ones(count)).astype(np.float32) for name, count in products.items()}
+    labels = {name: records.FurtherLabels(values, 1.0, 0.5) for name, values in drawn.items()}
+    return replace(record, also=labels)
+
+
+def _classes(count: int, first: str = "class") -> tuple[dict[str, Any], ...]:
+    return tuple(
+        {"name": f"{first}{k}", "codes": (k + 1,), "rgb": (40 * k % 256, 255 - 30 * k % 256, 90)} for k in range(count)
+    )
+
+
 def write_shard(folder: Path, name: str, payloads: list[bytes]) -> records.Shard:
     """Writes ``name`` and its index; returns what the manifest says of them."""
     frames = [records.frame(payload, google_crc32c.value) for payload in payloads]
@@ -97,6 +112,20 @@ def _split(folder: Path, split: str, made: list[records.Record], images: np.ndar
         "mean": tuple(values.mean(axes).tolist()) if made else (0.0,) * images.shape[3],
         "std": tuple(values.std(axes).tolist()) if made else (1.0,) * images.shape[3],
         "prior": tuple(np.mean([record.fractions for record in made], 0, np.float64).tolist()) if made else (),
+        **({"moments": _moments(made, values)} if made and made[0].also else {}),
+    }
+
+
+def _moments(made: list[records.Record], values: np.ndarray) -> dict[str, Any]:
+    return {
+        "pixels": values[..., 0].size,
+        "sum": tuple(values.sum((0, 1, 2)).tolist()),
+        "squares": tuple((values**2).sum((0, 1, 2)).tolist()),
+        "fractions": tuple(np.sum([record.fractions for record in made], 0, np.float64).tolist()),
+        "also": {
+            name: tuple(np.sum([record.also[name].fractions for record in made], 0, np.float64).tolist())
+            for name in made[0].also
+        },
     }
 
 
@@ -112,12 +141,18 @@ def make_dataset(
     shard_records: int = 16,
     val: int = 8,
     seed: int = 0,
+    also: Mapping[str, int] | None = None,
 ) -> Path:
-    """A dataset of ``tiles`` training and ``val`` validation records in ``folder``, which it makes; returns it."""
+    """A dataset of ``tiles`` training and ``val`` validation records in ``folder``, which it makes; returns it.
+
+    also: further products, name to number of classes; their fractions are noise.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     images, fractions = make_images(tiles + val, size, bands, dtype, classes, seed)
-    made = make_records(images, fractions, codec)
+    made = [
+        _also(record, also or {}, seed + number) for number, record in enumerate(make_records(images, fractions, codec))
+    ]
     names = ("red", "green", "blue", *(f"band{number}" for number in range(4, bands + 1)))[:bands]
     manifest = records.Manifest.model_validate(
         {
@@ -125,10 +160,17 @@ def make_dataset(
             "product_title": "Test classes",
             "land_cover_years": (2020,),
             "land_cover_fingerprints": ("test",),
-            "classes": tuple(
-                {"name": f"class{k}", "codes": (k + 1,), "rgb": (40 * k % 256, 255 - 30 * k % 256, 90)}
-                for k in range(classes)
-            ),
+            "classes": _classes(classes),
+            "products": {
+                name: {
+                    "product": name,
+                    "product_title": f"Product {name}",
+                    "land_cover_years": (2021,),
+                    "land_cover_fingerprints": (name,),
+                    "classes": _classes(count, name),
+                }
+                for name, count in (also or {}).items()
+            },
             "bands": tuple({"name": name, "number": number + 1} for number, name in enumerate(names)),
             "tile": {"size": size, "codec": codec, "dtype": dtype},
             "train": _split(folder, "train", made[:tiles], images[:tiles], shard_records),

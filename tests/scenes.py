@@ -6,7 +6,7 @@ itself, codes are looked up in a dictionary made from the product's YAML, and sh
 
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,15 +89,16 @@ def pack_quietly(
     product: str,
     out: Path,
     *overrides: str,
+    also: Mapping[str, Sequence[str]] | None = None,
     **keywords: Any,
 ):
     """Packs in this process without a console; returns preprocess.pack.Packed. Of equal keys the last counts.
 
-    keywords: preprocess.pack.pack's.
+    also: further products. keywords: preprocess.pack.pack's.
     """
     last = {override.split("=")[0]: override for override in overrides}
     options = config.load(PackOptions, None, last.values())
-    plan = make_plan([str(p) for p in scenes], [str(p) for p in sheets], product, options)
+    plan = make_plan([str(p) for p in scenes], [str(p) for p in sheets], product, options, also)
     return pack(plan, out, lambda phase, done, total: None, **keywords)
 
 
