@@ -11,25 +11,29 @@ import os
 import signal
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Protocol
 
 
 class WorkerLost(RuntimeError):  # noqa: N818 - it is what happened
-    """A process died twice while it worked on a task, most often for want of memory."""
+    """A process died again and again while it worked on a task, most often for want of memory."""
+
+
+Task = Any
+Function = Callable[[Task], Any]
+Describe = Callable[[Task], str]
 
 
 class Engine(Protocol):
     """What packing asks of an engine. Use as a context manager: leaving it ends what is still running."""
 
-    def run_all(
-        self, function: Callable[[Any], Any], tasks: Sequence[Any], describe: Callable[[Any], str]
-    ) -> Generator[Any, None, None]:
+    def run_all(self, function: Function, tasks: Sequence[Task], describe: Describe) -> Generator[Any, None, None]:
         """Results of ``function(task)`` in whatever order they finish; the first error stops everything.
 
-        A task whose worker dies is given again; at the second death WorkerLost names it with ``describe``.
+        A task whose worker dies or has no memory left is given again; when it has lost two, WorkerLost names it with
+        ``describe``.
         """
         ...
 
@@ -51,10 +55,12 @@ def open_engine(workers: int | None) -> Engine:
 class InCaller:
     """Tasks one after another in the calling process."""
 
-    def run_all(
-        self, function: Callable[[Any], Any], tasks: Sequence[Any], describe: Callable[[Any], str]
-    ) -> Generator[Any, None, None]:
-        yield from map(function, tasks)
+    def run_all(self, function: Function, tasks: Sequence[Task], describe: Describe) -> Generator[Any, None, None]:
+        for task in tasks:
+            try:
+                yield function(task)
+            except MemoryError as error:
+                raise WorkerLost(f"no memory left while working on {describe(task)}; it goes on from here") from error
 
     def __enter__(self) -> "InCaller":
         return self
@@ -63,40 +69,118 @@ class InCaller:
         return None
 
 
-class ProcessPool:
+class OverExecutor:
+    """Tasks through a ``concurrent.futures.Executor``, with a bounded number of them in flight.
+
+    fatal: what the future of a task raises whose worker died. fall_together: whether one death breaks the whole
+    executor, as it does a process pool. remedy: what to try when a task keeps killing its workers.
+    """
+
+    fatal: tuple[type[BaseException], ...] = ()
+    fall_together = False
+    remedy = ""
+
+    def executor(self) -> Executor:
+        """One that takes tasks: a new one where the last one broke."""
+        raise NotImplementedError
+
+    def room(self) -> int:
+        """How many tasks may be in flight, so that neither memory nor what a stop throws away grows with the plan."""
+        raise NotImplementedError
+
+    def broken(self) -> None:
+        """The executor broke; called once for all the tasks that fell with it."""
+
+    def run_all(self, function: Function, tasks: Sequence[Task], describe: Describe) -> Generator[Any, None, None]:
+        """Where all that was in flight falls together, each of those tasks runs by itself then, so that it is known
+        which one it was: the innocent never pay for a neighbour."""
+        waiting, suspects = deque(tasks), deque[Task]()
+        pending: dict[Future[Any], Task] = {}
+        deaths: Counter[int] = Counter()
+        try:
+            while waiting or suspects or pending:
+                fell = self._submit(function, waiting, suspects, pending)
+                for future in () if fell else wait(pending, return_when=FIRST_COMPLETED).done:
+                    try:
+                        result = future.result()
+                    except (MemoryError, *self.fatal) as error:
+                        if self.fall_together and not isinstance(error, MemoryError):
+                            fell = error
+                            break
+                        self._again(pending.pop(future), deaths, suspects, describe, error)
+                    else:
+                        del pending[future]
+                        yield result
+                if fell:
+                    self.broken()
+                    if len(pending) == 1:
+                        self._again(next(iter(pending.values())), deaths, suspects, describe, fell)
+                    else:
+                        suspects.extend(pending.values())
+                    pending.clear()
+        finally:
+            for future in pending:
+                future.cancel()
+
+    def _submit(
+        self, function: Function, waiting: deque[Task], suspects: deque[Task], pending: dict[Future[Any], Task]
+    ) -> BaseException | None:
+        """Fills the room there is, with suspects one at a time. Returns the error of an executor found broken."""
+        if suspects and pending and self.fall_together:
+            return None  # what is in flight ends first
+        source, room = (suspects, 1 if self.fall_together else self.room()) if suspects else (waiting, self.room())
+        while source and len(pending) < room:
+            try:
+                future = self.executor().submit(function, source[0])
+            except self.fatal as error:
+                return error
+            pending[future] = source.popleft()
+        return None
+
+    def _again(
+        self, task: Task, deaths: Counter[int], suspects: deque[Task], describe: Describe, error: BaseException
+    ) -> None:
+        deaths[id(task)] += 1
+        if deaths[id(task)] > 1:
+            raise WorkerLost(
+                f"a worker process died twice or ran out of memory while it worked on {describe(task)}: {self.remedy}. "
+                "The same command goes on from here"
+            ) from error
+        suspects.appendleft(task)
+
+
+class ProcessPool(OverExecutor):
     """Processes of this machine, started when there is something to do and kept until the end of the run."""
+
+    fatal = (BrokenProcessPool,)
+    fall_together = True
+    remedy = "most often memory is short; try fewer workers (workers=1)"
 
     def __init__(self, workers: int) -> None:
         self.workers = workers
         self.pool: ProcessPoolExecutor | None = None
 
-    def run_all(
-        self, function: Callable[[Any], Any], tasks: Sequence[Any], describe: Callable[[Any], str]
-    ) -> Generator[Any, None, None]:
-        waiting = deque(tasks)
-        deaths: Counter[int] = Counter()
-        pending: dict[Future[Any], Any] = {}
-        try:
-            while waiting:
-                try:
-                    yield from drain(self._started(), function, waiting, pending, 3 * self.workers)
-                except BrokenProcessPool as error:
-                    deaths.update(id(task) for task in pending.values())
-                    if twice := {describe(task) for task in pending.values() if deaths[id(task)] > 1}:
-                        raise WorkerLost(lost("process", twice)) from error
-                    waiting.extendleft(pending.values())
-                    pending.clear()
-                    self._stop()
-        finally:
-            if pending:  # left in the middle: what is still in hand is nobody's any more
-                self._stop()
-
-    def _started(self) -> ProcessPoolExecutor:
+    def executor(self) -> Executor:
         if self.pool is None:
             # spawn: a forked child would inherit GDAL's and Numba's state in the middle of whatever they were doing
             context = multiprocessing.get_context("spawn")
             self.pool = ProcessPoolExecutor(self.workers, context, initializer=_worker_start)
         return self.pool
+
+    def room(self) -> int:
+        return 3 * self.workers
+
+    def broken(self) -> None:
+        self._stop()
+
+    def run_all(self, function: Function, tasks: Sequence[Task], describe: Describe) -> Generator[Any, None, None]:
+        whole = False
+        try:
+            yield from super().run_all(function, tasks, describe)
+            whole = True
+        finally:
+            if not whole:  # left in the middle: what is still in hand is nobody's any more
+                self._stop()
 
     def _stop(self) -> None:
         """Ends the workers at once; what they leave behind is an uncommitted temporary file at most."""
@@ -115,32 +199,6 @@ class ProcessPool:
 
     def __exit__(self, *error: object) -> None:
         self._stop()
-
-
-def lost(what: str, tasks: set[str]) -> str:
-    """The message of WorkerLost."""
-    return (
-        f"a worker {what} died twice; it was working on one of: {', '.join(sorted(tasks))}. Most often "
-        "memory ran out: try fewer workers (workers=1). The same command goes on from here"
-    )
-
-
-def drain(
-    pool: Executor, function: Callable[[Any], Any], waiting: deque[Any], pending: dict[Future[Any], Any], most: int
-) -> Iterator[Any]:
-    """Results as they come; at most ``most`` tasks are submitted at a time, so that memory stays flat."""
-    while waiting or pending:
-        while waiting and len(pending) < most:
-            task = waiting.popleft()
-            try:
-                pending[pool.submit(function, task)] = task
-            except BrokenProcessPool:
-                waiting.appendleft(task)
-                raise
-        for future in wait(pending, return_when=FIRST_COMPLETED).done:
-            result = future.result()
-            del pending[future]
-            yield result
 
 
 def _worker_start() -> None:

@@ -34,7 +34,17 @@ from preprocess.sensor import sensor_names
 from preprocess.sheets import LabelError
 from preprocess.workfolder import PackError, check_writable
 
-USER_ERRORS = (config.ConfigError, PlanError, RasterError, LabelError, PackError, RecordError, WorkerLost, OSError)
+USER_ERRORS = (
+    config.ConfigError,
+    PlanError,
+    RasterError,
+    LabelError,
+    PackError,
+    RecordError,
+    WorkerLost,
+    MemoryError,
+    OSError,
+)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -19,7 +19,7 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 import rasterio
-from rasterio._err import CPLE_BaseError
+from rasterio._err import CPLE_BaseError, CPLE_OutOfMemoryError
 from rasterio.crs import CRS
 from rasterio.enums import ColorInterp, MaskFlags
 from rasterio.errors import CRSError, RasterioError, RasterioIOError
@@ -263,12 +263,23 @@ def _errors_of(shown: str) -> Iterator[None]:
     try:
         with environment():
             yield
-    except RasterioIOError as error:
+    except (RasterioError, CPLE_BaseError) as error:
+        _raise_if_memory(error, shown)
+        if not isinstance(error, RasterioIOError):
+            raise UnreadableError(f"{shown}: {error}") from error
         raise UnreadableError(
             f"{shown}: cannot be read as GeoTIFF or JPEG 2000 ({error}); check that the file is whole"
         ) from error
-    except (RasterioError, CRSError, CPLE_BaseError) as error:
+    except CRSError as error:
         raise UnreadableError(f"{shown}: {error}") from error
+
+
+def _raise_if_memory(error: BaseException | None, shown: str) -> None:
+    """Memory that ran out says nothing against a file, which must not be left out as damaged."""
+    while error is not None:
+        if isinstance(error, CPLE_OutOfMemoryError):
+            raise MemoryError(f"{shown}: no memory left to read it ({error})") from error
+        error = error.__cause__
 
 
 @contextmanager

@@ -419,3 +419,19 @@ def test_scenes_with_flipped_bytes_never_end_in_a_traceback(at, capsys, seed):
         assert status in (0, 1)
         assert "Traceback" not in said
         assert status == 0 or "bad.tif" in said or "not one usable tile" in said, said
+
+
+def test_memory_that_runs_out_is_not_held_against_a_file():
+    from rasterio._err import CPLE_AppDefinedError, CPLE_OutOfMemoryError
+    from rasterio.errors import RasterioIOError
+
+    from preprocess import raster
+
+    def failing(cause):
+        with raster._errors_of("a.tif"):
+            raise RasterioIOError("Read failed.") from cause
+
+    with pytest.raises(MemoryError, match=r"a\.tif: no memory left"):
+        failing(CPLE_OutOfMemoryError(1, 2, "cannot allocate"))
+    with pytest.raises(raster.RasterError, match=r"a\.tif: cannot be read"):
+        failing(CPLE_AppDefinedError(1, 1, "broken"))

@@ -77,7 +77,7 @@ def test_a_worker_that_dies_once_is_replaced(tmp_path):
 
 def test_a_task_that_kills_its_worker_twice_is_named(tmp_path):
     tasks = [(str(tmp_path), f"t{n}", 9 if n == 1 else 0) for n in range(4)]
-    with ProcessPool(1) as runs, pytest.raises(WorkerLost, match=r"died twice.* t1[.,].*workers=1"):
+    with ProcessPool(1) as runs, pytest.raises(WorkerLost, match=r"died twice.* while it worked on t1:.*workers=1"):
         list(runs.run_all(die, tasks, lambda t: t[1]))
 
 
@@ -201,14 +201,58 @@ def test_another_version_and_missing_inputs_are_named(tmp_path):
     from preprocess.dask_engine import _fault, _look
 
     (tmp_path / "token").touch()
+    here = _look(str(tmp_path / "token"), [])
     seen = _look(str(tmp_path / "token"), [str(tmp_path / "no.tif")])
-    assert "cannot read" in _fault(seen, tmp_path)
-    assert "no.tif" in _fault(seen, tmp_path)
-    fine = {**seen, "missing": []}
-    assert _fault(fine, tmp_path) == ""
-    assert "install the same version" in _fault({**fine, "version": "0.0.1"}, tmp_path)
-    assert "Python 3.8" in _fault({**fine, "python": "3.8"}, tmp_path)
-    assert "cannot run geokr" in _fault(ModuleNotFoundError("geokr"), tmp_path)
+    assert "cannot read" in _fault(seen, here, tmp_path)
+    assert "no.tif" in _fault(seen, here, tmp_path)
+    assert _fault(here, here, tmp_path) == ""
+    assert "geokr 0.0.1" in _fault({**here, "version": "0.0.1"}, here, tmp_path)
+    assert "Python 3.8" in _fault({**here, "python": "3.8"}, here, tmp_path)
+    assert "other code" in _fault({**here, "code": "1"}, here, tmp_path)
+    assert "numpy 1.0" in _fault({**here, "libraries": {**here["libraries"], "numpy": "1.0"}}, here, tmp_path)
+    assert "cannot run geokr" in _fault(ModuleNotFoundError("geokr"), here, tmp_path)
+
+
+def test_a_worker_that_joins_later_is_asked_before_its_first_task(tmp_path):
+    from preprocess.dask_engine import Look, _look, _Looking
+
+    token = tmp_path / "token"
+    look = Look(str(token), (), _look(str(token), []), tmp_path)
+    with pytest.raises(PackError, match="does not see --out"):
+        _Looking(square, look)(3)
+    token.touch()
+    assert _Looking(square, look)(3) == 9
+
+
+def exhaust(task):
+    """Runs out of memory as often as the task says, counted in files."""
+    folder, name, times = task
+    for attempt in range(times):
+        mark = Path(folder) / f"{name}-{attempt}"
+        if not mark.exists():
+            mark.touch()
+            raise MemoryError
+    return name
+
+
+@pytest.mark.parametrize("opened", [ProcessPool, InCaller])
+def test_no_memory_left(tmp_path, opened):
+    """Given again once where others may have taken it; then an error that names the task."""
+    tasks = [(str(tmp_path), f"t{n}", 9 if n == 2 else 0) for n in range(4)]
+    with opened(*([1] if opened is ProcessPool else [])) as runs, pytest.raises(WorkerLost, match=r"memory.*t2"):
+        list(runs.run_all(exhaust, tasks, lambda t: t[1]))
+    assert (tmp_path / "t2-1").exists() == (opened is ProcessPool)
+    if opened is ProcessPool:
+        once = [(str(tmp_path), f"o{n}", n % 2) for n in range(4)]
+        with ProcessPool(1) as runs:
+            assert sorted(runs.run_all(exhaust, once, lambda t: t[1])) == ["o0", "o1", "o2", "o3"]
+
+
+def test_neighbours_of_a_task_that_kills_are_not_blamed(tmp_path):
+    """Two tasks that each kill one worker, in flight together: the deaths of one do not count for the other."""
+    tasks = [(str(tmp_path), f"t{n}", 1) for n in range(2)]
+    with ProcessPool(1) as runs:
+        assert sorted(runs.run_all(die, tasks, lambda t: t[1])) == ["t0", "t1"]
 
 
 def test_no_scheduler_answers(tmp_path, monkeypatch):
