@@ -3,6 +3,7 @@
 All are made once and kept in a folder, whose name says what is in it.
 """
 
+import os
 import shutil
 import subprocess
 import sys
@@ -26,7 +27,7 @@ BLOCK = 1024
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """What to pack: files, the land cover's product, and a small scene of the same kind for warming up."""
+    """What to pack: files, the land cover's product, and small scenes of the same kind for warming up."""
 
     scenes: tuple[Path, ...]
     sheets: tuple[Path, ...]
@@ -48,7 +49,7 @@ def positions(width: int, height: int) -> list[tuple[int, int]]:
     return [(x, y) for y in offsets(height, SIZE, STEP).tolist() for x in offsets(width, SIZE, STEP).tolist()]
 
 
-def _kept(folder: Path, make: Callable[[Path], None]) -> Path:
+def kept_folder(folder: Path, make: Callable[[Path], None]) -> Path:
     """``folder`` as ``make`` fills it, once."""
     if not (folder / "done").exists():
         shutil.rmtree(folder, ignore_errors=True)
@@ -65,14 +66,23 @@ def demo(cache: Path, side: int) -> Inputs:
         command = [sys.executable, "preprocess/make_demo.py", "--out", str(folder), "--size", str(side)]
         subprocess.run(command, check=True, cwd=Path(__file__).parents[1], stdout=subprocess.DEVNULL)
 
-    large = _kept(cache / f"scene-{side}", lambda folder: make(folder, side))
-    small = _kept(cache / f"warm-{WARM_SIDE}", lambda folder: make(folder, WARM_SIDE))
+    large = kept_folder(cache / f"scene-{side}", lambda folder: make(folder, side))
+    small = kept_folder(cache / f"warm-{WARM_SIDE}", lambda folder: make(folder, WARM_SIDE))
     sheets = tuple(sorted(large.rglob("N*_*LC030.tif")))
-    return Inputs(_scenes_in(large), sheets, "globeland30", _scenes_in(small))
+    return Inputs(_scenes_in(large), sheets, "globeland30", copies(_scenes_in(small)[0]))
+
+
+def copies(scene: Path) -> tuple[Path, ...]:
+    """Four scenes of one, so that two processes are busy while they warm up."""
+    paths = [scene.with_name(f"{scene.stem}_{letter}.tif") for letter in "abcd"]
+    for path in paths:
+        if not path.exists():
+            os.link(scene, path)
+    return tuple(paths)
 
 
 def _scenes_in(folder: Path) -> tuple[Path, ...]:
-    return tuple(path for path in sorted(folder.rglob("*.tif")) if "LC030" not in path.name)
+    return tuple(sorted(folder.rglob("scenes/*.tif")))
 
 
 # ------------------------------------------------------------------------------------------------- large scenes
@@ -84,10 +94,10 @@ def sparse(cache: Path, side: int, sheet: Path | None) -> Inputs:
     Sparse: one block of 1,024 pixels in 16 holds noise, the others are zeros that stand nowhere in the file. Without
     a ``sheet`` one of the same size is made.
     """
-    sheets = (sheet or _kept(cache / "sheet", _make_sheet) / "ESA_WorldCover_10m_2021_v200_N00E006_Map.tif",)
-    warm = _kept(cache / f"sparse-{WARM_SIDE}", lambda folder: _make_sparse(folder, WARM_SIDE)) / "scene.tif"
-    made = _kept(cache / f"sparse-{side}", lambda folder: _make_sparse(folder, side)) / "scene.tif"
-    return Inputs((made,), sheets, "worldcover", (warm,))
+    sheets = (sheet or kept_folder(cache / "sheet", _make_sheet) / "ESA_WorldCover_10m_2021_v200_N00E006_Map.tif",)
+    warm = kept_folder(cache / f"sparse-{WARM_SIDE}", lambda folder: _make_sparse(folder, WARM_SIDE)) / "scene.tif"
+    made = kept_folder(cache / f"sparse-{side}", lambda folder: _make_sparse(folder, side)) / "scene.tif"
+    return Inputs((made,), sheets, "worldcover", copies(warm))
 
 
 @contextmanager
@@ -131,7 +141,7 @@ def headers(cache: Path, tiles: int) -> Inputs:
     next, 40 rows of them from the equator northward. Only the first rows of the first scene have land cover below them.
     """
     count = -(-tiles // len(positions(SCENE_SIDE, SCENE_SIDE)))
-    folder = _kept(cache / f"headers-{count}", lambda folder: _make_headers(folder, count))
+    folder = kept_folder(cache / f"headers-{count}", lambda folder: _make_headers(folder, count))
     scenes = tuple(sorted(folder.glob("scene_*.tif")))
     return Inputs(scenes, tuple(sorted(folder.glob("ESA_*.tif"))), "worldcover", scenes[:1])
 

@@ -1,9 +1,12 @@
 """What is measured of geokr's own: packing a scene to a finished dataset, and its JPEG encoder by itself."""
 
+import contextlib
 import multiprocessing
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +21,36 @@ KEEP = ("quality.max_dark_fraction=1", "quality.max_bright_fraction=1", "split.v
 KEEP_ALL = ("quality.min_brightest=null", "quality.min_contrast=null", "split.val_fraction=0", *KEEP[:2])
 
 
-def ours(inputs: Inputs, out: Path, *overrides: str, keep: tuple[str, ...] = KEEP) -> dict[str, Any]:
-    """Packs from planning to the manifest, the start of its processes included."""
+def options_of(keep: Sequence[str], overrides: Sequence[str]) -> Any:
+    """Options of packing."""
     from geokr import config
     from preprocess.options import PackOptions
+
+    return config.load(PackOptions, None, [*keep, *overrides])
+
+
+_ENGINES: dict[int, Any] = {}  # of this process, kept as long as it lives
+
+
+def started(workers: int) -> contextlib.AbstractContextManager[Any]:
+    """An engine whose processes stay from one packing to the next: the warm-up starts them."""
+    from preprocess.engine import open_engine
+
+    if workers not in _ENGINES:
+        _ENGINES[workers] = open_engine(workers)
+    return contextlib.nullcontext(_ENGINES[workers])
+
+
+def ours(inputs: Inputs, out: Path, *overrides: str, keep: tuple[str, ...] = KEEP) -> dict[str, Any]:
+    """Packs from planning to the manifest."""
     from preprocess.pack import pack
     from preprocess.plan import make_plan
 
-    options = config.load(PackOptions, None, [*keep, *overrides])
+    options = options_of(keep, overrides)
     out.mkdir(parents=True)
     with Watch() as watch:
         plan = make_plan([str(path) for path in inputs.scenes], list(map(str, inputs.sheets)), inputs.product, options)
-        packed = pack(plan, out, lambda phase, done, total: None)
+        packed = pack(plan, out, lambda *progress: None, open_engine=partial(started, options.workers))
     shards = packed.manifest.train.shards
     sizes = {"tiles": packed.manifest.train.records, "bytes": sum(shard.bytes for shard in shards)}
     return {**watch.found(), **sizes, "positions": plan.tiles, "stages": dict(packed.stages)}
@@ -71,11 +92,9 @@ def _load(scene: Path, gate: threading.Barrier) -> None:
 
 def _encode(overrides: tuple[str, ...]) -> tuple[int, float, float, int]:
     """(tiles, seconds, CPU seconds, bytes)."""
-    from geokr import config
     from preprocess.image_codecs import encode_image
-    from preprocess.options import PackOptions
 
-    options = config.load(PackOptions, None, overrides)
+    options = options_of((), overrides)
     for tile in _TILES[:16]:
         encode_image(tile, options)
     _GATE[0].wait(60)

@@ -8,12 +8,14 @@
     memory   sparse scenes up to 40,000 x 40,000 over a land-cover sheet of 36,000 x 36,000: peak memory of a worker and
              of the driver, and whether time grows with the number of tiles alone
     plan     10 million tiles (--plan-tiles): planning, and what the driver holds when all of them are scanned
-    all      those four
+    tiles    100,000 small files (--count) that are tiles already, with a histogram in JSON beside each
+    all      those five
 
 Every measurement is a process of its own after a warm-up on a small scene (compiled kernels come from Numba's cache),
 in turn with the others, `--repeats` times; medians and spreads ((max - min) / median) are reported. Rates of geokr
-count tiles that were written, the start of its processes included. CPU time is that of all processes; where cores
-are shared with others it says more than rates do. The last line is one JSON object.
+count tiles that were written. Processes have been started when the clock starts, those of the others too; start_s is
+what the warm-up took, from nothing. CPU time is that of all processes; where cores are shared it says more than rates
+do. The last line is one JSON object.
 """
 
 import argparse
@@ -33,11 +35,12 @@ if __package__ in (None, ""):  # run as a file: the folder on the path must be t
 from benchmarks import bench_pack_disk, bench_pack_inputs, bench_report
 from benchmarks.bench_pack_inputs import SIZE, STEP, Inputs, positions
 
-STAGES = ("pack", "raw", "memory", "plan")
+STAGES = ("pack", "raw", "memory", "plan", "tiles")
 COLUMNS = (
     "stage", "case", "tiles_per_s", "spread", "cpu_us_per_tile", "mb_per_s", "driver_mb", "worker_mb", "bytes_a_tile",
+    "start_s",
 )  # fmt: skip
-ONCE = ("memory", "plan")  # stages that are exact, or long: measured once unless --repeats asks for more
+ONCE = ("memory", "plan", "tiles")  # stages that are exact, or long: measured once unless --repeats asks for more
 PROCESSES = (1, 2)
 
 
@@ -49,6 +52,7 @@ class Setting:
     size: int
     sides: tuple[int, ...]
     plan_tiles: int
+    count: int
     sheet: Path | None
 
 
@@ -76,7 +80,13 @@ def threads(count: int) -> str:
 
 
 def all_cases(setting: Setting) -> list[Case]:
-    return [*pack_cases(setting), *raw_cases(setting), *memory_cases(setting), *plan_cases(setting)]
+    return [
+        *pack_cases(setting),
+        *raw_cases(setting),
+        *memory_cases(setting),
+        *plan_cases(setting),
+        *tile_cases(setting),
+    ]
 
 
 def pack_cases(setting: Setting) -> Iterator[Case]:
@@ -146,15 +156,30 @@ def plan_cases(setting: Setting) -> Iterator[Case]:
     yield Case("plan", "driver up to the first shard", scenes, bench_pack_driver.driving, warm=False)
 
 
+def tile_cases(setting: Setting) -> Iterator[Case]:
+    from benchmarks import bench_pack_tiles
+
+    tiles = partial(bench_pack_tiles.cut_tiles, setting.cache, setting.count)
+    for n in PROCESSES:
+        yield Case("tiles", f"{setting.count:,} files of 64 px, {words(n)}", tiles, partial(_tiles, processes=n))
+
+
+def _tiles(inputs: Inputs, out: Path, processes: int) -> dict[str, Any]:
+    from benchmarks.bench_pack_tiles import pack_tiles
+
+    return pack_tiles(inputs, out, _workers(processes))
+
+
 # ------------------------------------------------------------------------------------------------- measuring
 
 
 def measure_here(case: Case, folder: Path) -> dict[str, Any]:
     """Runs one case in this process, warmed up."""
     inputs = case.inputs()
-    if case.warm:
-        case.run(inputs.small(), folder / "warm")
-    return case.run(inputs, folder / "out")
+    if not case.warm:
+        return case.run(inputs, folder / "out")
+    first = case.run(inputs.small(), folder / "warm")
+    return {**case.run(inputs, folder / "out"), "start_s": first["seconds"]}
 
 
 def measure(case: Case, cache: Path, arguments: Sequence[str]) -> dict[str, Any]:
@@ -197,6 +222,8 @@ def line(case: Case, found: Sequence[dict[str, Any]]) -> dict[str, Any]:
     for key in ("driver_mb", "worker_mb", "bytes_a_tile"):
         if any(entry.get(key) for entry in found):
             made[key] = round(max(entry[key] for entry in found), 1)
+    if "start_s" in found[0] and case.name.startswith("ours"):
+        made["start_s"] = round(sorted(entry["start_s"] for entry in found)[len(found) // 2], 2)
     for key in ("crop_s", "label_s"):
         if key in found[0]:
             made[f"{key[:-2]}_per_s"] = _median([entry["tiles"] / entry[key] for entry in found])
@@ -271,7 +298,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--sides", type=int, nargs="+", default=(10_000, 20_000, 40_000), help="sides of memory's scenes")
     made.add_argument("--sheet", type=Path, help="WorldCover's sheet N00E006; without it one as large is made")
     made.add_argument("--plan-tiles", type=int, default=10_000_000, help="tiles of plan, about")
-    made.add_argument("--repeats", type=int, help="default: 3, and 1 for memory and plan")
+    made.add_argument("--count", type=int, default=100_000, help="files of tiles")
+    made.add_argument("--repeats", type=int, help="default: 3, and 1 for memory, plan and tiles")
     made.add_argument("--cache", type=Path, default=Path("out/bench-packing"), help="where inputs are kept")
     made.add_argument("--json", type=Path, help="write the report there")
     made.add_argument("--run", help=argparse.SUPPRESS)
@@ -282,7 +310,9 @@ def parser() -> argparse.ArgumentParser:
 def main() -> int:
     chosen = parser().parse_args()
     chosen.cache.mkdir(parents=True, exist_ok=True)
-    setting = Setting(chosen.cache.resolve(), chosen.size, tuple(chosen.sides), chosen.plan_tiles, chosen.sheet)
+    setting = Setting(
+        chosen.cache.resolve(), chosen.size, tuple(chosen.sides), chosen.plan_tiles, chosen.count, chosen.sheet
+    )
     cases = all_cases(setting)
     if chosen.run:
         (case,) = [case for case in cases if case.name == chosen.run]
@@ -298,7 +328,10 @@ def main() -> int:
 def report(cases: Sequence[Case], found: dict[str, list[dict[str, Any]]], chosen: argparse.Namespace) -> None:
     results = [line(case, found[case.name]) for case in cases]
     parts = [
-        entry for case in cases if case.stage in ("pack", "raw") for entry in stage_lines(case.name, found[case.name])
+        entry
+        for case in cases
+        if case.stage not in ("memory", "plan")
+        for entry in stage_lines(case.name, found[case.name])
     ]
     if parts:
         bench_report.table(parts, ("case", "part", "cpu_us", "share", "elapsed_us"))

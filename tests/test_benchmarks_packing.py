@@ -14,6 +14,8 @@ import rasterio
 from benchmarks import bench_pack_disk, bench_pack_driver, bench_pack_inputs, bench_pack_ours, bench_pack_peers, packing
 from benchmarks.bench_pack_inputs import SIZE, Inputs, positions
 from benchmarks.bench_pack_watch import Watch, cpu_seconds, peak_mb
+from geokr import records
+from preprocess import shards
 from tests.scenes import noise, patches, write_raster
 
 ROOT = Path(__file__).parents[1]
@@ -58,7 +60,7 @@ def test_it_runs_as_a_file(tmp_path):
 def test_a_sparse_scene_over_a_large_sheet(tmp_path):
     codes = patches(0, 360, 360, (10, 30, 80))
     sheet = write_raster(tmp_path / "wc.tif", codes, (3 / 360, 0, 6, 0, -3 / 360, 3), "EPSG:4326")
-    (case,) = packing.memory_cases(packing.Setting(tmp_path, 0, (600,), 0, sheet))
+    (case,) = packing.memory_cases(packing.Setting(tmp_path, 0, (600,), 0, 0, sheet))
     found = case.run(case.inputs(), tmp_path / "out", processes=1)  # type: ignore[call-arg]
     assert found["tiles"] == 9
     assert 50 < found["worker_mb"] < 1000
@@ -141,6 +143,18 @@ def test_the_driver_on_a_run_that_is_all_but_done(tmp_path):
     assert not list((tmp_path / "out").glob("*.tfrecord"))
 
 
+def test_files_of_tiles(tmp_path):
+    (case, _) = packing.tile_cases(packing.Setting(tmp_path, 0, (), 0, 20, None))
+    inputs = case.inputs()
+    assert len(list(inputs.scene.rglob("*.tif"))) == len(list(inputs.scene.rglob("*.json"))) == 20
+    found = case.run(inputs, tmp_path / "out")
+    assert found["tiles"] == 20
+    (records_of,) = (tmp_path / "out").glob("*.tfrecord")
+    tiles = [records.decode_record(payload) for _, payload in shards.read_frames(records_of)]
+    assert len({tile.transform[2] for tile in tiles}) == 20
+    assert tiles[0].fractions.max() == pytest.approx(3000 / 4096)
+
+
 # --------------------------------------------------------------------------------------------- watching, report
 
 
@@ -207,7 +221,7 @@ def test_shares_of_stages_are_of_all_cpu_time():
 
 
 def test_every_case_is_asked_for_by_a_name_of_its_own(tmp_path):
-    setting = packing.Setting(tmp_path, 700, (600, 900), 6000, None)
+    setting = packing.Setting(tmp_path, 700, (600, 900), 6000, 20, None)
     cases = packing.all_cases(setting)
     assert len({entry.name for entry in cases}) == len(cases)
     assert {entry.stage for entry in cases} == set(packing.STAGES)
