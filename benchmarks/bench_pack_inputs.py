@@ -74,7 +74,9 @@ def demo(cache: Path, side: int) -> Inputs:
 
 def copies(scene: Path) -> tuple[Path, ...]:
     """Four scenes of one, so that two processes are busy while they warm up."""
-    paths = [scene.with_name(f"{scene.stem}_{letter}.tif") for letter in "abcd"]
+    folder = scene.parent.with_name("copies")
+    folder.mkdir(exist_ok=True)
+    paths = [folder / f"{number}-{scene.name}" for number in range(4)]
     for path in paths:
         if not path.exists():
             os.link(scene, path)

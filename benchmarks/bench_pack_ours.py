@@ -32,7 +32,7 @@ def options_of(keep: Sequence[str], overrides: Sequence[str]) -> Any:
 _ENGINES: dict[int, Any] = {}  # of this process, kept as long as it lives
 
 
-def started(workers: int) -> contextlib.AbstractContextManager[Any]:
+def started(workers: int) -> Any:
     """An engine whose processes stay from one packing to the next: the warm-up starts them."""
     from preprocess.engine import open_engine
 
