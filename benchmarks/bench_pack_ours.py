@@ -46,7 +46,8 @@ def ours(inputs: Inputs, out: Path, *overrides: str, keep: tuple[str, ...] = KEE
     from preprocess.pack import pack
     from preprocess.plan import make_plan
 
-    options = options_of(keep, overrides)
+    # of a small scene several shards, so that all processes come to write one
+    options = options_of(keep, (*overrides, "shards.records=16") if inputs.scenes == inputs.warm else overrides)
     out.mkdir(parents=True)
     with Watch() as watch:
         plan = make_plan([str(path) for path in inputs.scenes], list(map(str, inputs.sheets)), inputs.product, options)
