@@ -5,8 +5,10 @@ chunk has a commit, a table and frames, as a run leaves them that was cut short 
 scanned. Packing goes on from there, through the order of all tiles, up to the first shard.
 """
 
+import contextlib
 import json
 import os
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,28 +42,47 @@ def planning(inputs: Inputs, out: Path) -> dict[str, Any]:
     return {**found, "tiles": plan.tiles, "bytes_a_tile": (found["driver_mb"] - before) * 1e6 / plan.tiles}
 
 
-class _Gathering(Exception):  # noqa: N818 - how packing is stopped, no error
-    """The first shard is about to be written."""
+class _Stopped(Exception):  # noqa: N818 - how packing is stopped, no error
+    """As far as it was wanted."""
+
+
+class _OneChunk:
+    """An engine that stops packing when the limits are there and the first chunk has been scanned."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def run_all(
+        self, function: Callable[[Any], Any], tasks: Sequence[Any], describe: Callable[[Any], str]
+    ) -> Generator[Any, None, None]:
+        self.calls += 1
+        yield from map(function, tasks if self.calls == 1 else tasks[:1])
+        if self.calls == 2:
+            raise _Stopped
+
+    def __enter__(self) -> "_OneChunk":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        return None
 
 
 def driving(inputs: Inputs, out: Path) -> dict[str, Any]:
     """Time and memory from the plan to the first shard, with all chunks scanned before; planning is included."""
     from preprocess.pack import pack
 
+    out.mkdir(parents=True)
     _pretend_scanned(_plan(inputs), out)
 
     def progress(phase: str, done: int, total: int) -> None:
         if phase == "shards":
-            raise _Gathering
+            raise _Stopped
 
     before = peak_mb()
     with Watch() as watch:
         plan = _plan(inputs)
-        try:
+        with contextlib.suppress(_Stopped):
             pack(plan, out, progress)
-        except _Gathering:
-            pass
-        else:
             raise AssertionError("packing ended without gathering")
     found = watch.found()
     return {**found, "tiles": plan.tiles, "bytes_a_tile": (found["driver_mb"] - before) * 1e6 / plan.tiles}
@@ -69,22 +90,20 @@ def driving(inputs: Inputs, out: Path) -> dict[str, Any]:
 
 def _pretend_scanned(plan: Any, out: Path) -> None:
     """Spill files of every chunk: the first one is scanned, the others get its frames and tiles of their own hash."""
-    from preprocess import scan, spill
+    from preprocess import spill, workfolder
+    from preprocess.pack import pack
 
-    folder = out / ".work/spill"
-    folder.mkdir(parents=True)
-    task = plan.tasks[0]
-    limits = np.tile([0.0, 3000.0], (len(task.bands), 1))
-    job = scan.Job(0, task.scene, task.bands, task.covers, task.chunks[0], limits, plan.options, str(folder))
-    commit = scan.scan_chunk(job)
-    frames, rows, _ = spill.spill_paths(folder, 0)
-    table = np.load(rows)
-    assert len(table) == task.chunks[0].tiles, "every tile is kept"
+    with contextlib.suppress(_Stopped):
+        pack(plan, out, lambda *progress: None, open_engine=_OneChunk)
+    folder = workfolder.folder_of_last_run(out / workfolder.WORK) / "spill"
+    frames, rows, commit = spill.spill_paths(folder, 0)
+    table, tree = np.load(rows), json.loads(commit.read_bytes())
+    assert len(table) == plan.tasks[0].chunks[0].tiles, "every tile is kept"
     rng, number = np.random.default_rng(0), 0
     for task in plan.tasks:
         for chunk in task.chunks:
             frames = _chunk(folder, number, frames, table[: chunk.tiles], rng)
-            text = {**commit, "number": number, "scene_id": task.scene.scene_id, "kept": chunk.tiles}
+            text = {**tree, "number": number, "scene_id": task.scene.scene_id, "kept": chunk.tiles}
             spill.spill_paths(folder, number)[2].write_text(json.dumps(text))
             number += 1
 
