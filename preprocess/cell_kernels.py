@@ -8,6 +8,8 @@ histograms that stay in the nearest cache, several in turn, since equal neighbou
 import numpy as np
 from numba import njit
 
+COLUMNS = 1024  # a multiple of any vector's length
+
 
 @njit(nogil=True, cache=True)
 def grey_sum_histograms(counts_YXS, grey_HWC, down_Y2, across_X2):
@@ -102,23 +104,28 @@ def label_counts(counts_YXK, labels_HW, down_Y2, across_X2, kx, ky, first_row):
 
     labels_HW begins at the scene row ``first_row``. A comparison for every class, many pixels at once, is faster than
     one counter after the other: equal neighbours, and land cover is made of them, would wait for one another's sum.
+    Columns first and cells afterwards, since cells are too narrow for that; so many columns at a time that their
+    counters stay in the nearest cache.
     """
-    classes = counts_YXK.shape[2]
+    classes, width = counts_YXK.shape[2], labels_HW.shape[1]
     last_row = first_row + labels_HW.shape[0] // ky
+    column_KW = np.empty((classes, COLUMNS), np.uint8)
     for i in range(down_Y2.shape[0]):
         top = (max(down_Y2[i, 0], first_row) - first_row) * ky
         bottom = (min(down_Y2[i, 1], last_row) - first_row) * ky
-        for j in range(across_X2.shape[0]):
-            left, right = across_X2[j, 0] * kx, across_X2[j, 1] * kx
-            column_KW = np.empty((classes, right - left), np.uint8)
-            for begin in range(top, bottom, 255):  # as many rows as 8 bits can count
+        for begin in range(top, bottom, 255):  # as many rows as 8 bits can count
+            for left in range(0, width, COLUMNS):
+                right = min(left + COLUMNS, width)
                 column_KW[:] = 0
                 for y in range(begin, min(begin + 255, bottom)):
                     row = labels_HW[y, left:right]
                     for k in range(classes):
-                        _add_where_equal(column_KW[k], row, np.uint8(k))
-                for k in range(classes):
-                    counts_YXK[i, j, k] += column_KW[k].sum()
+                        _add_where_equal(column_KW[k, : right - left], row, np.uint8(k))
+                for j in range(across_X2.shape[0]):
+                    first, end = max(across_X2[j, 0] * kx, left) - left, min(across_X2[j, 1] * kx, right) - left
+                    if first < end:
+                        for k in range(classes):
+                            counts_YXK[i, j, k] += column_KW[k, first:end].sum()
 
 
 @njit(nogil=True, cache=True)
