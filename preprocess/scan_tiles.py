@@ -14,6 +14,8 @@ from preprocess.inputs import PlanError
 from preprocess.labels import TileLabels
 from preprocess.options import PackOptions
 from preprocess.precut import Files, Sample
+from preprocess.quality import Measures
+from preprocess.report_pictures import keep_examples
 from preprocess.scan import Job, View
 from preprocess.sheets import LabelError, LabelSheet
 from preprocess.spill import Kept, band_sums, spill
@@ -31,8 +33,8 @@ def stretch_limits(sample: Sample, bands: tuple[int, ...], options: PackOptions)
             scenes.append(precut.open_tile(sample.folder, name, "", options, sample.sensor))
         except (RasterError, PlanError):
             continue
-    if options.stretch.mode == "none" and scenes and scenes[0].dtype == "uint8":
-        return np.tile([0.0, 255.0], (len(bands), 1))  # they are grey levels
+        if options.stretch.mode == "none" and scenes[0].dtype == "uint8":
+            return np.tile([0.0, 255.0], (len(bands), 1))  # they are grey levels
     return sampling.limits_over(scenes, bands, options, pass_over=True)
 
 
@@ -47,19 +49,25 @@ def scan_files(job: Job) -> dict[str, Any]:
     kept: list[Kept] = []
     sums: list[np.ndarray] = []
     rejected: Counter[str] = Counter()
+    examples: list[tuple[str, str, Measures, np.ndarray]] = []
     bad: list[str] = []
     for n, name in enumerate(files.names):
         try:
-            view = _view(job, files, name, clock)
+            with raster.environment():  # once for all that is opened for a tile
+                view = _view(job, files, name, clock)
+                tiles = _scanned(view, files, n, clock)
         except (RasterError, PlanError) as error:
             bad.append(str(error))
             continue
-        tiles = _scanned(view, files, n, clock)
-        rejected.update(reason for reason in view.reasons if reason)
+        if reason := view.reasons[0]:
+            rejected[reason] += 1
+            examples.append((reason, precut.stem(name), view.measures[0], view.grey))
         for tile in tiles:
             with clock("statistics"):
                 sums.append(band_sums(view.image, view.cells)[0])
             kept.append(replace(tile, t=len(kept)))
+    with clock("examples"):
+        keep_examples(job.folder, job.number, job.options.seed, examples)
     rejected["unreadable"] = len(bad)
     facts = {"bad": bad[:MESSAGES]}
     total = np.array(sums) if sums else np.zeros((0, 2, len(job.bands)))
