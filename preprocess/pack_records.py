@@ -3,7 +3,8 @@
     python preprocess/pack_records.py --scenes 'scenes/*.tif' --land-cover 'landcover/*.tif' \\
         --product globeland30 --out out/records tile.size=256 tile.step=200
 
-The same command again finds the dataset made and writes nothing; cut short, it goes on where it was.
+Tiles that are cut already: --tiles in place of --scenes, and --labels in place of --land-cover where files beside
+them label them. The same command again finds the dataset made and writes nothing; cut short, it goes on where it was.
 """
 
 import argparse

@@ -99,8 +99,13 @@ class Listing:
 
 
 def stem(name: str) -> str:
-    """A tile's id: its path in the folder without the ending."""
+    """What a tile is called: its path in the folder without the ending."""
     return str(PurePosixPath(name).with_suffix(""))
+
+
+def tile_id(scene_id: str, name: str) -> str:
+    """The folder's name before it, so that tiles of other folders may be added to a dataset."""
+    return f"{scene_id}/{stem(name)}"
 
 
 def spread(names: Sequence[str], count: int = SAMPLE) -> list[str]:

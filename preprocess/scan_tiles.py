@@ -61,7 +61,7 @@ def scan_files(job: Job) -> dict[str, Any]:
             continue
         if reason := view.reasons[0]:
             rejected[reason] += 1
-            examples.append((reason, precut.stem(name), view.measures[0], view.grey))
+            examples.append((reason, view.job.tile_id, view.measures[0], view.grey))
         for tile in tiles:
             with clock("statistics"):
                 sums.append(band_sums(view.image, view.cells)[0])
@@ -78,7 +78,9 @@ def _view(job: Job, files: Files, name: str, clock: Clock) -> View:
     with clock("read"):
         scene = precut.open_tile(files.folder, name, job.scene.scene_id, job.options, files.sensor)
         precut.check_form(scene, files.size, files.shape)
-    one = replace(job, scene=scene, chunk=Chunk((0,), (0,), files.size), tile_id=precut.stem(name))
+    one = replace(
+        job, scene=scene, chunk=Chunk((0,), (0,), files.size), tile_id=precut.tile_id(job.scene.scene_id, name)
+    )
     return scan.read_view(one, clock)
 
 

@@ -53,7 +53,7 @@ def test_many_tiles_are_georeferenced_files(tmp_path):
     found = [record for _, record in read_records(tmp_path / "d")]
     assert len({record.tile_id for record in found}) == records.load_manifest(tmp_path / "d").counts["kept"] == 130
     counts = json.loads((tmp_path / "labels/000/000123.json").read_text())
-    record = next(record for record in found if record.tile_id == "000/000123")
+    record = next(record for record in found if record.tile_id == "tiles/000/000123")
     names = [entry.codes[0] for entry in records.load_manifest(tmp_path / "d").classes]
     expected = np.array([counts.get(str(code), 0) for code in names]) / 256
     np.testing.assert_allclose(record.fractions, expected, atol=1e-6)

@@ -84,7 +84,7 @@ def test_tiles_are_the_scenes_own(labels, world, from_scene, tmp_path):
         assert record.valid_fraction == pytest.approx(1)
         assert record.scene_id == "tiles"
         column, row = round((where[2] - 5e5) / 10), round((4e6 - where[5]) / 10)
-        assert record.tile_id == f"{row // SIZE}/tile_{column:03d}"
+        assert record.tile_id == f"tiles/{row // SIZE}/tile_{column:03d}"
         np.testing.assert_allclose(record.lonlat, same.lonlat, rtol=1e-7)
     manifest = records.load_manifest(tmp_path / "d")
     assert manifest.tile.size == SIZE
@@ -138,6 +138,21 @@ def test_another_folder_over_the_same_dataset_is_refused(world, tmp_path, capsys
     assert "scenes.tiles" in capsys.readouterr().err
 
 
+def test_another_folder_is_added(world, tmp_path, capsys):
+    """Tiles of equal names in folders of different names."""
+    for name, row in (("north", 0), ("south", 4000)):
+        for column in range(5):
+            pixels = noise(row + column, (3, SIZE, SIZE))
+            write_raster(tmp_path / name / f"t{column}.tif", pixels, place(column * SIZE, row))
+            (tmp_path / name / f"t{column}.json").write_text(json.dumps({"10": 1, "20": column}))
+    for name in ("north", "south"):
+        assert command(tmp_path / name, tmp_path / "d", "--labels", str(tmp_path / name), *KEYS, "--append") == 0
+    found = {record.tile_id for _, record in read_records(tmp_path / "d")}
+    assert found == {f"{name}/t{column}" for name in ("north", "south") for column in range(5)}
+    assert [scene.scene_id for scene in records.load_manifest(tmp_path / "d").scenes] == ["north", "south"]
+    assert verify_records.verify(tmp_path / "d", 1)[0] == []
+
+
 def test_labels_on_other_grids_and_a_rotated_tile(tmp_path):
     """Label rasters of another resolution and CRS, against every sub-pixel by itself."""
     turned = (8.0, 3.0, 5e5, 3.0, -8.0, 4e6)
@@ -182,7 +197,7 @@ def test_sixteen_bits_are_stretched_over_all_tiles(world, tmp_path):
                    "tile.codec=lz4") == 0  # fmt: skip
     for _, record in read_records(tmp_path / "kept"):
         assert record.dtype == "uint16"
-        with rasterio.open(tmp_path / f"tiles/{record.tile_id}.tif") as file:
+        with rasterio.open(tmp_path / f"{record.tile_id}.tif") as file:
             assert np.array_equal(decode_image(record, "").transpose(2, 0, 1), file.read())
     assert command(tmp_path / "tiles", tmp_path / "jpeg", *land, *keys, "tile.bands=[1,2,3]") == 0
     (scene,) = records.load_manifest(tmp_path / "jpeg").scenes
@@ -190,7 +205,7 @@ def test_sixteen_bits_are_stretched_over_all_tiles(world, tmp_path):
     assert 1 <= low < 400
     assert 2500 < high < 2900
     means = {record.tile_id: decode_image(record, "").mean() for _, record in read_records(tmp_path / "jpeg")}
-    assert means["t0"] < 60 < means["t1"] < 180 < means["t2"]
+    assert means["tiles/t0"] < 60 < means["tiles/t1"] < 180 < means["tiles/t2"]
 
 
 def test_the_rules_for_scenes_hold(world, tmp_path):
