@@ -72,7 +72,7 @@ def decoding(out: Path) -> dict[str, float]:
     return {"decode_us": round((time.process_time() - start) / len(tiles) * 1e6, 1)}
 
 
-def loading(out: Path, loader: str, seconds: float) -> dict[str, Any]:
+def loading(out: Path, loader: Any, seconds: float) -> dict[str, Any]:
     """Rate and CPU time of a loader over the dataset, after two batches of warming up."""
     from geokr.options import AugmentOptions, DataOptions
     from pipelines.dataset import Dataset
@@ -81,7 +81,8 @@ def loading(out: Path, loader: str, seconds: float) -> dict[str, Any]:
     batch = min(BATCH, Dataset.open(out).train.records)
     options = DataOptions(loader=loader, global_batch=batch)
     with train_batches(Dataset.open(out), options, AugmentOptions(), seed=0) as batches:
-        next(batches), next(batches)
+        for _ in range(2):
+            next(batches)
         rates, images, cpu = [], 0, time.process_time()
         for _ in range(PARTS):
             count, rate = _timed(lambda: next(batches), seconds / PARTS)
