@@ -5,7 +5,7 @@ import json
 import numpy as np
 import rasterio
 
-from benchmarks import bench_cut_tiles, codecs
+from benchmarks import bench_cut_tiles, tile_codecs
 from geokr import records
 from preprocess import pack_records
 from tests.scenes import NO_QUALITY, read_records
@@ -25,11 +25,11 @@ def test_the_table(tmp_path, capsys):
         "--cache",
         str(tmp_path / "kept"),
     ]
-    assert codecs.main([*arguments, "--json", str(path)]) == 0
+    assert tile_codecs.main([*arguments, "--json", str(path)]) == 0
     report = json.loads(path.read_text())
     assert report["ratios"] == json.loads(capsys.readouterr().out.splitlines()[-1])["ratios"]
     lines = {(line["tiles"], line["codec"]): line for line in report["results"]}
-    assert set(lines) == {(form, codec) for form, (names, _) in codecs.FORMS.items() for codec in names}
+    assert set(lines) == {(form, codec) for form, (names, _) in tile_codecs.FORMS.items() for codec in names}
     sizes = {key: line["bytes_a_tile"] for key, line in lines.items()}
     assert sizes["3 x uint8", "jpeg"] < sizes["3 x uint8", "png"] < sizes["3 x uint8", "raw"]
     assert 256 * 256 * 8 < sizes["4 x uint16", "raw"] < 256 * 256 * 8 + 4000

@@ -1,6 +1,6 @@
 """What each codec costs and gives: bytes of a tile, packing, decoding, loading.
 
-    python benchmarks/codecs.py [--size PIXELS] [--seconds S] [--loader L] [--workers N] [--cache DIR] [--json FILE]
+    python benchmarks/tile_codecs.py [--size PIXELS] [--seconds S] [--loader L] [--workers N] [--cache DIR] [--json FILE]
 
 Packs one demo scene with every codec, as 3 bands of uint8 and, but for JPEG, as 4 bands of uint16, and loads each
 dataset with both loaders, augmentation included. A line a codec, form and loader:
@@ -116,7 +116,7 @@ def measured(chosen: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    made = argparse.ArgumentParser(prog="codecs.py", description="Size, packing and loading of every codec.")
+    made = argparse.ArgumentParser(prog="tile_codecs.py", description="Size, packing and loading of every codec.")
     made.add_argument("--size", type=int, default=6000, help="side of the scene in pixels")
     made.add_argument("--seconds", type=float, default=10.0, help="time for each loader")
     made.add_argument("--loader", choices=("torch", "dali"), help="one of them; default both where DALI is installed")
