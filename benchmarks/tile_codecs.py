@@ -1,6 +1,6 @@
 """What each codec costs and gives: bytes of a tile, packing, decoding, loading.
 
-    python benchmarks/tile_codecs.py [--size PIXELS] [--seconds S] [--loader L] [--workers N] [--cache DIR] [--json FILE]
+    python benchmarks/tile_codecs.py [--size PIXELS] [--seconds S] [--loader NAME] [--cache DIR] [--json FILE]
 
 Packs one demo scene with every codec, as 3 bands of uint8 and, but for JPEG, as 4 bands of uint16, and loads each
 dataset with both loaders, augmentation included. A line a codec, form and loader:
