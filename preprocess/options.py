@@ -188,7 +188,8 @@ class PackOptions(Options):
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Decides the order of records and which blocks are held out."""
     max_bad_fraction: float = Field(default=0.0, ge=0, le=1)
-    """The run fails if more than this share of the scenes cannot be used (unreadable, no CRS)."""
+    """The run fails if more than this share of the scenes cannot be used (unreadable, no CRS); with `--tiles`, of the
+    tiles."""
     workers: int | None = Field(default=None, ge=0)
     """Processes that read and encode; null for one a core, 0 to run in the caller. Does not change the bytes."""
 
