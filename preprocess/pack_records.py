@@ -23,7 +23,7 @@ from tqdm import tqdm
 from geokr import config
 from geokr.landcover import product_names
 from geokr.records import RecordError
-from preprocess import report, report_page, tile_table
+from preprocess import estimate, report, report_page, tile_table
 from preprocess.engine import Engine, WorkerLost
 from preprocess.finishing import Finishing
 from preprocess.inputs import PlanError
@@ -84,7 +84,9 @@ def parser() -> argparse.ArgumentParser:
         metavar="ADDRESS",
         help="pack on a running Dask cluster: tcp://host:port, or the path of its scheduler file",
     )
-    made.add_argument("--dry-run", action="store_true", help="plan, say what it would need, write nothing")
+    made.add_argument(
+        "--dry-run", action="store_true", help="look at a few tiles, say what packing would come to, write nothing"
+    )
     return made
 
 
@@ -109,26 +111,6 @@ class Bars:
 
 def _terminated(signum: int, frame: Any) -> None:
     raise SystemExit(128 + signum)
-
-
-def describe(plan: Plan) -> str:
-    """What a dry run says."""
-    size = plan.options.tile.size
-    itemsize = {"uint8": 1, "uint16": 2, "int16": 2, "float32": 4}[plan.dtype]
-    raw = plan.tiles * size * size * len(plan.bands) * itemsize
-    # JPEG at quality 95 and 4:4:4 stays under half of the raw bytes on imagery
-    bound = raw // 2 if plan.options.tile.codec == "jpeg" else raw
-    lines = [
-        f"{len(plan.tasks)} scenes, {len(plan.sheets)} land-cover sheets, {plan.tiles} tile positions in "
-        f"{sum(len(task.chunks) for task in plan.tasks)} chunks",
-        f"bands: {', '.join(f'{band.number} {band.name}' for band in plan.bands)}; tiles of {plan.dtype}",
-        *(
-            f"classes{f' of {cover.name}' if number else ''}: {', '.join(entry.name for entry in cover.legend.classes)}"
-            for number, cover in enumerate(plan.covers)
-        ),
-        f"disk: at most {report.size(bound)} of spill while packing, and as much again for the records",
-    ]
-    return "\n".join(lines)
 
 
 def cluster(address: str | None, plan: Plan, out: Path) -> Callable[[], Engine] | None:
@@ -182,7 +164,7 @@ def run(arguments: Sequence[str]) -> int:
     for warning in plan.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     if chosen.dry_run:
-        print(describe(plan))
+        print(estimate.describe(plan, chosen.out, estimate.sample(plan)))
         return 0
     for scene_id, reason in plan.rejected.items():
         print(f"left out: {scene_id} ({reason})", file=sys.stderr)

@@ -1,0 +1,250 @@
+"""A dry run: what packing would come to, from a plan and a few tiles of a few scenes. Writes nothing that stays."""
+
+import hashlib
+import math
+import shutil
+import tempfile
+import textwrap
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from preprocess import engine, report, sampling, scan
+from preprocess.errors import RasterError
+from preprocess.grid import Chunk
+from preprocess.pixels import read_valid
+from preprocess.plan import Plan, SceneTask
+from preprocess.stages import Times, add
+
+SCENES = 16  # looked into at most, so that a thousand take as long as a few
+PARTS = 32  # of chunks, over all those scenes
+ACROSS, DOWN = 4, 2  # tiles of a part
+LIMIT_WINDOWS = 9  # of a scene, for its stretch limits
+WINDOW = 256  # their side in pixels
+SECONDS = 60.0  # after which no further scene is looked into
+
+
+@dataclass(slots=True)
+class Sampled:
+    """Sums over the tiles that were looked at.
+
+    bytes: of the spill, frames with what follows them. times: see preprocess.stages. unread: scenes that could not be
+    read, by id. busy: seconds that the tiles took; read_pixels, read_seconds: what reading them took.
+    """
+
+    scenes: int = 0
+    tiles: int = 0
+    kept: int = 0
+    held_out: int = 0
+    bytes: int = 0
+    busy: float = 0.0
+    read_pixels: int = 0
+    rejected: Counter[str] = field(default_factory=Counter)
+    times: dict[str, list[float]] = field(default_factory=dict)
+    unread: dict[str, str] = field(default_factory=dict)
+
+
+def _place(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def sample(plan: Plan) -> Sampled:
+    """Looks at tiles of scenes chosen by hash, the same ones every time. Raises LabelError."""
+    found, start = Sampled(), time.monotonic()
+    tasks = sorted((task for task in plan.tasks if task.chunks), key=lambda task: _place(task.scene.scene_id))[:SCENES]
+    parts = max(1, PARTS // max(1, len(tasks)))
+    with tempfile.TemporaryDirectory(prefix="geokr-dry-run-") as folder:
+        for number, task in enumerate(tasks):
+            if time.monotonic() - start > SECONDS:
+                break
+            try:
+                _sample_scene(plan, task, parts, folder, found, first=number == 0)
+                found.scenes += 1
+            except RasterError as error:
+                found.unread[task.scene.scene_id] = str(error)
+    return found
+
+
+def _sample_scene(plan: Plan, task: SceneTask, parts: int, folder: str, found: Sampled, *, first: bool) -> None:
+    limits = _limits(plan, task)
+    jobs = [
+        scan.Job(
+            0, task.scene, task.bands, task.sheets, task.subdivisions, part, limits, plan.legend, plan.options, folder
+        )
+        for part in _parts(task, parts)
+    ]
+    if first:  # compiles, and opens what stays open
+        scan.scan_chunk(jobs[0])
+    for job in jobs:
+        start = time.perf_counter()
+        commit = scan.scan_chunk(job)
+        _count(found, job, commit, time.perf_counter() - start)
+
+
+def _count(found: Sampled, job: scan.Job, commit: dict[str, Any], seconds: float) -> None:
+    found.tiles += job.chunk.tiles
+    found.kept += commit["kept"]
+    found.held_out += commit["splits"][1]["tiles"]
+    found.bytes += commit["bytes"]
+    found.busy += seconds
+    found.read_pixels += job.chunk.window[2] * job.chunk.window[3]
+    found.rejected.update(commit["rejected"])
+    add(found.times, commit["stages"])
+
+
+def _limits(plan: Plan, task: SceneTask) -> np.ndarray:
+    """Stretch limits from a few windows of a scene, where packing will look at all of it."""
+    stretch, bands = plan.options.stretch, task.bands
+    if stretch.limits is not None:
+        return sampling.stretch_limits(task.scene, bands, plan.options)
+    parts = []
+    for window in _limit_windows(task):
+        pixels, valid = read_valid(task.scene, bands, window)
+        values = pixels.reshape(len(bands), -1).T
+        parts.append(values[(valid.ravel() != 0) & (values.mean(axis=1) != 0)])
+    sample_NC = np.concatenate(parts)
+    if not len(sample_NC):
+        return np.tile([0.0, 1.0], (len(bands), 1))
+    if stretch.mode != "per_band":
+        sample_NC = np.repeat(sample_NC.reshape(-1, 1), len(bands), axis=1)
+    limits = np.percentile(sample_NC, stretch.percentiles, axis=0).T.astype(np.float64)
+    limits[:, 1] = np.maximum(limits[:, 1], limits[:, 0] + 1e-6)
+    return limits
+
+
+def _limit_windows(task: SceneTask) -> list[tuple[int, int, int, int]]:
+    """(column, row, width, height) of windows spread over a scene."""
+    width, height = task.scene.place.width, task.scene.place.height
+    side = math.isqrt(LIMIT_WINDOWS)
+    wide, high = min(WINDOW, width), min(WINDOW, height)
+    steps = [(i + 0.5) / side for i in range(side)]
+    return sorted({(int((width - wide) * x), int((height - high) * y), wide, high) for x in steps for y in steps})
+
+
+def _parts(task: SceneTask, wanted: int) -> list[Chunk]:
+    """Small chunks cut out of a scene's, one each of as many chunks as possible, by hash."""
+    scene_id = task.scene.scene_id
+    order = sorted(range(len(task.chunks)), key=lambda i: _place(f"{scene_id} {i}"))
+    found: dict[tuple[int, int], Chunk] = {}
+    for n in range(wanted):
+        chunk = task.chunks[order[n % len(order)]]
+        columns, rows = chunk.columns, chunk.rows
+        left = _place(f"{scene_id} {n} column") % max(1, len(columns) - ACROSS + 1)
+        top = _place(f"{scene_id} {n} row") % max(1, len(rows) - DOWN + 1)
+        part = Chunk(columns[left : left + ACROSS], rows[top : top + DOWN], chunk.size)
+        found[part.columns[0], part.rows[0]] = part
+    return list(found.values())
+
+
+# ------------------------------------------------------------------------------------------------------- text
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Estimate:
+    """What a plan would come to. seconds: with ``workers`` processes on this machine."""
+
+    kept: float
+    record_bytes: float
+    seconds: float
+    workers: int
+
+
+def estimate(plan: Plan, found: Sampled) -> Estimate | None:
+    """None where not one tile could be looked at, or not one is kept."""
+    if not found.kept:
+        return None
+    kept = plan.tiles * found.kept / found.tiles
+    workers = engine.default_workers() if plan.options.workers is None else plan.options.workers
+    return Estimate(kept, kept * found.bytes / found.kept, _seconds(plan, found) / max(1, workers), workers)
+
+
+def _seconds(plan: Plan, found: Sampled) -> float:
+    """Of one process: all tiles at the sampled rate, and once more reading every pixel for stretch limits."""
+    tiles = plan.tiles * found.busy / found.tiles
+    if plan.options.stretch.limits is not None:
+        return tiles
+    pixels = sum(task.scene.place.width * task.scene.place.height for task in plan.tasks if task.chunks)
+    read: Times = {"read": (0.0, 0.0), **found.times}
+    return tiles + pixels * read["read"][1] / max(1, found.read_pixels)
+
+
+def describe(plan: Plan, out: Path, found: Sampled) -> str:
+    """What a dry run says."""
+    guess = estimate(plan, found)
+    classes = textwrap.wrap(", ".join(entry.name for entry in plan.legend.classes), 100)
+    blocks = [
+        "\n".join(["plan", report.table(_plan_rows(plan)), f"  {len(plan.legend.classes)} classes:"])
+        + "".join(f"\n    {line}" for line in classes),
+        f"sample\n{report.table(_sample_rows(plan, found))}",
+    ]
+    if guess is not None:
+        blocks.append("estimate\n" + report.table(_estimate_rows(plan, guess)))
+    warnings = _warnings(plan, out, found, guess)
+    return "\n\n".join(blocks) + "".join(f"\nwarning: {line}" for line in warnings) + "\n\nnothing was written"
+
+
+def _plan_rows(plan: Plan) -> list[list[str]]:
+    tile = plan.options.tile
+    return [
+        ["scenes", f"{len(plan.tasks):,}"],
+        ["  left out", f"{len(plan.rejected):,}"],
+        ["  without land cover", f"{sum(not task.sheets for task in plan.tasks):,}"],
+        ["land-cover sheets", f"{len(plan.sheets):,}"],
+        ["tile positions", f"{plan.tiles:,}"],
+        ["chunks", f"{sum(len(task.chunks) for task in plan.tasks):,}"],
+        ["tiles", f"{tile.size} px every {tile.step} px, {tile.codec}, {plan.dtype}"],
+        ["bands", ", ".join(f"{band.number} {band.name}" for band in plan.bands)],
+    ]
+
+
+def _sample_rows(plan: Plan, found: Sampled) -> list[list[str]]:
+    total = max(1, found.tiles)
+    rows = [
+        ["tiles looked at", f"{found.tiles:,} of {found.scenes} scenes", "share", "of all, about"],
+        ["  kept", f"{found.kept:,}", f"{found.kept / total:.1%}", f"{plan.tiles * found.kept / total:,.0f}"],
+    ]
+    for reason, count in sorted(found.rejected.items(), key=lambda item: (-item[1], item[0])):
+        rows.append(
+            [f"  rejected: {reason}", f"{count:,}", f"{count / total:.1%}", f"{plan.tiles * count / total:,.0f}"]
+        )
+    return rows
+
+
+def _estimate_rows(plan: Plan, guess: Estimate) -> list[list[str]]:
+    who = f"{guess.workers} process{'es' if guess.workers != 1 else ''}" if guess.workers else "one process"
+    return [
+        ["records", f"about {guess.kept:,.0f}, {report.size(guess.record_bytes)}"],
+        ["spill while packing", f"as much again: {report.size(2 * guess.record_bytes)} of disk at the peak"],
+        ["time", f"about {report.span(guess.seconds)} with {who} here"],
+    ]
+
+
+def _warnings(plan: Plan, out: Path, found: Sampled, guess: Estimate | None) -> list[str]:
+    said = [f"{message}" for message in found.unread.values()]
+    if lacking := [task.scene.scene_id for task in plan.tasks if not task.sheets]:
+        more = f" and {len(lacking) - 3} more" if len(lacking) > 3 else ""
+        said.append(f"no land cover under {', '.join(lacking[:3])}{more}: they give no tiles")
+    if guess is None:
+        return [
+            *said,
+            "not one of the tiles that were looked at would be kept: see the reasons above, and docs/data.md",
+        ]
+    if found.rejected["unlabelled"] > found.tiles / 10:
+        said.append(
+            f"{found.rejected['unlabelled'] / found.tiles:.0%} of the tiles have too little land cover under them"
+        )
+    wanted, share = plan.options.split.val_fraction, found.held_out / found.kept
+    if wanted and not wanted / 2 <= share <= wanted * 1.5:
+        said.append(
+            f"{share:.0%} of the sampled tiles fell into validation blocks, split.val_fraction asks for {wanted:.0%}; "
+            "a small sample can be off, few large blocks are"
+        )
+    there = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    if free < 2 * guess.record_bytes:
+        said.append(f"{there} has {report.size(free)} free, packing needs about {report.size(2 * guess.record_bytes)}")
+    return said

@@ -1,0 +1,116 @@
+"""--dry-run: what packing would come to, near enough, from a few tiles, and nothing written."""
+
+import re
+
+import numpy as np
+import pytest
+
+from geokr import config
+from geokr.records import load_manifest
+from preprocess import estimate
+from preprocess.options import PackOptions
+from preprocess.plan import make_plan
+from tests.scenes import command, noise, patches, write_raster
+
+KEYS = ("tile.size=32", "tile.step=24", "split.block_m=3000", "split.val_fraction=0.3", "workers=0")
+
+
+def make_scenes(folder, count, height=260, width=300):
+    scenes = []
+    for n in range(count):
+        pixels = noise(n, (3, height, width))
+        pixels[:, : height // 3] = 3  # a third is dark
+        place = (10, 0, 500_000 + 4000 * n, 0, -10, 5_400_000)
+        scenes.append(write_raster(folder / f"s{n:04}.tif", pixels, place))
+    size = (130, (400 * count + 300) // 3)
+    cover = write_raster(folder / "cover.tif", patches(2, *size, [10, 30, 80]), (30, 0, 499_000, 0, -30, 5_402_000))
+    return scenes, [cover], "worldcover"
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    return make_scenes(tmp_path_factory.mktemp("dry"), 6)
+
+
+def plan_of(inputs, *keys):
+    scenes, covers, product = inputs
+    options = config.load(PackOptions, None, [*KEYS, *keys])
+    return make_plan([str(path) for path in scenes], [str(path) for path in covers], product, options)
+
+
+def test_it_says_about_what_packing_then_does(inputs, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(estimate, "PARTS", 96)
+    out = tmp_path / "out"
+    assert command(*inputs, out, *KEYS, "--dry-run") == 0
+    assert not out.exists()
+    said = capsys.readouterr().out
+    assert "nothing was written" in said
+    plan = plan_of(inputs)
+    found = estimate.sample(plan)
+    guess = estimate.estimate(plan, found)
+    assert found.tiles == found.kept + sum(found.rejected.values())
+    assert command(*inputs, out, *KEYS) == 0
+    manifest = load_manifest(out)
+    assert f"{manifest.counts['positions']:,}" in said
+    assert guess.kept == pytest.approx(manifest.counts["kept"], rel=0.3)
+    size = sum(shard.bytes for part in (manifest.train, manifest.val) for shard in part.shards)
+    assert guess.record_bytes == pytest.approx(size, rel=0.35)
+    for reason in ("dark_share", "unlabelled"):
+        expected = manifest.counts[f"rejected_{reason}"] / manifest.counts["positions"]
+        assert found.rejected[reason] / found.tiles == pytest.approx(expected, abs=0.12), reason
+
+
+def test_the_same_every_time(inputs):
+    first, second = estimate.sample(plan_of(inputs)), estimate.sample(plan_of(inputs))
+    for name in ("scenes", "tiles", "kept", "held_out", "bytes", "rejected"):
+        assert getattr(first, name) == getattr(second, name)
+
+
+def test_a_thousand_scenes_take_as_many_looks_as_sixteen(inputs, monkeypatch):
+    """The work is bounded by what it looks at, not by what there is."""
+    plan = plan_of(inputs)
+    tasks = tuple(
+        estimate.SceneTask(
+            **{name: getattr(task, name) for name in task.__dataclass_fields__ if name != "scene"},
+            scene=type(task.scene)(**{
+                name: getattr(task.scene, name) if name != "scene_id" else f"{task.scene.scene_id}-{n}"
+                for name in task.scene.__dataclass_fields__
+            }),
+        )
+        for n in range(200) for task in plan.tasks
+    )  # fmt: skip
+    many = type(plan)(
+        **{name: getattr(plan, name) for name in plan.__dataclass_fields__ if name != "tasks"}, tasks=tasks
+    )
+    looks = []
+    real = estimate.scan.scan_chunk
+    monkeypatch.setattr(estimate.scan, "scan_chunk", lambda job: looks.append(job.scene.scene_id) or real(job))
+    found = estimate.sample(many)
+    assert found.scenes == estimate.SCENES
+    assert len(looks) <= estimate.PARTS + 1
+
+
+def test_a_damaged_scene_and_missing_land_cover_are_said(inputs, tmp_path, capsys):
+    scenes, covers, product = inputs
+    far = write_raster(tmp_path / "far.tif", noise(9, (3, 64, 64)), (10, 0, 700_000, 0, -10, 4_000_000))
+    whole = scenes[0].read_bytes()
+    cut = tmp_path / "cut.tif"
+    cut.write_bytes(whole[: len(whole) // 8])
+    assert command([*scenes[:2], far, cut], covers, product, tmp_path / "out", *KEYS, "--dry-run") == 0
+    said = capsys.readouterr().out
+    assert "no land cover under far" in said
+    assert re.search(r"warning: .*cut\.tif", said)
+
+
+def test_nothing_kept_is_said(inputs, tmp_path, capsys):
+    keys = ("quality.min_contrast=300", "--dry-run")
+    assert command(*inputs, tmp_path / "out", *KEYS, *keys) == 0
+    assert "not one of the tiles" in capsys.readouterr().out
+
+
+def test_columns_line_up(inputs, tmp_path, capsys):
+    assert command(*inputs, tmp_path / "out", *KEYS, "--dry-run") == 0
+    plan = capsys.readouterr().out.split("\n\n")[0].splitlines()
+    rows = [line for line in plan if line.startswith("  ") and not line.startswith("    ")]
+    assert len({len(line) for line in rows if re.search(r"\d$", line) and "classes" not in line}) == 1
+    assert np.all([len(line) < 121 for line in plan])
