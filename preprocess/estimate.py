@@ -7,17 +7,18 @@ import tempfile
 import textwrap
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from preprocess import engine, report, sampling, scan
+from preprocess import engine, report, sampling, scan, scan_tiles
 from preprocess.errors import RasterError
 from preprocess.grid import Chunk
 from preprocess.pixels import read_valid
 from preprocess.plan import Plan, SceneTask
+from preprocess.precut import Files
 from preprocess.stages import Times, add
 
 SCENES = 16  # looked into at most, so that a thousand take as long as a few
@@ -72,17 +73,19 @@ def sample(plan: Plan) -> Sampled:
 def _sample_scene(plan: Plan, task: SceneTask, parts: int, folder: str, found: Sampled, *, first: bool) -> None:
     limits = _limits(plan, task)
     jobs = [
-        scan.Job(
-            0, task.scene, task.bands, task.sheets, task.subdivisions, part, limits, plan.legend, plan.options, folder
-        )
+        scan.Job(0, task.scene, task.bands, task.covers, part, limits, plan.options, folder)
         for part in _parts(task, parts)
     ]
     if first:  # compiles, and opens what stays open
-        scan.scan_chunk(jobs[0])
+        _scan(jobs[0])
     for job in jobs:
         start = time.perf_counter()
-        commit = scan.scan_chunk(job)
+        commit = _scan(job)
         _count(found, job, commit, time.perf_counter() - start)
+
+
+def _scan(job: scan.Job) -> dict[str, Any]:
+    return scan_tiles.scan_files(job) if isinstance(job.chunk, Files) else scan.scan_chunk(job)
 
 
 def _count(found: Sampled, job: scan.Job, commit: dict[str, Any], seconds: float) -> None:
@@ -91,7 +94,8 @@ def _count(found: Sampled, job: scan.Job, commit: dict[str, Any], seconds: float
     found.held_out += commit["splits"][1]["tiles"]
     found.bytes += commit["bytes"]
     found.busy += seconds
-    found.read_pixels += job.chunk.window[2] * job.chunk.window[3]
+    if isinstance(job.chunk, Chunk):
+        found.read_pixels += job.chunk.window[2] * job.chunk.window[3]
     found.rejected.update(commit["rejected"])
     add(found.times, commit["stages"])
 
@@ -101,6 +105,9 @@ def _limits(plan: Plan, task: SceneTask) -> np.ndarray:
     stretch, bands = plan.options.stretch, task.bands
     if stretch.limits is not None:
         return sampling.stretch_limits(task.scene, bands, plan.options)
+    if task.sample is not None:
+        few = task.sample.names[:: max(1, len(task.sample.names) // LIMIT_WINDOWS)]
+        return scan_tiles.stretch_limits(replace(task.sample, names=few), bands, plan.options)
     parts = []
     for window in _limit_windows(task):
         pixels, valid = read_valid(task.scene, bands, window)
@@ -125,13 +132,18 @@ def _limit_windows(task: SceneTask) -> list[tuple[int, int, int, int]]:
     return sorted({(int((width - wide) * x), int((height - high) * y), wide, high) for x in steps for y in steps})
 
 
-def _parts(task: SceneTask, wanted: int) -> list[Chunk]:
-    """Small chunks cut out of a scene's, one each of as many chunks as possible, by hash."""
+def _parts(task: SceneTask, wanted: int) -> list[Chunk | Files]:
+    """Small chunks cut out of a scene's, one each of as many chunks as possible, by hash; or a few files."""
     scene_id = task.scene.scene_id
     order = sorted(range(len(task.chunks)), key=lambda i: _place(f"{scene_id} {i}"))
-    found: dict[tuple[int, int], Chunk] = {}
+    found: dict[Any, Chunk | Files] = {}
     for n in range(wanted):
         chunk = task.chunks[order[n % len(order)]]
+        if isinstance(chunk, Files):
+            first = _place(f"{scene_id} {n} file") % max(1, len(chunk.names) - ACROSS * DOWN + 1)
+            some = slice(first, first + ACROSS * DOWN)
+            found[chunk.names[first]] = replace(chunk, names=chunk.names[some], label_names=chunk.label_names[some])
+            continue
         columns, rows = chunk.columns, chunk.rows
         left = _place(f"{scene_id} {n} column") % max(1, len(columns) - ACROSS + 1)
         top = _place(f"{scene_id} {n} row") % max(1, len(rows) - DOWN + 1)
@@ -165,7 +177,7 @@ def estimate(plan: Plan, found: Sampled) -> Estimate | None:
 def _seconds(plan: Plan, found: Sampled) -> float:
     """Of one process: all tiles at the sampled rate, and once more reading every pixel for stretch limits."""
     tiles = plan.tiles * found.busy / found.tiles
-    if plan.options.stretch.limits is not None:
+    if plan.options.stretch.limits is not None or not found.read_pixels:  # tiles that are cut already: a few of them
         return tiles
     pixels = sum(task.scene.place.width * task.scene.place.height for task in plan.tasks if task.chunks)
     read: Times = {"read": (0.0, 0.0), **found.times}
@@ -175,10 +187,8 @@ def _seconds(plan: Plan, found: Sampled) -> float:
 def describe(plan: Plan, out: Path, found: Sampled) -> str:
     """What a dry run says."""
     guess = estimate(plan, found)
-    classes = textwrap.wrap(", ".join(entry.name for entry in plan.legend.classes), 100)
     blocks = [
-        "\n".join(["plan", report.table(_plan_rows(plan)), f"  {len(plan.legend.classes)} classes:"])
-        + "".join(f"\n    {line}" for line in classes),
+        "\n".join(["plan", report.table(_plan_rows(plan)), *_class_lines(plan)]),
         f"sample\n{report.table(_sample_rows(plan, found))}",
     ]
     if guess is not None:
@@ -187,13 +197,22 @@ def describe(plan: Plan, out: Path, found: Sampled) -> str:
     return "\n\n".join(blocks) + "".join(f"\nwarning: {line}" for line in warnings) + "\n\nnothing was written"
 
 
+def _class_lines(plan: Plan) -> list[str]:
+    lines = []
+    for cover in plan.covers:
+        names = [entry.name for entry in cover.legend.classes]
+        lines.append(f"  {len(names)} classes of {cover.name}:")
+        lines += textwrap.wrap(", ".join(names), 110, initial_indent="    ", subsequent_indent="    ")
+    return lines
+
+
 def _plan_rows(plan: Plan) -> list[list[str]]:
     tile = plan.options.tile
     return [
         ["scenes", f"{len(plan.tasks):,}"],
         ["  left out", f"{len(plan.rejected):,}"],
-        ["  without land cover", f"{sum(not task.sheets for task in plan.tasks):,}"],
-        ["land-cover sheets", f"{len(plan.sheets):,}"],
+        ["  without land cover", f"{sum(not task.is_covered and task.sample is None for task in plan.tasks):,}"],
+        ["land-cover sheets", f"{sum(len(cover.sheets) for cover in plan.covers):,}"],
         ["tile positions", f"{plan.tiles:,}"],
         ["chunks", f"{sum(len(task.chunks) for task in plan.tasks):,}"],
         ["tiles", f"{tile.size} px every {tile.step} px, {tile.codec}, {plan.dtype}"],
@@ -225,7 +244,7 @@ def _estimate_rows(plan: Plan, guess: Estimate) -> list[list[str]]:
 
 def _warnings(plan: Plan, out: Path, found: Sampled, guess: Estimate | None) -> list[str]:
     said = [f"{message}" for message in found.unread.values()]
-    if lacking := [task.scene.scene_id for task in plan.tasks if not task.sheets]:
+    if lacking := [task.scene.scene_id for task in plan.tasks if not task.is_covered and task.sample is None]:
         more = f" and {len(lacking) - 3} more" if len(lacking) > 3 else ""
         said.append(f"no land cover under {', '.join(lacking[:3])}{more}: they give no tiles")
     if guess is None:

@@ -2,10 +2,10 @@
 
 import base64
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import simplejpeg
@@ -91,18 +91,22 @@ def _path(folder: str | Path, number: int) -> Path:
     return spill.spill_paths(folder, number)[2].with_suffix(".examples")
 
 
-def keep_examples(
-    folder: str, number: int, seed: int, rejected: Sequence[tuple[str, str, Measures, np.ndarray]]
-) -> None:
-    """Leaves one example of each reason beside a chunk's spill: the tile with the lowest hash.
+class Rejected(NamedTuple):
+    """A tile that is turned away. preview: uint8 [H, W, C]."""
 
-    rejected: (reason, tile id, measures, preview uint8 [H, W, C]) of all tiles of the chunk that were turned away.
-    """
-    best: dict[str, tuple[int, tuple[str, str, Measures, np.ndarray]]] = {}
+    reason: str
+    tile_id: str
+    measures: Measures
+    preview: np.ndarray
+
+
+def keep_examples(folder: str, number: int, seed: int, rejected: Iterable[Rejected]) -> None:
+    """Leaves one example of each reason beside a chunk's spill: the tile with the lowest hash."""
+    best: dict[str, tuple[int, Rejected]] = {}
     for tile in rejected:
-        place = spill.tile_hash(seed, tile[1])
-        if tile[0] not in best or place < best[tile[0]][0]:
-            best[tile[0]] = place, tile
+        place = spill.tile_hash(seed, tile.tile_id)
+        if tile.reason not in best or place < best[tile.reason][0]:
+            best[tile.reason] = place, tile
     if not best:
         return
     kept = [

@@ -25,7 +25,7 @@ from preprocess.pixels import read_valid, strips
 from preprocess.place import Place
 from preprocess.precut import Files
 from preprocess.raster import RasterError, Scene
-from preprocess.report_pictures import keep_examples
+from preprocess.report_pictures import Rejected, keep_examples
 from preprocess.spill import Kept, band_sums, spill
 from preprocess.stages import Clock
 from preprocess.stretching import Stretch
@@ -107,18 +107,32 @@ def scan_chunk(job: Job) -> dict[str, Any]:
 
 def leave_examples(view: View) -> None:
     """One tile of each reason for the report, beside the chunk's spill."""
-    job, size, rejected = view.job, view.job.chunk.size, []
+    keep_examples(view.job.folder, view.job.number, view.job.options.seed, rejected_tiles(view))
+
+
+def rejected_tiles(view: View) -> list[Rejected]:
+    """What the report may show of the tiles that were turned away."""
+    job, size, found = view.job, view.job.chunk.size, []
     for t, (left, top) in enumerate(view.origins.tolist()):
         if reason := view.reasons[t]:
-            tile_id = f"{job.scene.scene_id}:{job.chunk.columns[0] + left}:{job.chunk.rows[0] + top}"
             grey = view.grey[top : top + size, left : left + size]
-            rejected.append((reason, tile_id, view.measures[t], grey))
-    keep_examples(job.folder, job.number, job.options.seed, rejected)
+            found.append(Rejected(reason, _tile_id(job, left, top), view.measures[t], grey))
+    return found
+
+
+def _tile_id(job: Job, left: int, top: int) -> str:
+    """left, top: the tile's first column and row in the chunk."""
+    if job.tile_id:
+        return job.tile_id
+    assert isinstance(job.chunk, Chunk)
+    return f"{job.scene.scene_id}:{job.chunk.columns[0] + left}:{job.chunk.rows[0] + top}"
 
 
 def read_view(job: Job, clock: Clock) -> View:
     """The chunk's pixels, read and stretched a strip of rows at a time, so that they pass through the caches once."""
-    column, row, width, height = job.chunk.window
+    chunk = job.chunk
+    assert isinstance(chunk, Chunk)
+    column, row, width, height = chunk.window
     stretch, bands = Stretch.of(job.limits, job.scene.dtype), len(job.bands)
     grey, valid = np.empty((height, width, bands), np.uint8), np.empty((height, width), np.uint8)
     image = np.empty(grey.shape, job.scene.dtype) if job.options.stretch.mode == "none" else grey
@@ -131,8 +145,8 @@ def read_view(job: Job, clock: Clock) -> View:
             if image is not grey:
                 kernels.interleave(image[top:bottom], pixels, valid[top:bottom])
     place = job.scene.place.window(column, row, width, height)
-    origins = job.chunk.origins() - (column, row)
-    return View(job, place, Cells.of(job.chunk), image, grey, valid, origins, [None] * len(origins))
+    origins = chunk.origins() - (column, row)
+    return View(job, place, Cells.of(chunk), image, grey, valid, origins, [None] * len(origins))
 
 
 def shares(view: View, pixels_HW: np.ndarray) -> np.ndarray:
@@ -227,7 +241,6 @@ def _record(
 ) -> Record:
     """What a record says of a tile; its image is still empty. origin: first (column, row) in the chunk."""
     transform, crs = place.georeference()
-    column, row = job.chunk.columns[0] + origin[0], job.chunk.rows[0] + origin[1]
     return Record(
         image=b"",
         codec=job.options.tile.codec,
@@ -239,7 +252,7 @@ def _record(
         transform=transform,
         crs=crs,
         scene_id=job.scene.scene_id,
-        tile_id=job.tile_id or f"{job.scene.scene_id}:{column}:{row}",
+        tile_id=_tile_id(job, *origin),
         date=job.scene.date,
         label_gap_years=job.covers[0].gap_years,
         also={

@@ -14,8 +14,7 @@ from preprocess.inputs import PlanError
 from preprocess.labels import TileLabels
 from preprocess.options import PackOptions
 from preprocess.precut import Files, Sample
-from preprocess.quality import Measures
-from preprocess.report_pictures import keep_examples
+from preprocess.report_pictures import Rejected, keep_examples
 from preprocess.scan import Job, View
 from preprocess.sheets import LabelError, LabelSheet
 from preprocess.spill import Kept, band_sums, spill
@@ -49,8 +48,8 @@ def scan_files(job: Job) -> dict[str, Any]:
     kept: list[Kept] = []
     sums: list[np.ndarray] = []
     rejected: Counter[str] = Counter()
-    examples: list[tuple[str, str, Measures, np.ndarray]] = []
     bad: list[str] = []
+    examples: dict[str, Rejected] = {}
     for n, name in enumerate(files.names):
         try:
             with raster.environment():  # once for all that is opened for a tile
@@ -59,16 +58,16 @@ def scan_files(job: Job) -> dict[str, Any]:
         except (RasterError, PlanError) as error:
             bad.append(str(error))
             continue
-        if reason := view.reasons[0]:
-            rejected[reason] += 1
-            examples.append((reason, view.job.tile_id, view.measures[0], view.grey))
+        for turned_away in scan.rejected_tiles(view):
+            rejected[turned_away.reason] += 1
+            examples.setdefault(turned_away.reason, turned_away)  # the first: keeping all would keep their pixels
         for tile in tiles:
             with clock("statistics"):
                 sums.append(band_sums(view.image, view.cells)[0])
             kept.append(replace(tile, t=len(kept)))
-    with clock("examples"):
-        keep_examples(job.folder, job.number, job.options.seed, examples)
     rejected["unreadable"] = len(bad)
+    with clock("examples"):
+        keep_examples(job.folder, job.number, job.options.seed, examples.values())
     facts = {"bad": bad[:MESSAGES]}
     total = np.array(sums) if sums else np.zeros((0, 2, len(job.bands)))
     return spill(job.folder, job.number, job.scene.scene_id, job.options, kept, total, +rejected, clock, facts)

@@ -315,3 +315,20 @@ def test_folders_and_arguments_that_do_not_go_together(world, tmp_path, capsys):
 
 def _far(tmp_path):
     return write_raster(tmp_path / "far/a.tif", noise(1, (3, SIZE, SIZE)), (10.0, 0.0, 7e5, 0.0, -10.0, 2e6)).parent
+
+
+def test_report_and_dry_run(world, tmp_path, capsys):
+    """Dark tiles are shown by name; a dry run looks at some files and writes nothing."""
+    dark = tmp_path / "tiles"
+    for number in range(12):
+        pixels = noise(number, (3, SIZE, SIZE)) if number % 3 else np.full((3, SIZE, SIZE), 2, np.uint8)
+        write_raster(dark / f"t{number:02d}.tif", pixels, place(number % 5 * SIZE, number // 5 * SIZE))
+    arguments = ("--land-cover", str(world / "land.tif"), "split.val_fraction=0", "workers=0", "tile.codec=png")
+    assert command(dark, tmp_path / "out", *arguments, "--dry-run") == 0
+    assert not (tmp_path / "out").exists()
+    said = capsys.readouterr().out
+    assert re.search(r"rejected: dark +\d", said)
+    assert re.search(r"tile positions +12\n", said)
+    assert command(dark, tmp_path / "out", *arguments) == 0
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert re.search(r'title="t0[0369]"', page)

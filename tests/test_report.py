@@ -106,7 +106,9 @@ def test_examples_do_not_depend_on_the_order_of_chunks(tmp_path):
     rng = np.random.default_rng(0)
     grey = rng.integers(0, 255, (16, 16, 3)).astype(np.uint8)
     measures = report_pictures.Measures(1, 0, 0, 0, 0, 0)
-    chunks = [[("flat", f"s:{chunk}:{t}", measures, grey) for t in range(5)] for chunk in range(20)]
+    chunks = [
+        [report_pictures.Rejected("flat", f"s:{chunk}:{t}", measures, grey) for t in range(5)] for chunk in range(20)
+    ]
     for folder, order in (("a", range(20)), ("b", reversed(range(20)))):
         (tmp_path / folder).mkdir()
         for number in order:
