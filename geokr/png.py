@@ -43,7 +43,7 @@ def encode(tile_HWC: np.ndarray) -> bytes:
 
 def decode(data: bytes | np.ndarray, shape: tuple[int, int, int], dtype: str) -> np.ndarray:
     """The pixels [H, W, C] of a PNG that must have this shape and dtype. Raises PngError."""
-    header, body = _chunks(memoryview(data))
+    header, body = _chunks(memoryview(data if isinstance(data, bytes) else data.data))
     height, width, bands = shape
     wanted = (width, height, DEPTHS.get(dtype), COLOUR_TYPES.get(bands), 0, 0, 0)
     if header != wanted:
