@@ -396,6 +396,7 @@ class Manifest(_Part):
     version: int = added(1, ge=1)
     parts: tuple[Part, ...] = added(())
     left_out: dict[str, str] = added({})
+    digest: str = added("")
     products: dict[str, ProductInfo] = added({})
     product: str
     product_title: str
@@ -441,7 +442,13 @@ def _split_labelled_by(part: SplitInfo, labels: str) -> SplitInfo:
 
 def dump_manifest(manifest: Manifest) -> bytes:
     """JSON, sorted and indented, ending in a newline; equal manifests give equal bytes."""
-    tree = manifest.model_dump(mode="json", by_alias=True)
+    tree = manifest.model_dump(mode="json", by_alias=True, exclude={"digest"})
+    if manifest.schema_version > 1:
+        tree["digest"] = hashlib.sha256(_json(tree)).hexdigest()
+    return _json(tree)
+
+
+def _json(tree: Mapping[str, Any]) -> bytes:
     return (json.dumps(tree, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
@@ -483,7 +490,9 @@ def load_manifest(folder: str | Path) -> Manifest:
     for name in SPLITS:
         if fault := _split_fault(manifest, name):
             raise RecordError(f"{path}: {name}: {fault}; the manifest is damaged, pack again")
-    return manifest
+    if manifest.digest and json.loads(dump_manifest(manifest)).get("digest") != manifest.digest:
+        raise RecordError(f"{path}: its digest is another: it is damaged or was changed; pack again")
+    return manifest.model_copy(update={"digest": ""})  # it has done its work: what is made of the manifest has another
 
 
 def _split_fault(manifest: Manifest, name: Split) -> str:

@@ -5,6 +5,7 @@ a colour of its own under some noise, so that fractions can be learned from the 
 """
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -189,5 +190,8 @@ def make_dataset(
             "config": {},
         }
     )
-    (folder / records.MANIFEST).write_bytes(records.dump_manifest(manifest))
+    # without its digest, so that tests can edit it to something that cannot be for another reason
+    tree = json.loads(records.dump_manifest(manifest))
+    del tree["digest"]
+    (folder / records.MANIFEST).write_text(json.dumps(tree, indent=1, sort_keys=True) + "\n")
     return folder

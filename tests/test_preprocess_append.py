@@ -12,7 +12,7 @@ import pytest
 from geokr import records
 from geokr.config import ConfigError
 from geokr.identity import check_identity
-from geokr.records import Manifest, RecordError
+from geokr.records import RecordError
 from pipelines.dataset import Dataset
 from preprocess import appending, blocks, verify_records
 from preprocess.inputs import PlanError
@@ -80,7 +80,7 @@ def out(world, tmp_path):
 
 
 def parts(folder, name="manifest.json"):
-    return Manifest.model_validate_json((folder / name).read_bytes())
+    return records.load_manifest(folder if name == "manifest.json" else folder / name)
 
 
 def test_old_files_stay_and_new_ones_follow(world):
@@ -239,6 +239,7 @@ def test_a_dataset_without_sums(world, out):
     tree = json.loads((out / records.MANIFEST).read_bytes())
     for split in records.SPLITS:
         del tree[split]["moments"]
+    del tree["digest"]
     (out / records.MANIFEST).write_text(json.dumps({**tree, "schema_version": 1}))
     refused(world, out, "abcd", match=r"packed by an earlier version.*data\.records takes a list", append=True)
 
