@@ -84,16 +84,17 @@ def _frames(job: ShardJob, folder: Path, facts: list[bytes]) -> Iterator[bytes]:
 
 
 def tables(work: Path, commits: list[dict[str, Any]], kept: int) -> tuple[np.ndarray, np.ndarray]:
-    """All tiles' rows in global order: (chunk number of each, spill.TABLE rows). 27 bytes a tile."""
+    """All tiles' rows, split by split in global order: (chunk number of each, spill.TABLE rows). 27 bytes a tile."""
     table, chunk_of = np.empty(kept, spill.TABLE), np.empty(kept, np.uint32)
     at = 0
     for commit in commits:
         part = np.load(spill.spill_paths(work / "spill", commit["number"])[1])
         table[at : at + len(part)], chunk_of[at : at + len(part)] = part, commit["number"]
         at += len(part)
-    # stable: rows of one hash stay as they were read, in order of chunk and offset. Column by column, since a second
-    # table would double what a run of many tiles needs most memory for
+    # stable: rows of one hash stay as they were read, in order of chunk and offset
     order = np.argsort(table["hash"], kind="stable")
+    order = order[np.argsort(table["split"][order], kind="stable")]
+    # column by column, since a second table would double what a run of many tiles needs most memory for
     for column in spill.TABLE.names or ():
         table[column] = table[column][order]
     return chunk_of[order], table
@@ -120,18 +121,11 @@ def shard_jobs(
     names = tuple(entry.name for entry in plan.legend.classes)
     splits: tuple[tuple[int, Split], ...] = ((blocks.TRAIN, "train"), (blocks.VAL, "val"))
     for side, split in splits:
-        rows = np.flatnonzero(table["split"] == side)
-        for number, start in enumerate(range(0, len(rows), plan.options.shards.records), first[split]):
-            part = rows[start : start + plan.options.shards.records]
-            rows_here = table[part]
+        begin, end = np.searchsorted(table["split"], [side, side + 1]).tolist()
+        size = plan.options.shards.records
+        for number, start in enumerate(range(begin, end, size), first[split]):
+            here = slice(start, min(start + size, end))  # views, so that all jobs together hold nothing of their own
+            rows = table[here]
             yield ShardJob(
-                split,
-                number,
-                chunk_of[part],
-                rows_here["offset"],
-                rows_here["length"],
-                rows_here["facts"],
-                names,
-                str(out),
-                str(work),
+                split, number, chunk_of[here], rows["offset"], rows["length"], rows["facts"], names, str(out), str(work)
             )

@@ -74,8 +74,6 @@ class Run:
         limits = self.find_limits(damaged)
         commits = self.scan_chunks(limits, damaged)
         finished = self.gather_shards(commits)
-        for commit in commits:
-            stages.add(self.spent, commit["stages"])
         return manifests.make_manifest(self.plan, limits, commits, damaged, finished)
 
     def find_limits(self, damaged: Damaged) -> dict[str, np.ndarray]:
@@ -111,6 +109,7 @@ class Run:
             frames, table, commit_path = spill.spill_paths(job.folder, job.number)
             commit = workfolder.read_commit(commit_path)
             if commit and table.exists() and frames.exists() and frames.stat().st_size == commit["bytes"]:
+                stages.add(self.spent, commit.pop("stages"))  # kept, they would be half of what the driver holds
                 commits[job.number] = commit
                 bad.add(commit)
                 done += job.chunk.tiles
@@ -123,6 +122,7 @@ class Run:
                 if "damage" in commit:
                     damaged.add(commit["scene_id"], commit["damage"])
                 else:
+                    stages.add(self.spent, commit.pop("stages"))
                     commits[commit["number"]] = commit
                     bad.add(commit)
                 done += sizes[commit["number"]]
