@@ -9,7 +9,7 @@ help:
 	@echo 'make test    every test'
 	@echo 'make gpu     what only a GPU runs: tests, then training throughput as JSON under out/bench'
 	@echo 'make zion    the real scene at full length with three seeds, where it lies beside the checkout'
-	@echo 'make faults  training killed, starved and damaged in every way; figures in out/faults/faults.json'
+	@echo 'make faults  training and packing killed, starved and damaged in every way; figures as JSON in out/faults'
 	@echo 'make campaign every test marked slow: that one, and hundreds of kills'
 	@echo 'make bench   packing and training throughput, as tables, pictures and JSON under out/bench'
 	@echo 'make docs    docs/configuration.md from the options, tables of docs/scaling.md from the model'

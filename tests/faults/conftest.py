@@ -22,6 +22,16 @@ def records(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def packers(tmp_path_factory):
+    """Forks packing processes."""
+    if not hasattr(os, "fork"):
+        pytest.skip("no fork here")
+    server = Zygote(tmp_path_factory.mktemp("packing-logs"), ["tests.faults.pack_injections"])
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
 def zygote(tmp_path_factory):
     if not hasattr(os, "fork"):
         pytest.skip("no fork here")
@@ -31,9 +41,10 @@ def zygote(tmp_path_factory):
 
 
 class Tally:
-    """Counts for docs/reliability.md."""
+    """Counts for docs/reliability.md. what: what its results are compared in."""
 
-    def __init__(self) -> None:
+    def __init__(self, what: str) -> None:
+        self.what = what
         self.begin = time.time()
         self.injected: collections.Counter[str] = collections.Counter()
         self.resumes: list[bool] = []
@@ -45,11 +56,11 @@ class Tally:
         self.injected[f"{row} {what}"] += count
 
     def resumed(self, equal: bool, count: int = 1) -> None:
-        """count resumes that ended with weights equal in every bit, or not."""
+        """count runs, cut short and begun again, that ended with what an undisturbed one has, bit for bit, or not."""
         self.resumes += [equal] * count
-        self.right(equal)
+        self.right(equal, f"the {self.what} differ from those of an undisturbed run")
 
-    def right(self, result: bool, what: str = "the weights differ from those of an undisturbed run") -> None:
+    def right(self, result: bool, what: str) -> None:
         """A result that was given without an error; false is a silent wrong result."""
         self.silent += not result
         assert result, what
@@ -72,21 +83,30 @@ class Tally:
         return report
 
 
-TALLY = Tally()
+TALLY, PACKING = Tally("weights"), Tally("files")
 
 
 @pytest.fixture
 def tally() -> Tally:
+    """Of training's faults."""
     return TALLY
+
+
+@pytest.fixture
+def packing() -> Tally:
+    """Of packing's faults."""
+    return PACKING
 
 
 def pytest_runtest_logreport(report) -> None:
     if report.failed and "tests/faults/" in report.nodeid:
-        TALLY.failed.append(report.nodeid)
+        (PACKING if "test_packing" in report.nodeid else TALLY).failed.append(report.nodeid)
 
 
 def pytest_sessionfinish(session) -> None:
-    path = os.environ.get("GEOKR_FAULTS_JSON")
-    if path:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(json.dumps(TALLY.report(), indent=1) + "\n")
+    """GEOKR_FAULTS_JSON: the file for training's figures; those of packing go beside it."""
+    if path := os.environ.get("GEOKR_FAULTS_JSON"):
+        for tally, file in ((TALLY, Path(path)), (PACKING, Path(path).with_name("packing.json"))):
+            if tally.injected:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_text(json.dumps(tally.report(), indent=1) + "\n")

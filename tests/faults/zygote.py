@@ -1,9 +1,11 @@
-"""Starts training processes by forking one that has imported everything: a tenth of a second instead of five.
+"""Starts processes by forking one that has imported everything: a tenth of a second instead of five.
 
-    python -m tests.faults.zygote     reads one JSON object a line, {"call", "arguments", "environment", "log"}
+    python -m tests.faults.zygote MODULE ...
 
-The forked process calls ``call`` ("module:function") with the arguments and ends with what it returns, as the command
-would. It answers {"pid": ...} at the start and {"pid": ..., "status": ...} at the end, as ``Popen.returncode`` has it.
+imports the modules, calls ``warm`` of those that have it, and reads one JSON object a line, {"call", "arguments",
+"environment", "log"}. The forked process calls ``call`` ("module:function") with the arguments and ends with what it
+returns, as the command would. It answers {"pid": ...} at the start and {"pid": ..., "status": ...} at the end, as
+``Popen.returncode`` has it.
 """
 
 import contextlib
@@ -70,9 +72,13 @@ def _say(answer: Mapping) -> None:
     os.write(1, (json.dumps(answer) + "\n").encode())
 
 
-def serve() -> None:
-    for module in ("tests.faults.injections", "pipelines.loaders", "pipelines.torch_loader"):
-        importlib.import_module(module)
+TRAINING = ("tests.faults.injections", "pipelines.loaders", "pipelines.torch_loader")
+
+
+def serve(modules: Sequence[str]) -> None:
+    for module in map(importlib.import_module, modules):
+        if hasattr(module, "warm"):
+            module.warm()
 
     gc.freeze()  # a collection in a child would copy every page
     _say({"ready": True})
@@ -130,12 +136,12 @@ class Child:
 class Zygote:
     """The server and what it has forked."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, modules: Sequence[str] = TRAINING) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
         environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         self._folder, self._count = folder, 0
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.faults.zygote"],
+            [sys.executable, "-m", "tests.faults.zygote", *modules],
             cwd=ROOT,
             env=environment,
             stdin=subprocess.PIPE,
@@ -213,4 +219,4 @@ def wait_until(condition, child: Child, what: str, seconds: float = PATIENCE_S):
 
 
 if __name__ == "__main__":
-    serve()
+    serve(sys.argv[1:])
