@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from tqdm import tqdm
 from geokr import config
 from geokr.landcover import product_names
 from geokr.records import RecordError
-from preprocess import estimate, report, report_page, tile_table
+from preprocess import checksums, estimate, report, report_page, tile_table
 from preprocess.engine import Engine, WorkerLost
 from preprocess.finishing import Finishing
 from preprocess.inputs import PlanError
@@ -78,6 +79,10 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--out", required=True, type=Path, help="folder of the dataset")
     made.add_argument("--config", help="YAML file; the overrides come on top")
+    made.add_argument(
+        "--checksums", nargs="+", metavar="FILE",
+        help="what sha256sum wrote about scenes or sheets: they are held against it before they are used",
+    )  # fmt: skip
     made.add_argument("--append", action="store_true", help="add the scenes that the dataset in --out does not have")
     made.add_argument(
         "--scheduler",
@@ -145,6 +150,8 @@ def plan_of(chosen: argparse.Namespace, options: PackOptions) -> Plan:
         raise PlanError(
             "give --land-cover, the map's sheets" + (", or --labels: one of the two" if chosen.tiles else "")
         )
+    if chosen.checksums and chosen.tiles is not None:
+        raise PlanError("--checksums go with --scenes; check cut tiles with: sha256sum --check FILE")
     if chosen.tiles is None:
         return make_plan(chosen.scenes, chosen.land_cover, chosen.product, options, _further(chosen.also))
     return make_tile_plan(
@@ -161,6 +168,8 @@ def run(arguments: Sequence[str]) -> int:
     if not chosen.dry_run:
         check_writable(chosen.out)
     plan = plan_of(chosen, options)
+    if chosen.checksums:
+        plan = replace(plan, checksums=checksums.read_lists(chosen.checksums, plan.inputs()))
     for warning in plan.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     if chosen.dry_run:

@@ -14,7 +14,19 @@ from typing import Any
 import numpy as np
 
 from geokr.records import Manifest, Shard
-from preprocess import blocks, gather, manifests, sampling, scan, scan_tiles, shards, spill, stages, workfolder
+from preprocess import (
+    blocks,
+    checksums,
+    gather,
+    manifests,
+    sampling,
+    scan,
+    scan_tiles,
+    shards,
+    spill,
+    stages,
+    workfolder,
+)
 from preprocess.damaged import BadTiles, Damaged
 from preprocess.engine import Engine
 from preprocess.plan import Plan, SceneTask
@@ -23,6 +35,15 @@ from preprocess.raster import RasterError
 from preprocess.workfolder import PackError
 
 Progress = Callable[[str, int, int], None]  # (phase, done, of)
+
+
+def _sum_of(job: tuple[str, str, str]) -> tuple[str, str]:
+    """(path, its SHA-256). Committed where it is the expected one: another is looked at again by the next run."""
+    path, expected, commit = job
+    found = checksums.sha256(path)
+    if found == expected:
+        shards.write_whole(Path(commit), json.dumps({"sha256": found}).encode())
+    return path, found
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -71,10 +92,37 @@ class Run:
     def make(self) -> Manifest:
         """All phases; the manifest of what they made."""
         damaged = Damaged(self.plan)
+        if self.plan.checksums:
+            self.check_sums(damaged)
         limits = self.find_limits(damaged)
         commits = self.scan_chunks(limits, damaged)
         finished = self.gather_shards(commits)
         return manifests.make_manifest(self.plan, limits, commits, damaged, finished)
+
+    def check_sums(self, damaged: Damaged) -> None:
+        """Inputs against the hashes that their source gave. Raises PackError for a land-cover sheet of another."""
+        expected, found, jobs = self.plan.checksums, {}, []
+        for number, (path, value) in enumerate(expected.items()):
+            commit = self.work / f"sha256-{number:06d}.json"
+            if (done := workfolder.read_commit(commit)) is not None:
+                found[path] = done["sha256"]
+            else:
+                jobs.append((path, value, str(commit)))
+        self.progress("checksums", len(found), len(expected))
+        with contextlib.closing(self.engine.run_all(_sum_of, jobs, lambda job: job[0])) as results:
+            for path, value in results:
+                found[path] = value
+                self.progress("checksums", len(found), len(expected))
+        wrong = {path: text for path in found if (text := checksums.mismatch(path, found[path], expected))}
+        for task in self.plan.tasks:
+            mask = [task.scene.mask.path] if task.scene.mask is not None else []
+            for path in (*(layer.path for layer in task.scene.layers if layer is not None), *mask):
+                if path in wrong and task.scene.scene_id not in damaged.scenes:
+                    damaged.add(task.scene.scene_id, wrong[path])
+        for cover in self.plan.covers:
+            for sheet in cover.sheets:
+                if sheet.sheet.path in wrong:
+                    raise PackError(wrong[sheet.sheet.path])
 
     def find_limits(self, damaged: Damaged) -> dict[str, np.ndarray]:
         """Limits of every scene that could be read, by scene id."""
@@ -82,6 +130,8 @@ class Run:
         jobs = []
         for number, task in enumerate(self.plan.tasks):
             path = self.work / f"limits-{number:06d}.json"
+            if task.scene.scene_id in damaged.scenes:
+                continue
             if (done := workfolder.read_commit(path)) is not None:
                 limits[task.scene.scene_id] = np.array(done["limits"])
                 stages.add(self.spent, done["stages"])

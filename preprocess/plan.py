@@ -6,7 +6,7 @@ A plan is a pure function of the inputs, the configuration and the seed. It read
 import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,7 @@ class Plan:
     rejected: Mapping[str, str]
     config: Mapping[str, Any]
     warnings: tuple[str, ...] = ()
+    checksums: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def product(self) -> Product:
@@ -86,7 +87,9 @@ class Plan:
     def inputs(self) -> list[str]:
         """Paths or URLs of what tasks read."""
         layers = (layer.path for task in self.tasks for layer in task.scene.layers if layer is not None)
-        return [*dict.fromkeys(layers), *(sheet.sheet.path for cover in self.covers for sheet in cover.sheets)]
+        masks = (task.scene.mask.path for task in self.tasks if task.scene.mask is not None)
+        sheets = (sheet.sheet.path for cover in self.covers for sheet in cover.sheets)
+        return list(dict.fromkeys((*layers, *masks, *sheets)))
 
     def identity(self) -> dict[str, Any]:
         """What decides the dataset's bytes: two runs with equal identities write equal files."""
@@ -96,6 +99,8 @@ class Plan:
             "scenes": {task.scene.scene_id: task.scene.fingerprint for task in self.tasks},
             "rejected": dict(self.rejected),
             "land_cover": {str(i): sheet.sheet.fingerprint for i, sheet in enumerate(self.sheets)},
+            # fingerprints do not see every byte: what was scanned of a damaged file must not go into a checked dataset
+            **({"checksums": dict(self.checksums)} if self.checksums else {}),
             "also": {
                 cover.name: {str(i): sheet.sheet.fingerprint for i, sheet in enumerate(cover.sheets)}
                 for cover in self.covers[1:]
