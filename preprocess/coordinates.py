@@ -1,7 +1,11 @@
 """Coordinates of one CRS in another: the part of GDAL that opens no file."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 import rasterio
+import rasterio.env
 from rasterio._err import CPLE_BaseError
 from rasterio.crs import CRS
 from rasterio.errors import CRSError
@@ -10,6 +14,7 @@ from rasterio.warp import transform as warp_points
 from preprocess.errors import RasterError
 
 WGS84 = "EPSG:4326"
+_TRADITIONAL = "OGR_CT_FORCE_TRADITIONAL_GIS_ORDER"
 
 
 def wkt_of(crs: str) -> str:
@@ -35,10 +40,21 @@ def transform_points(source: str, target: str, x: np.ndarray, y: np.ndarray) -> 
     if _parsed(source).is_geographic:
         expressible &= np.abs(flat[1]) <= 90
     moved = np.full_like(flat, np.nan)
-    with rasterio.Env(OGR_CT_FORCE_TRADITIONAL_GIS_ORDER="YES"):  # longitude first in every geographic CRS
+    with _longitude_first():
         moved[:, expressible] = _transformed(_parsed(source), _parsed(target), flat[:, expressible])
     moved[:, ~np.isfinite(moved).all(axis=0)] = np.nan
     return moved[0].reshape(shape), moved[1].reshape(shape)
+
+
+@contextmanager
+def _longitude_first() -> Iterator[None]:
+    """GDAL's option for longitude before latitude in every geographic CRS. Setting options takes longer than many
+    points do, so not again where it holds already."""
+    if rasterio.env.hasenv() and rasterio.env.getenv().get(_TRADITIONAL) == "YES":
+        yield
+        return
+    with rasterio.Env(**{_TRADITIONAL: "YES"}):
+        yield
 
 
 def _transformed(source: CRS, target: CRS, points_2N: np.ndarray) -> np.ndarray:

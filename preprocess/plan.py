@@ -155,7 +155,8 @@ def make_tile_plan(
             kind, listing, label_names = precut.list_labels(label_folder, tiles)
             names = tuple((entry.name, entry.codes[0]) for entry in products[0].product.classes)
             by, listings = precut.Labels(kind, listing.folder, names), [tiles, listing]
-        first, sample = precut.first_tile(tiles, scene_id, options, sensor)
+        with raster.many_small_files():
+            first, sample = precut.first_tile(tiles, scene_id, options, sensor)
         options = precut.tile_options(options, first)
         chosen = bands.choose_bands(first, options)
         dtype = bands.tile_dtype(first, len(chosen), options)

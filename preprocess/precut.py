@@ -146,9 +146,10 @@ def list_labels(folder: str, tiles: Listing) -> tuple[LabelKind, Listing, tuple[
 
 
 def open_tile(folder: str, name: str, scene_id: str, options: PackOptions, sensor: Sensor | None) -> Scene:
-    """A tile's header. Raises RasterError, or PlanError for bands that are not there."""
+    """A tile's header, without a fingerprint (the folder has one). Raises RasterError, PlanError for missing bands."""
     path = os.path.join(folder, name)
-    return masks.with_mask(open_scene(Source(path, path, file=path), scene_id, options, sensor), options.mask)
+    scene = open_scene(Source(path, path, file=path), scene_id, options, sensor, identify=False)
+    return masks.with_mask(scene, options.mask)
 
 
 def form(scene: Scene) -> tuple[int, int, int, str]:

@@ -11,7 +11,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 import rasterio
+import rasterio.env
 from rasterio._err import CPLE_BaseError, CPLE_OutOfMemoryError
 from rasterio.crs import CRS
 from rasterio.enums import ColorInterp, MaskFlags
@@ -133,7 +134,8 @@ class Header:
     masked: whether a mask says which pixels hold data; an alpha band stands in ``colours``.
     placed: what identifies its place, apart from paths.
     tag_date: from tags that say when it was acquired; processed: from TIFFTAG_DATETIME, where many programs write the
-    day of processing; both ISO or empty. digest: identifies its bytes cheaply.
+    day of processing; both ISO or empty. digest: identifies its bytes cheaply; empty if
+    it was not asked for.
     """
 
     path: str
@@ -179,10 +181,20 @@ _thread = threading.local()  # handles must not be shared between threads
 
 
 @contextmanager
-def environment() -> Iterator[None]:
-    """GDAL's options for everything here; cheap, and may be nested."""
-    with rasterio.Env(**ENVIRONMENT):
+def environment(**further: str) -> Iterator[None]:
+    """GDAL's options for everything here; may be nested, and costs next to nothing where they hold already."""
+    wanted = {**ENVIRONMENT, **further}
+    if rasterio.env.hasenv() and wanted.items() <= rasterio.env.getenv().items():
         yield
+        return
+    with rasterio.Env(**wanted):
+        yield
+
+
+def many_small_files() -> AbstractContextManager[None]:
+    """The same where thousands of files are opened: GDAL would list their folder for each, to see what lies beside it.
+    It asks for each such file by its name instead, as it does by itself in folders of over 1,000 files."""
+    return environment(GDAL_DISABLE_READDIR_ON_OPEN="TRUE")
 
 
 def _without_queries(text: str) -> str:
@@ -405,18 +417,21 @@ def _wavelengths(dataset: Any) -> tuple[float | None, ...]:
 
 
 @_persistent
-def read_header(path: str, placement: Placement = PLAIN) -> Header:
-    """A scene file's header. Raises RasterError."""
+def read_header(path: str, placement: Placement = PLAIN, identify: bool = True) -> Header:
+    """A scene file's header. Raises RasterError.
+
+    identify: whether its digest is needed. Without, it is empty, and the file stays open for its pixels.
+    """
     try:
-        return _header(path, placement)
+        return _header(path, placement, identify)
     except RasterError:
         if beside := rpc.file_beside(path):
             rpc.read(beside)  # GDAL does not open an image whose RPCs are broken; this says what is wrong with them
         raise
 
 
-def _header(path: str, placement: Placement) -> Header:
-    with _opened(path) as dataset:
+def _header(path: str, placement: Placement, identify: bool) -> Header:
+    with _opened(path) if identify else _kept_open(path) as dataset:
         place, placed = place_of(dataset, path, placement)
         flags = dataset.mask_flag_enums[0]
         colours = tuple(colour.name for colour in dataset.colorinterp)
@@ -432,8 +447,12 @@ def _header(path: str, placement: Placement) -> Header:
             masked=MaskFlags.per_dataset in flags and ColorInterp.alpha not in dataset.colorinterp,
             tag_date=_tag_date(dataset),
             processed=find_date(str(dataset.tags().get("TIFFTAG_DATETIME", ""))),
-            digest=_remote_digest(dataset) if remote.is_remote(path) else digest(path),
+            digest=_digest(dataset, path) if identify else "",
         )
+
+
+def _digest(dataset: Any, path: str) -> str:
+    return _remote_digest(dataset) if remote.is_remote(path) else digest(path)
 
 
 @_persistent
@@ -460,7 +479,7 @@ def read_sheet(path: str, probabilities: Sequence[str] = ()) -> Sheet:
             nodata=dataset.nodata,
             # the name too: it says which year and which part of the Earth a sheet stands for
             fingerprint=fingerprint(
-                [_remote_digest(dataset) if remote.is_remote(path) else digest(path)],
+                [_digest(dataset, path)],
                 (name, crs, grid.transform, dataset.nodata, *bands),
             ),
             bands=bands,

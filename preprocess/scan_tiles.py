@@ -50,21 +50,21 @@ def scan_files(job: Job) -> dict[str, Any]:
     rejected: Counter[str] = Counter()
     bad: list[str] = []
     examples: dict[str, Rejected] = {}
-    for n, name in enumerate(files.names):
-        try:
-            with raster.environment():  # once for all that is opened for a tile
+    with raster.many_small_files():
+        for n, name in enumerate(files.names):
+            try:
                 view = _view(job, files, name, clock)
                 tiles = _scanned(view, files, n, clock)
-        except (RasterError, PlanError) as error:
-            bad.append(str(error))
-            continue
-        for turned_away in scan.rejected_tiles(view):
-            rejected[turned_away.reason] += 1
-            examples.setdefault(turned_away.reason, turned_away)  # the first: keeping all would keep their pixels
-        for tile in tiles:
-            with clock("statistics"):
-                sums.append(band_sums(view.image, view.cells)[0])
-            kept.append(replace(tile, t=len(kept)))
+            except (RasterError, PlanError) as error:
+                bad.append(str(error))
+                continue
+            for turned_away in scan.rejected_tiles(view):
+                rejected[turned_away.reason] += 1
+                examples.setdefault(turned_away.reason, turned_away)  # the first: keeping all would keep their pixels
+            for tile in tiles:
+                with clock("statistics"):
+                    sums.append(band_sums(view.image, view.cells)[0])
+                kept.append(replace(tile, t=len(kept)))
     rejected["unreadable"] = len(bad)
     with clock("examples"):
         keep_examples(job.folder, job.number, job.options.seed, examples.values())

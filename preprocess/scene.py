@@ -51,17 +51,23 @@ class Source:
 
 
 def open_scene(
-    source: Source, scene_id: str, options: PackOptions, sensor: Sensor | None, placement: Placement = PLAIN
+    source: Source,
+    scene_id: str,
+    options: PackOptions,
+    sensor: Sensor | None,
+    placement: Placement = PLAIN,
+    identify: bool = True,
 ) -> Scene:
     """A scene's headers read. Raises RasterError for files that cannot be used, PlanError for bands that are not there.
 
     Of a scene with several files only those of the chosen bands are opened; the finest of them gives the grid.
+    identify: whether the fingerprint is needed, for which parts of the files are read; without, it is empty.
     """
     headers: dict[str, Header] = {}
 
     def header(path: str) -> Header:
         if path not in headers:
-            headers[path] = raster.read_header(path, placement)
+            headers[path] = raster.read_header(path, placement, identify)
             _check_dtype(headers[path], headers[next(iter(headers))])
         return headers[path]
 
@@ -134,6 +140,7 @@ def _assembled(
     any_masked = any(masked.values()) or parted
     names = tuple(band.name for band in named)
     ground = [(header.path is reference.path, *header.placed) for _, header in sorted(headers.items())]
+    digests = [header.digest for _, header in sorted(headers.items())]
     chosen = [layer and (layer.number, layer.alignment) for layer in layers]
     return Scene(
         path=source.title,
@@ -145,9 +152,9 @@ def _assembled(
         nodata=tuple(values),
         masked=any_masked,
         date=date,
-        fingerprint=raster.fingerprint(
-            [header.digest for _, header in sorted(headers.items())], (ground, names, values, chosen, any_masked, date)
-        ),
+        fingerprint=raster.fingerprint(digests, (ground, names, values, chosen, any_masked, date))
+        if all(digests)
+        else "",
         layers=tuple(layers),
         aliases=tuple(band.also for band in named),
         mask_path=source.mask,
