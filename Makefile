@@ -49,7 +49,7 @@ campaign:
 
 bench:
 	mkdir -p out/bench
-	$(PYTHON) benchmarks/packing.py --json out/bench/packing.json
+	$(PYTHON) benchmarks/packing.py --stage all --json out/bench/packing.json
 	$(PYTHON) benchmarks/tile_codecs.py --json out/bench/codecs.json
 	$(PYTHON) benchmarks/throughput.py --stage all --json out/bench/throughput.json --picture out/bench/throughput.png
 	$(PYTHON) benchmarks/throughput.py --stage peers --json out/bench/peers.json --picture out/bench/peers.png

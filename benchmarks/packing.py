@@ -1,6 +1,6 @@
 """How fast scenes become records and what that takes, beside other ways of doing it and the limits there are.
 
-    python benchmarks/packing.py [--stage STAGE] [--case TEXT] [--size PIXELS] [--repeats N] [--json FILE]
+    python benchmarks/packing.py [--stage STAGE ...] [--case TEXT] [--size PIXELS] [--repeats N] [--json FILE]
 
     pack     JPEG tiles from one scene to a finished dataset, with 1 process and with 2; beside it the published way of
              working and tiling in threads as gdal_retile does, with as many; and JPEG encoding alone; where time goes
@@ -9,7 +9,7 @@
              of the driver, and whether time grows with the number of tiles alone
     plan     10 million tiles (--plan-tiles): planning, and what the driver holds when all of them are scanned
     tiles    100,000 small files (--count) that are tiles already, with a histogram in JSON beside each
-    all      those five
+    all      those five; without --stage it is pack, raw and memory
 
 Every measurement is a process of its own after a warm-up on a small scene (compiled kernels come from Numba's cache),
 in turn with the others, `--repeats` times; medians and spreads ((max - min) / median) are reported. Rates of geokr
@@ -293,7 +293,7 @@ def stage_lines(case: str, found: Sequence[dict[str, Any]]) -> list[dict[str, An
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--stage", choices=(*STAGES, "all"), default="all")
+    made.add_argument("--stage", nargs="+", choices=(*STAGES, "all"), default=("pack", "raw", "memory"))
     made.add_argument("--case", default="", help="only cases whose name holds this text")
     made.add_argument("--size", type=int, default=6000, help="side of the scene of pack and raw, in pixels")
     made.add_argument("--sides", type=int, nargs="+", default=(10_000, 20_000, 40_000), help="sides of memory's scenes")
@@ -319,9 +319,9 @@ def main() -> int:
         (case,) = [case for case in cases if case.name == chosen.run]
         print(json.dumps(measure_here(case, chosen.folder)))
         return 0
-    cases = [case for case in cases if chosen.stage in ("all", case.stage) and chosen.case in case.name]
+    cases = [case for case in cases if {"all", case.stage} & set(chosen.stage) and chosen.case in case.name]
     if not cases:
-        sys.exit(f"--stage {chosen.stage} has no case whose name holds {chosen.case!r}")
+        sys.exit(f"--stage {' '.join(chosen.stage)} has no case whose name holds {chosen.case!r}")
     report(cases, run(cases, chosen.repeats, setting.cache, sys.argv[1:]), chosen)
     return 0
 
