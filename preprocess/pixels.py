@@ -1,5 +1,6 @@
 """A scene's pixels together with which of them hold data."""
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -9,10 +10,15 @@ from preprocess.raster import Scene
 
 
 def read_valid(
-    scene: Scene, bands: tuple[int, ...], window: tuple[int, int, int, int]
+    scene: Scene, bands: tuple[int, ...], window: tuple[int, int, int, int], room: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels [C, H, W] and validity uint8 [H, W]: 0 by nodata, mask, alpha, NaN or infinity."""
-    pixels, mask = raster.read_pixels(scene, bands, window)
+    """Pixels [C, H, W] and validity uint8 [H, W]: 0 by nodata, mask, alpha, NaN or infinity.
+
+    room: as many numbers of the scene's dtype or more, 1-D, for the pixels to lie in.
+    """
+    shape = len(bands), window[3], window[2]
+    out = None if room is None else room[: math.prod(shape)].reshape(shape)
+    pixels, mask = raster.read_pixels(scene, bands, window, out)
     nodata = [scene.nodata[band - 1] for band in bands]
     has = np.array([value is not None for value in nodata])
     # in the pixels' own precision: a tag of -9999.9 is not what a float32 pixel holds

@@ -95,12 +95,13 @@ def windows(
 
 
 def _parts(scene: Scene, bands: tuple[int, ...], mask: MaskOptions) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Sampled pixels [C, h, w] and which of them count, uint8 [h, w]."""
+    """Sampled pixels [C, h, w] and which of them count, uint8 [h, w]; the next ones lie in the same memory."""
     width, height = scene.place.width, scene.place.height
     row_bytes = width * len(bands) * np.dtype(scene.dtype).itemsize
     chosen, (across, down) = windows(width, height, raster.block_shape(scene, bands), row_bytes)
+    room = np.empty(max(window[2] * window[3] for window in chosen) * len(bands), scene.dtype)
     for window in chosen:
-        pixels, valid = read_valid(scene, bands, window)
+        pixels, valid = read_valid(scene, bands, window, room)
         if scene.mask is not None:
             valid &= 1 - masks.masked_pixels(scene.mask, scene.place.window(*window), mask)
         yield pixels[:, ::down, ::across], valid[::down, ::across]

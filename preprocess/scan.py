@@ -136,10 +136,12 @@ def read_view(job: Job, clock: Clock) -> View:
     stretch, bands = Stretch.of(job.limits, job.scene.dtype), len(job.bands)
     grey, valid = np.empty((height, width, bands), np.uint8), np.empty((height, width), np.uint8)
     image = np.empty(grey.shape, job.scene.dtype) if job.options.stretch.mode == "none" else grey
-    for top, bottom in strips(row, height, width * bands * np.dtype(job.scene.dtype).itemsize):
+    parts = list(strips(row, height, width * bands * np.dtype(job.scene.dtype).itemsize))
+    room = np.empty(max(bottom - top for top, bottom in parts) * width * bands, job.scene.dtype)
+    for top, bottom in parts:
         with clock("read"):
             window = (column, row + top, width, bottom - top)
-            pixels, valid[top:bottom] = read_valid(job.scene, job.bands, window)
+            pixels, valid[top:bottom] = read_valid(job.scene, job.bands, window, room)
         with clock("stretch"):
             stretch.into(grey[top:bottom], pixels, valid[top:bottom])
             if image is not grey:
