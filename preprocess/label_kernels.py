@@ -14,6 +14,8 @@ MARGIN = 1e-3
 # latter, whatever rounding makes of it. Far more than rounding, far less than a lattice's error.
 TIE = 2.0**-20
 
+BLOCK = 64  # pixels looked at together; as wide as vectors get
+
 
 @njit(nogil=True, cache=True)
 def between(lattice_LL2, x, y, width, height):
@@ -72,8 +74,19 @@ def translate(codes_hw, lookup, lookup_offset):
 @njit(nogil=True, cache=True, inline="always")
 def _east_of(lon, west):
     """Degrees from ``west`` eastward to ``lon``, 0 to 360."""
-    away = lon - west
-    return away - 360.0 * np.floor(away / 360.0)  # many times faster than the % operator
+    return lon - west - _turn(lon, west)
+
+
+@njit(nogil=True, cache=True, inline="always")
+def _turn(lon, west):
+    """The whole turns in degrees by which ``lon`` lies beyond ``west``."""
+    return 360.0 * np.floor((lon - west) / 360.0)  # many times faster than the % operator
+
+
+@njit(nogil=True, cache=True, inline="always")
+def _holds(east, lat, span, domain):
+    """Whether a domain holds a point ``east`` degrees east of its western edge; false for NaN."""
+    return 0.0 <= east < span and domain[1] <= lat < domain[3]
 
 
 @njit(nogil=True, cache=True)
@@ -89,8 +102,11 @@ def _keep_inside(todo_W, nodes_L2, ends, domain):
     count modulo 360.
     """
     span, columns, width = domain[2] - domain[0], len(ends) - 1, len(todo_W)
+    turn = _turn(nodes_L2[0, 0], domain[0])
     for i in range(columns):
         lon0, lat0, lon1, lat1 = nodes_L2[i, 0], nodes_L2[i, 1], nodes_L2[i + 1, 0], nodes_L2[i + 1, 1]
+        if _holds(lon0 - domain[0] - turn, lat0, span, domain) and _holds(lon1 - domain[0] - turn, lat1, span, domain):
+            continue
         east0 = _east_of(lon0, domain[0])
         east1 = east0 + (lon1 - lon0)
         # both ends of an even stretch inside, or on the same side of it: so is what lies between
@@ -98,10 +114,10 @@ def _keep_inside(todo_W, nodes_L2, ends, domain):
             continue
         outside = max(lat0, lat1) < domain[1] or min(lat0, lat1) >= domain[3]
         outside = outside or (east0 >= span and span <= east1 < 360.0)
+        if outside:
+            todo_W[ends[i] : ends[i + 1]] = 0
+            continue
         for x in range(ends[i], ends[i + 1]):
-            if outside:
-                todo_W[x] = 0
-                continue
             u = x * columns / max(width - 1, 1) - i
             if not _inside(lon0 + (lon1 - lon0) * u, lat0 + (lat1 - lat0) * u, domain):
                 todo_W[x] = 0
@@ -127,7 +143,14 @@ def _take_stretch(labels_W, column, row, across, down, classes_hw):
     """
     one = 4294967296.0
     c, r, dc, dr = np.int64(column * one), np.int64(row * one), np.int64(across * one), np.int64(down * one)
-    for k in range(len(labels_W)):
+    count = len(labels_W)
+    if r >> 32 == (r + dr * (count - 1)) >> 32:  # all in one row of the sheet, as most stretches are
+        classes_w = classes_hw[r >> 32]
+        for k in range(count):
+            labels_W[k] = classes_w[np.uintp(c >> 32)]
+            c += dc
+        return
+    for k in range(count):
         labels_W[k] = classes_hw[np.uintp(r >> 32), np.uintp(c >> 32)]
         c += dc
         r += dr
@@ -146,6 +169,52 @@ def _pixel_by_pixel(labels_HW, nodata, lattice_LL2, classes_hw, first, period, l
                     continue
             column, row = between(lattice_LL2, x, y, width, height)
             _take(labels_HW, y, x, column - first[0] + TIE, row - first[1] + TIE, classes_hw, period)
+
+
+@njit(nogil=True, cache=True)
+def _all_are(labels_W, label):
+    differ = np.uint8(0)
+    for x in range(len(labels_W)):
+        differ |= labels_W[x] ^ label
+    return differ == 0
+
+
+@njit(nogil=True, cache=True)
+def _some_are(labels_W, label):
+    some = np.uint8(0)
+    for x in range(len(labels_W)):
+        some |= np.uint8(labels_W[x] == label)
+    return some != 0
+
+
+@njit(nogil=True, cache=True)
+def any_are(labels_HW, label):
+    """Whether any pixel has a label (uint8)."""
+    for y in range(labels_HW.shape[0]):
+        if _some_are(labels_HW[y], label):
+            return True
+    return False
+
+
+@njit(nogil=True, cache=True)
+def within(lattice_LL2, first, width, height):
+    """Whether all of a lattice lies in a sheet of width x height pixels from ``first`` on, MARGIN from its edges."""
+    for j in range(lattice_LL2.shape[0]):
+        for i in range(lattice_LL2.shape[1]):
+            column, row = lattice_LL2[j, i, 0] - first[0] + TIE, lattice_LL2[j, i, 1] - first[1] + TIE
+            if not (MARGIN <= column < width - MARGIN and MARGIN <= row < height - MARGIN):  # nor NaN
+                return False
+    return True
+
+
+@njit(nogil=True, cache=True)
+def _all_inside(nodes_L2, domain):
+    """Whether a row lies in the domain, given by longitude and latitude at its nodes."""
+    turn = _turn(nodes_L2[0, 0], domain[0])
+    for i in range(nodes_L2.shape[0]):
+        if not _holds(nodes_L2[i, 0] - domain[0] - turn, nodes_L2[i, 1], domain[2] - domain[0], domain):
+            return False
+    return True
 
 
 @njit(nogil=True, cache=True)
@@ -168,46 +237,97 @@ def gather_labels(labels_HW, nodata, lattice_LL2, classes_hw, first, period, lon
         return
     ends, lonlat_ends = cell_ends(columns, width), cell_ends(lonlat_columns, width)
     nodes_L2, lonlat_L2 = np.empty((columns + 1, 2)), np.empty((lonlat_columns + 1, 2))
-    cells_a_pixel = columns / max(width - 1, 1)
     todo_W = np.empty(width, np.uint8)
+    covered = period == 0 and within(lattice_LL2, first, classes_hw.shape[1], classes_hw.shape[0])
     for y in range(height):
-        some = np.uint8(0)
-        for x in range(width):
-            todo_W[x] = labels_HW[y, x] == nodata
-            some |= todo_W[x]
-        if not some:
+        labels_W = labels_HW[y]
+        fresh = _all_are(labels_W, nodata)
+        if not fresh and not _some_are(labels_W, nodata):
             continue
         if use_domain:
             row_of(lonlat_LL2, y, height, lonlat_L2)
-            _keep_inside(todo_W, lonlat_L2, lonlat_ends, domain)
+            fresh = fresh and _all_inside(lonlat_L2, domain)
         row_of(lattice_LL2, y, height, nodes_L2)
-        for i in range(columns):
-            left, right = ends[i], ends[i + 1]
-            every, some = np.uint8(1), np.uint8(0)
-            for x in range(left, right):
-                every &= todo_W[x]
-                some |= todo_W[x]
-            if not some:
-                continue
-            across, down = nodes_L2[i + 1, 0] - nodes_L2[i, 0], nodes_L2[i + 1, 1] - nodes_L2[i, 1]
-            u = left * cells_a_pixel - i
-            column = nodes_L2[i, 0] + across * u - first[0] + TIE
-            row = nodes_L2[i, 1] + down * u - first[1] + TIE
-            across *= cells_a_pixel
-            down *= cells_a_pixel
-            if period > 0 and np.isfinite(column):
-                column = column % period
-            end_column, end_row = column + across * (right - left - 1), row + down * (right - left - 1)
-            if (
-                every
-                and min(column, end_column) >= MARGIN
-                and max(column, end_column) < classes_hw.shape[1] - MARGIN
-                and min(row, end_row) >= MARGIN
-                and max(row, end_row) < classes_hw.shape[0] - MARGIN
-            ):
-                _take_stretch(labels_HW[y, left:right], column, row, across, down, classes_hw)
-                continue
-            for x in range(left, right):
-                if todo_W[x]:
-                    k = x - left
-                    _take(labels_HW, y, x, column + across * k, row + down * k, classes_hw, period)
+        if fresh and covered:
+            _fill_row(labels_W, nodes_L2, 0, columns, ends, classes_hw, first)
+            continue
+        for x in range(width):
+            todo_W[x] = labels_W[x] == nodata
+        if use_domain:
+            _keep_inside(todo_W, lonlat_L2, lonlat_ends, domain)
+        left, right = _reach(todo_W)
+        if left == right:
+            continue
+        outer, outer_end = np.searchsorted(ends, left, side="right") - 1, np.searchsorted(ends, right)
+        begin, end = outer, outer
+        if covered and _all_are(todo_W[left:right], np.uint8(1)):
+            begin = outer + (ends[outer] < left)
+            end = max(begin, outer_end - (ends[outer_end] > right))
+        _fill_some(labels_HW, y, todo_W, nodes_L2, outer, begin, ends, classes_hw, first, period)
+        _fill_row(labels_W, nodes_L2, begin, end, ends, classes_hw, first)
+        _fill_some(labels_HW, y, todo_W, nodes_L2, end, outer_end, ends, classes_hw, first, period)
+
+
+@njit(nogil=True, cache=True, inline="always")
+def _start(nodes_L2, i, u, first, cells_a_pixel):
+    """(column, row, and their steps a pixel) at a share ``u`` of cell ``i``."""
+    across, down = nodes_L2[i + 1, 0] - nodes_L2[i, 0], nodes_L2[i + 1, 1] - nodes_L2[i, 1]
+    column = nodes_L2[i, 0] + across * u - first[0] + TIE
+    row = nodes_L2[i, 1] + down * u - first[1] + TIE
+    return column, row, across * cells_a_pixel, down * cells_a_pixel
+
+
+@njit(nogil=True, cache=True)
+def _fill_row(labels_W, nodes_L2, begin, end, ends, classes_hw, first):
+    """All pixels of a row in the cells ``begin`` to ``end``, whose nodes lie within the sheet."""
+    cells_a_pixel = (len(ends) - 1) / max(len(labels_W) - 1, 1)
+    for i in range(begin, end):
+        column, row, across, down = _start(nodes_L2, i, ends[i] * cells_a_pixel - i, first, cells_a_pixel)
+        _take_stretch(labels_W[ends[i] : ends[i + 1]], column, row, across, down, classes_hw)
+
+
+@njit(nogil=True, cache=True)
+def _reach(todo_W):
+    """(first, end) of the pixels to do; (0, 0) for none."""
+    left, right = 0, len(todo_W)
+    while left + BLOCK <= right and not _some_are(todo_W[left : left + BLOCK], np.uint8(1)):
+        left += BLOCK
+    while left < right and not todo_W[left]:
+        left += 1
+    while left + BLOCK <= right and not _some_are(todo_W[right - BLOCK : right], np.uint8(1)):
+        right -= BLOCK
+    while left < right and not todo_W[right - 1]:
+        right -= 1
+    return (left, right) if left < right else (0, 0)
+
+
+@njit(nogil=True, cache=True)
+def _fill_some(labels_HW, y, todo_W, nodes_L2, begin, end, ends, classes_hw, first, period):
+    """The pixels of row ``y`` for which ``todo_W`` is 1, in the cells ``begin`` to ``end``."""
+    columns = len(ends) - 1
+    cells_a_pixel = columns / max(len(todo_W) - 1, 1)
+    for i in range(begin, end):
+        left, right = ends[i], ends[i + 1]
+        every, some = np.uint8(1), np.uint8(0)
+        for x in range(left, right):
+            every &= todo_W[x]
+            some |= todo_W[x]
+        if not some:
+            continue
+        column, row, across, down = _start(nodes_L2, i, left * cells_a_pixel - i, first, cells_a_pixel)
+        if period > 0 and np.isfinite(column):
+            column = column % period
+        end_column, end_row = column + across * (right - left - 1), row + down * (right - left - 1)
+        if (
+            every
+            and min(column, end_column) >= MARGIN
+            and max(column, end_column) < classes_hw.shape[1] - MARGIN
+            and min(row, end_row) >= MARGIN
+            and max(row, end_row) < classes_hw.shape[0] - MARGIN
+        ):
+            _take_stretch(labels_HW[y, left:right], column, row, across, down, classes_hw)
+            continue
+        for x in range(left, right):
+            if todo_W[x]:
+                k = x - left
+                _take(labels_HW, y, x, column + across * k, row + down * k, classes_hw, period)

@@ -169,7 +169,7 @@ def _gather(
     lonlat: np.ndarray | None,
     domain: Domain | None,
 ) -> None:
-    if not (labels == NODATA).any():
+    if not label_kernels.any_are(labels, NODATA):
         return
     lookup = lookup_of(legend, entry.sheet)
     for window in pieces(entry.sheet, pixels[..., 0], pixels[..., 1]):
@@ -177,12 +177,13 @@ def _gather(
             codes = raster.read_codes(entry.sheet, window)
         except raster.RasterError as error:  # not the scene's fault, so never a reason to leave the scene out
             raise LabelError(str(error)) from error
+        classes = label_kernels.translate(codes, lookup, LOOKUP_OFFSET)
         label_kernels.gather_labels(
-            labels, NODATA, pixels, label_kernels.translate(codes, lookup, LOOKUP_OFFSET),
+            labels, NODATA, pixels, classes,
             np.array(window[:2], np.float64), period(entry.sheet), pixels if lonlat is None else lonlat,
             np.array(domain or (0, 0, 0, 0), np.float64), domain is not None,
         )  # fmt: skip
-        if (labels == UNKNOWN).any():
+        if label_kernels.any_are(classes, UNKNOWN) and label_kernels.any_are(labels, UNKNOWN):
             _raise_unknown(entry, lookup, codes)
 
 
