@@ -105,16 +105,15 @@ def _keep_inside(todo_W, nodes_L2, ends, domain):
     turn = _turn(nodes_L2[0, 0], domain[0])
     for i in range(columns):
         lon0, lat0, lon1, lat1 = nodes_L2[i, 0], nodes_L2[i, 1], nodes_L2[i + 1, 0], nodes_L2[i + 1, 1]
-        if _holds(lon0 - domain[0] - turn, lat0, span, domain) and _holds(lon1 - domain[0] - turn, lat1, span, domain):
-            continue
-        east0 = _east_of(lon0, domain[0])
-        east1 = east0 + (lon1 - lon0)
         # both ends of an even stretch inside, or on the same side of it: so is what lies between
+        east0, east1 = lon0 - domain[0] - turn, lon1 - domain[0] - turn
+        if not (0.0 <= east0 < 360.0):
+            east0 = _east_of(lon0, domain[0])
+            east1 = east0 + (lon1 - lon0)
         if 0.0 <= east1 < span and east0 < span and domain[1] <= min(lat0, lat1) and max(lat0, lat1) < domain[3]:
             continue
         outside = max(lat0, lat1) < domain[1] or min(lat0, lat1) >= domain[3]
-        outside = outside or (east0 >= span and span <= east1 < 360.0)
-        if outside:
+        if outside or (east0 >= span and span <= east1 < 360.0):
             todo_W[ends[i] : ends[i + 1]] = 0
             continue
         for x in range(ends[i], ends[i + 1]):
@@ -197,14 +196,14 @@ def any_are(labels_HW, label):
 
 
 @njit(nogil=True, cache=True)
-def within(lattice_LL2, first, width, height):
-    """Whether all of a lattice lies in a sheet of width x height pixels from ``first`` on, MARGIN from its edges."""
-    for j in range(lattice_LL2.shape[0]):
-        for i in range(lattice_LL2.shape[1]):
-            column, row = lattice_LL2[j, i, 0] - first[0] + TIE, lattice_LL2[j, i, 1] - first[1] + TIE
-            if not (MARGIN <= column < width - MARGIN and MARGIN <= row < height - MARGIN):  # nor NaN
-                return False
-    return True
+def _within(nodes_L2, first, width, height):
+    """Whether a row's nodes lie in a sheet of width x height pixels from ``first`` on, MARGIN from its edges."""
+    left, top, inside = first[0] + MARGIN, first[1] + MARGIN, True
+    right, bottom = first[0] + width - 2 * MARGIN, first[1] + height - 2 * MARGIN
+    for i in range(nodes_L2.shape[0]):
+        column, row = nodes_L2[i, 0], nodes_L2[i, 1]
+        inside &= (column >= left) & (column < right) & (row >= top) & (row < bottom)  # false for NaN
+    return inside
 
 
 @njit(nogil=True, cache=True)
@@ -238,7 +237,6 @@ def gather_labels(labels_HW, nodata, lattice_LL2, classes_hw, first, period, lon
     ends, lonlat_ends = cell_ends(columns, width), cell_ends(lonlat_columns, width)
     nodes_L2, lonlat_L2 = np.empty((columns + 1, 2)), np.empty((lonlat_columns + 1, 2))
     todo_W = np.empty(width, np.uint8)
-    covered = period == 0 and within(lattice_LL2, first, classes_hw.shape[1], classes_hw.shape[0])
     for y in range(height):
         labels_W = labels_HW[y]
         fresh = _all_are(labels_W, nodata)
@@ -248,7 +246,7 @@ def gather_labels(labels_HW, nodata, lattice_LL2, classes_hw, first, period, lon
             row_of(lonlat_LL2, y, height, lonlat_L2)
             fresh = fresh and _all_inside(lonlat_L2, domain)
         row_of(lattice_LL2, y, height, nodes_L2)
-        if fresh and covered:
+        if fresh and period == 0 and _within(nodes_L2, first, classes_hw.shape[1], classes_hw.shape[0]):
             _fill_row(labels_W, nodes_L2, 0, columns, ends, classes_hw, first)
             continue
         for x in range(width):
@@ -259,10 +257,11 @@ def gather_labels(labels_HW, nodata, lattice_LL2, classes_hw, first, period, lon
         if left == right:
             continue
         outer, outer_end = np.searchsorted(ends, left, side="right") - 1, np.searchsorted(ends, right)
-        begin, end = outer, outer
-        if covered and _all_are(todo_W[left:right], np.uint8(1)):
-            begin = outer + (ends[outer] < left)
-            end = max(begin, outer_end - (ends[outer_end] > right))
+        begin = outer + (ends[outer] < left)
+        end = max(begin, outer_end - (ends[outer_end] > right))
+        plain = period == 0 and _all_are(todo_W[left:right], np.uint8(1))
+        if not plain or not _within(nodes_L2[begin : end + 1], first, classes_hw.shape[1], classes_hw.shape[0]):
+            begin, end = outer, outer
         _fill_some(labels_HW, y, todo_W, nodes_L2, outer, begin, ends, classes_hw, first, period)
         _fill_row(labels_W, nodes_L2, begin, end, ends, classes_hw, first)
         _fill_some(labels_HW, y, todo_W, nodes_L2, end, outer_end, ends, classes_hw, first, period)
@@ -279,7 +278,7 @@ def _start(nodes_L2, i, u, first, cells_a_pixel):
 
 @njit(nogil=True, cache=True)
 def _fill_row(labels_W, nodes_L2, begin, end, ends, classes_hw, first):
-    """All pixels of a row in the cells ``begin`` to ``end``, whose nodes lie within the sheet."""
+    """All pixels of a row in the cells ``begin`` to ``end``, whose nodes lie in the sheet (see _within)."""
     cells_a_pixel = (len(ends) - 1) / max(len(labels_W) - 1, 1)
     for i in range(begin, end):
         column, row, across, down = _start(nodes_L2, i, ends[i] * cells_a_pixel - i, first, cells_a_pixel)
