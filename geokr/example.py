@@ -34,46 +34,64 @@ def _varint(value: int) -> bytes:
     return bytes(out)
 
 
-def _length(parts: list[bytes]) -> int:
-    return sum(map(len, parts))
+def _field(number: int, length: int) -> bytes:
+    """What stands before a field of so many bytes."""
+    return bytes([number << 3 | _LEN]) + _varint(length)
 
 
-def _field(number: int, parts: list[bytes]) -> list[bytes]:
-    """A field of bytes, in parts: an image is copied once, when all of an Example is joined."""
-    return [bytes([number << 3 | _LEN]) + _varint(_length(parts)), *parts]
+def _head(name: str, kind: int, length: int) -> bytes:
+    """All of a feature's entry that stands before its one value of so many bytes.
+
+    kind: 1 for bytes, 2 for packed floats, 3 for packed integers.
+    """
+    value = _field(1, length)
+    feature = _field(kind, len(value) + length) + value
+    key = _field(1, len(name.encode())) + name.encode()
+    entry = key + _field(2, len(feature) + length) + feature
+    return _field(1, len(entry) + length) + entry
 
 
-def _feature(value: Value) -> list[bytes]:
-    if isinstance(value, np.ndarray):
-        if value.dtype == np.float32:
-            return _field(2, _field(1, [value.astype("<f4").tobytes()]))
-        if value.dtype == np.int64:
-            packed = b"".join(_varint(number & (1 << 64) - 1) for number in value.tolist())
-            return _field(3, _field(1, [packed]))
-        raise TypeError(f"an Example holds float32 and int64 arrays, not {value.dtype}")
-    items = [value] if isinstance(value, bytes) else value
-    return _field(1, [part for item in items for part in _field(1, [item])])
+_cached_head = lru_cache(maxsize=1024)(_head)  # most of a record's values are as long as those of the record before
+
+
+@lru_cache(maxsize=256)
+def _packed_integers(values: bytes) -> bytes:
+    return b"".join(_varint(number) for number in np.frombuffer(values, np.uint64).tolist())
+
+
+def _content(value: bytes | np.ndarray) -> tuple[int, bytes]:
+    """(kind, bytes) of what one value holds."""
+    if isinstance(value, bytes):
+        return 1, value
+    if value.dtype == np.float32:
+        return 2, value.astype("<f4", copy=False).tobytes()
+    if value.dtype == np.int64:
+        return 3, _packed_integers(value.tobytes())
+    raise TypeError(f"an Example holds float32 and int64 arrays, not {value.dtype}")
+
+
+def _listed(name: str, items: Sequence[bytes]) -> bytes:
+    """The entry of a feature of any number of values of bytes."""
+    values = b"".join(part for item in items for part in (_field(1, len(item)), item))
+    feature = _field(1, len(values)) + values
+    key = _field(1, len(name.encode())) + name.encode()
+    entry = key + _field(2, len(feature)) + feature
+    return _field(1, len(entry)) + entry
 
 
 def encode(features: Mapping[str, Value]) -> bytes:
     """Serialises features: bytes, a list of bytes, or a 1-D float32 or int64 array each."""
-    entries: list[bytes] = []
+    parts = [b""]
     for name in sorted(features):
         value = features[name]
-        entries += (
-            [_short_entry(name, value)] if isinstance(value, bytes) and len(value) < SHORT else _entry(name, value)
-        )
-    return b"".join(_field(1, entries))
-
-
-def _entry(name: str, value: Value) -> list[bytes]:
-    return _field(1, [*_field(1, [name.encode()]), *_field(2, _feature(value))])
-
-
-@lru_cache(maxsize=256)
-def _short_entry(name: str, value: bytes) -> bytes:
-    """Most of a record's texts are those of the record before."""
-    return b"".join(_entry(name, value))
+        if not isinstance(value, bytes | np.ndarray):
+            parts.append(_listed(name, value))
+            continue
+        kind, content = _content(value)
+        head = _cached_head if len(content) < SHORT else _head
+        parts += (head(name, kind, len(content)), content)  # an image is copied once, when all is joined
+    parts[0] = _field(1, sum(map(len, parts)))
+    return b"".join(parts)
 
 
 def _read_varint(data: memoryview, at: int, end: int) -> tuple[int, int]:

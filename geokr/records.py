@@ -155,17 +155,17 @@ class Record:
         return self.fractions if product is None else self.also[product].fractions
 
 
-def encode_record(record: Record) -> bytes:
-    """The record as a tf.train.Example; equal records give equal bytes."""
+def encode_record(record: Record, image: bytes | None = None) -> bytes:
+    """The record as a tf.train.Example; equal records give equal bytes. image: in place of the record's."""
     features: dict[str, example.Value] = {
-        "image": record.image,
+        "image": record.image if image is None else image,
         "codec": record.codec.encode(),
         "shape": np.array(record.shape, np.int64),
         "dtype": record.dtype.encode(),
-        "fractions": record.fractions.astype(np.float32),
+        "fractions": record.fractions.astype(np.float32, copy=False),
         "valid_fraction": np.array([record.valid_fraction], np.float32),
         "lonlat": np.array(record.lonlat, np.float32),
-        "transform": np.array(record.transform, "<f8").tobytes(),
+        "transform": struct.pack("<6d", *record.transform),
         "crs": record.crs.encode(),
         "scene_id": record.scene_id.encode(),
         "tile_id": record.tile_id.encode(),

@@ -17,6 +17,7 @@ METRES_A_DEGREE = EARTH_RADIUS_M * math.pi / 180
 TRAIN, VAL, BOTH = 0, 1, 2
 
 
+@lru_cache(maxsize=1 << 12)
 def cells_in_row(row: int, block_m: float) -> int:
     """Number of cells of a latitude row; row 0 begins at the south pole."""
     latitude = min(90.0, -90 + (row + 0.5) * block_m / METRES_A_DEGREE)
@@ -60,14 +61,21 @@ def touched_cells(longitudes: np.ndarray, latitudes: np.ndarray, step: float, bl
     and a little more for projections that are not that straight. Within two such lengths of a pole, where a box
     means nothing, the part counts as touching all cells around the pole.
     """
-    highest = float(np.abs(latitudes).max())
+    west, east = _interval(longitudes)
+    return _cells_of_box(west, float(latitudes.min()), east, float(latitudes.max()), step, block_m)
+
+
+def _cells_of_box(
+    west: float, south: float, east: float, north: float, step: float, block_m: float
+) -> set[tuple[int, int]]:
+    """:func:`touched_cells` from the extremes of the points."""
+    highest = max(abs(south), abs(north))
     bulge = step**2 * math.pi / 180 / 8 * math.tan(math.radians(min(highest, 89.9)))
     margin = step / 64 + bulge
-    south, north = float(latitudes.min()) - margin, float(latitudes.max()) + margin
+    south, north = south - margin, north + margin
     around = 90 - highest < 2 * step
     if around:
         south, north = (south, 90.0) if north > -south else (-90.0, north)
-    west, east = _interval(longitudes)
     wider = margin / max(1e-9, math.cos(math.radians(min(89.999999, max(abs(south), abs(north))))))
     cells: set[tuple[int, int]] = set()
     first, last = (math.floor((latitude + 90) * METRES_A_DEGREE / block_m) for latitude in (south, min(90.0, north)))
@@ -109,3 +117,28 @@ def side_of(
         steps = range(longitudes_PP.shape[0] - 1)
         found = set().union(*(kinds((slice(i, i + 2), slice(j, j + 2))) for i in steps for j in steps))
     return BOTH if len(found) == 2 else (VAL if True in found else TRAIN)
+
+
+def sides_of(
+    longitudes_TPP: np.ndarray, latitudes_TPP: np.ndarray, block_m: float, seed: int, val_fraction: float
+) -> list[int]:
+    """:func:`side_of` for many tiles; NaN gives any side."""
+    if val_fraction == 0:
+        return [TRAIN] * len(longitudes_TPP)
+    steps = far_apart(longitudes_TPP, latitudes_TPP).tolist()
+    extremes = (
+        np.stack([values.min(axis=(1, 2)), values.max(axis=(1, 2))], axis=1)
+        for values in (longitudes_TPP, latitudes_TPP)
+    )
+    sides = []
+    for t, ((west, east), (south, north)) in enumerate(zip(*(values.tolist() for values in extremes), strict=True)):
+        if not math.isfinite(west + south):
+            sides.append(BOTH)
+            continue
+        cells = _cells_of_box(west, south, east, north, steps[t], block_m) if east - west < 180 else set()
+        kinds = {is_validation(row, cell, seed, val_fraction) for row, cell in cells}
+        if len(kinds) == 1:
+            sides.append(VAL if True in kinds else TRAIN)
+        else:  # mixed, or over the antimeridian: a closer look
+            sides.append(side_of(longitudes_TPP[t], latitudes_TPP[t], block_m, seed, val_fraction, steps[t]))
+    return sides

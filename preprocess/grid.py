@@ -4,6 +4,7 @@ A :class:`Grid` couples a size in pixels with the affine transform from pixel to
 grid is a grid, so pixels and transform cannot drift apart.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -28,16 +29,15 @@ class Grid:
         a, b, _, d, e, _ = self.transform
         if self.width < 1 or self.height < 1:
             raise ValueError(f"a grid of {self.width} x {self.height} pixels is empty")
-        if not np.isfinite(self.transform).all() or a * e == b * d:
+        if not all(map(math.isfinite, self.transform)) or a * e == b * d:
             raise ValueError(f"the transform {self.transform} cannot be inverted")
 
     def window(self, column: int, row: int, width: int, height: int) -> "Grid":
         """The part that begins at (column, row). Raises ValueError if it leaves the grid."""
         if column < 0 or row < 0 or column + width > self.width or row + height > self.height:
             raise ValueError(f"window {column},{row} {width}x{height} leaves the grid of {self.width}x{self.height}")
-        a, b, _, d, e, _ = self.transform
-        x, y = self.xy(column, row)
-        return Grid(width, height, (a, b, float(x), d, e, float(y)))
+        a, b, c, d, e, f = self.transform
+        return Grid(width, height, (a, b, float(a * column + b * row + c), d, e, float(d * column + e * row + f)))
 
     def subdivided(self, kx: int, ky: int) -> "Grid":
         """The same ground with kx by ky pixels in place of each one."""

@@ -191,8 +191,10 @@ def any_are(labels_HW, label):
     """Whether any pixel has a label (uint8)."""
     for y in range(labels_HW.shape[0]):
         if _some_are(labels_HW[y], label):
-            return True
-    return False
+            break
+    else:
+        return False
+    return True
 
 
 @njit(nogil=True, cache=True)

@@ -200,28 +200,27 @@ def place_tiles(view: View, found: Sequence[TileLabels]) -> list[Kept]:
         return []
     longitudes, latitudes = footprints(view.place, view.origins, size)
     known = np.asarray(np.isfinite(longitudes + latitudes).all(axis=(1, 2)))
-    rings, steps = ring_of(longitudes, latitudes), blocks.far_apart(longitudes, latitudes)
-    tiles = []
+    sides = blocks.sides_of(longitudes, latitudes, split.block_m, job.options.seed, split.val_fraction)
+    middle = np.s_[:, POINTS // 2, POINTS // 2]
+    # a scene in degrees may run beyond 180
+    lonlats = np.stack([(longitudes[middle] + 180) % 360 - 180, latitudes[middle]], axis=1).tolist()
+    fractions = [labels.fractions.astype(np.float32) for labels in found]
+    chosen, records, images = [], [], []
     for t, (left, top) in enumerate(view.origins.tolist()):
         if view.reasons[t]:
             continue
-        if not known[t]:
-            view.reasons[t] = "unlabelled"
+        if not known[t] or sides[t] == blocks.BOTH:
+            view.reasons[t] = "straddles_split" if known[t] else "unlabelled"
             continue
-        side = blocks.side_of(
-            longitudes[t], latitudes[t], split.block_m, job.options.seed, split.val_fraction, float(steps[t])
-        )
-        if side == blocks.BOTH:
-            view.reasons[t] = "straddles_split"
-            continue
-        pixels_HWC = view.image[top : top + size, left : left + size]
-        middle = longitudes[t][POINTS // 2, POINTS // 2], latitudes[t][POINTS // 2, POINTS // 2]
-        lonlat = ((middle[0] + 180) % 360 - 180, middle[1])  # a scene in degrees may run beyond 180
+        images.append(view.image[top : top + size, left : left + size])
         place = view.place.window(left, top, size, size)
-        record = _record(job, pixels_HWC, found, t, place, lonlat, (left, top))
-        facts = pack_facts(record, rings[t], view.measures[t][: len(QUALITY)])
-        tiles.append(Kept(t, side, record, pixels_HWC, facts))
-    return tiles
+        labels = [(part[t], float(of.valid_fraction[t])) for part, of in zip(fractions, found, strict=True)]
+        records.append(_record(job, images[-1], labels, place, tuple(lonlats[t]), (left, top)))
+        chosen.append(t)
+    measured = [view.measures[t][: len(QUALITY)] for t in chosen]
+    facts = pack_facts(records, ring_of(longitudes[chosen], latitudes[chosen]), measured)
+    made = zip(chosen, records, images, facts, strict=True)
+    return [Kept(t, sides[t], record, pixels_HWC, blob) for t, record, pixels_HWC, blob in made]
 
 
 def footprints(window: Place, origins: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -235,21 +234,23 @@ def footprints(window: Place, origins: np.ndarray, size: int) -> tuple[np.ndarra
 def _record(
     job: Job,
     pixels_HWC: np.ndarray,
-    found: Sequence[TileLabels],
-    t: int,
+    found: Sequence[tuple[np.ndarray, float]],
     place: Place,
     lonlat: tuple[float, float],
     origin: tuple[int, int],
 ) -> Record:
-    """What a record says of a tile; its image is still empty. origin: first (column, row) in the chunk."""
+    """What a record says of a tile; its image is still empty.
+
+    found: (fractions, valid fraction) for each product. origin: first (column, row) in the chunk.
+    """
     transform, crs = place.georeference()
     return Record(
         image=b"",
         codec=job.options.tile.codec,
         shape=pixels_HWC.shape,  # type: ignore[arg-type]
         dtype=pixels_HWC.dtype.name,
-        fractions=found[0].fractions[t].astype(np.float32),
-        valid_fraction=float(found[0].valid_fraction[t]),
+        fractions=found[0][0],
+        valid_fraction=found[0][1],
         lonlat=lonlat,
         transform=transform,
         crs=crs,
@@ -258,9 +259,7 @@ def _record(
         date=job.scene.date,
         label_gap_years=job.covers[0].gap_years,
         also={
-            cover.name: FurtherLabels(
-                labels.fractions[t].astype(np.float32), float(labels.valid_fraction[t]), cover.gap_years
-            )
-            for cover, labels in zip(job.covers[1:], found[1:], strict=True)
+            cover.name: FurtherLabels(fractions, valid_fraction, cover.gap_years)
+            for cover, (fractions, valid_fraction) in zip(job.covers[1:], found[1:], strict=True)
         },
     )

@@ -7,7 +7,7 @@ The commit is written last: a chunk without one is scanned again.
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from preprocess.stages import Clock
 # One row of a chunk's table: where a tile's frame lies in the spill file, how many bytes of facts follow it
 # (preprocess.tile_facts), and its place in the global order.
 TABLE = np.dtype([("hash", "<u8"), ("offset", "<u8"), ("length", "<u4"), ("facts", "<u2"), ("split", "u1")])
+BATCH = 8  # tiles encoded before they are written: few enough to stay in a cache
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -82,15 +83,18 @@ def spill(
     table = np.zeros(len(order), TABLE)
     at = 0
     with clock("spill"), shards.whole_file(frames_path) as file:
-        for i, t in enumerate(order):
+        for first in range(0, len(order), BATCH):
+            some = [tiles[t] for t in order[first : first + BATCH]]
             with clock("encode"):
-                image = encode_image(np.ascontiguousarray(tiles[t].pixels), options)
+                images = [encode_image(np.ascontiguousarray(tile.pixels), options) for tile in some]
             with clock("record"):
-                data = frame(encode_record(replace(tiles[t].record, image=image)), shards.crc32c)
-            file.write(data)
-            file.write(tiles[t].facts)
-            table[i] = (places[t], at, len(data), len(tiles[t].facts), tiles[t].side)
-            at += len(data) + len(tiles[t].facts)
+                made = [encode_record(tile.record, image) for tile, image in zip(some, images, strict=True)]
+                frames = [frame(payload, shards.crc32c) for payload in made]
+            for i, (tile, data) in enumerate(zip(some, frames, strict=True), first):
+                file.write(data)
+                file.write(tile.facts)
+                table[i] = (places[order[i]], at, len(data), len(tile.facts), tile.side)
+                at += len(data) + len(tile.facts)
     with clock("spill"), shards.whole_file(table_path) as file:
         np.save(file, table)
     commit = {

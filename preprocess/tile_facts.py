@@ -42,12 +42,20 @@ class Facts:
     texts: list[tuple[str, str, str]]
 
 
-def pack_facts(record: Record, ring_R2: np.ndarray, quality: Sequence[float]) -> bytes:
-    """Facts of one tile. quality: in the order of QUALITY, NaN where it is not known."""
-    row = np.empty((), row_dtype(len(record.fractions)))
-    row["ring"], row["lonlat"], row["valid_fraction"] = ring_R2, record.lonlat, record.valid_fraction
-    row["quality"], row["fractions"] = quality, record.fractions
-    return row.tobytes() + "\0".join((record.tile_id, record.scene_id, record.date)).encode()
+def pack_facts(records: Sequence[Record], rings_TR2: np.ndarray, quality: Sequence[Sequence[float]]) -> list[bytes]:
+    """Facts of each of some tiles of one scene. quality: in the order of QUALITY, NaN where it is not known."""
+    if not records:
+        return []
+    rows = np.empty(len(records), row_dtype(len(records[0].fractions)))
+    rows["ring"], rows["quality"] = rings_TR2, quality
+    rows["lonlat"] = [record.lonlat for record in records]
+    rows["valid_fraction"] = [record.valid_fraction for record in records]
+    rows["fractions"] = [record.fractions for record in records]
+    data, size = rows.tobytes(), rows.itemsize
+    return [
+        data[t * size : (t + 1) * size] + "\0".join((record.tile_id, record.scene_id, record.date)).encode()
+        for t, record in enumerate(records)
+    ]
 
 
 def unpack_facts(blobs: Sequence[bytes], classes: int) -> Facts:
