@@ -126,19 +126,36 @@ def sides_of(
     if val_fraction == 0:
         return [TRAIN] * len(longitudes_TPP)
     steps = far_apart(longitudes_TPP, latitudes_TPP).tolist()
-    extremes = (
-        np.stack([values.min(axis=(1, 2)), values.max(axis=(1, 2))], axis=1)
-        for values in (longitudes_TPP, latitudes_TPP)
-    )
+    boxes, parts = (_boxes(longitudes_TPP, latitudes_TPP, side) for side in (longitudes_TPP.shape[-1], 2))
+
+    def kinds(some: list[list[float]], step: float) -> set[bool]:
+        found: set[bool] = set()
+        for west, south, east, north in some:
+            cells = _cells_of_box(west, south, east, north, step, block_m)
+            found |= {is_validation(row, cell, seed, val_fraction) for row, cell in cells}
+            if len(found) == 2:
+                break
+        return found
+
     sides = []
-    for t, ((west, east), (south, north)) in enumerate(zip(*(values.tolist() for values in extremes), strict=True)):
+    for t, step in enumerate(steps):
+        ((west, south, east, _),) = boxes[t]
         if not math.isfinite(west + south):
             sides.append(BOTH)
-            continue
-        cells = _cells_of_box(west, south, east, north, steps[t], block_m) if east - west < 180 else set()
-        kinds = {is_validation(row, cell, seed, val_fraction) for row, cell in cells}
-        if len(kinds) == 1:
-            sides.append(VAL if True in kinds else TRAIN)
-        else:  # mixed, or over the antimeridian: a closer look
-            sides.append(side_of(longitudes_TPP[t], latitudes_TPP[t], block_m, seed, val_fraction, steps[t]))
+        elif east - west >= 180:  # over the antimeridian
+            sides.append(side_of(longitudes_TPP[t], latitudes_TPP[t], block_m, seed, val_fraction, step))
+        else:
+            found = kinds(boxes[t], step)
+            found = kinds(parts[t], step) if len(found) == 2 else found
+            sides.append(BOTH if len(found) == 2 else (VAL if True in found else TRAIN))
     return sides
+
+
+def _boxes(longitudes_TPP: np.ndarray, latitudes_TPP: np.ndarray, side: int) -> list[list[list[float]]]:
+    """Of each tile the boxes (west, south, east, north) of all parts of its lattice that are ``side`` points wide."""
+    windows = (
+        np.lib.stride_tricks.sliding_window_view(values, (side, side), axis=(1, 2))
+        for values in (longitudes_TPP, latitudes_TPP)
+    )
+    (west, east), (south, north) = ((part.min(axis=(3, 4)), part.max(axis=(3, 4))) for part in windows)
+    return np.stack([west, south, east, north], axis=-1).reshape(len(longitudes_TPP), -1, 4).tolist()

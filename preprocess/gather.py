@@ -64,22 +64,24 @@ def _frames(job: ShardJob, folder: Path, facts: list[bytes]) -> Iterator[bytes]:
 
     facts: gets what lies behind each frame.
     """
-    opened: OrderedDict[int, int] = OrderedDict()
+    opened: OrderedDict[int, tuple[int, Path]] = OrderedDict()
     try:
         columns = (job.chunks.tolist(), job.offsets.tolist(), job.lengths.tolist(), job.facts.tolist())
         for chunk, offset, length, behind in zip(*columns, strict=True):
             if chunk not in opened:
                 if len(opened) >= 64:
-                    os.close(opened.popitem(last=False)[1])
-                opened[chunk] = os.open(spill.spill_paths(folder, chunk)[0], os.O_RDONLY)
+                    os.close(opened.popitem(last=False)[1][0])
+                path = spill.spill_paths(folder, chunk)[0]
+                opened[chunk] = os.open(path, os.O_RDONLY), path
             opened.move_to_end(chunk)
-            both = os.pread(opened[chunk], length + behind, offset)
+            descriptor, path = opened[chunk]
+            both = os.pread(descriptor, length + behind, offset)
             data = both[:length]
             facts.append(both[length:])
-            records.unframe(data, shards.crc32c, f"{spill.spill_paths(folder, chunk)[0]} at byte {offset}")
+            records.unframe(data, shards.crc32c, f"{path} at byte {offset}")
             yield data
     finally:
-        for descriptor in opened.values():
+        for descriptor, _ in opened.values():
             os.close(descriptor)
 
 
