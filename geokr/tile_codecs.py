@@ -22,11 +22,11 @@ def encode(tile_HWC: np.ndarray, codec: str) -> bytes:
     """The tile's bytes by a lossless codec. Those of png and lz4 also depend on the version of zlib and liblz4."""
     if codec == "png":
         return png.encode(tile_HWC)
-    raw = np.ascontiguousarray(tile_HWC.astype(tile_HWC.dtype.newbyteorder("<"), copy=False))
+    little = tile_HWC.astype(tile_HWC.dtype.newbyteorder("<"), copy=False)
     if codec == "raw":
-        return raw.tobytes()
+        return little.tobytes()  # the only copy, also of a tile that is a window of a larger image
     assert codec == "lz4", codec
-    return lz4.block.compress(_planes(raw), store_size=False)
+    return lz4.block.compress(_planes(np.ascontiguousarray(little)), store_size=False)
 
 
 def decode(data: bytes | np.ndarray, codec: str, shape: tuple[int, int, int], dtype: str) -> np.ndarray:

@@ -13,7 +13,7 @@ def encode_image(tile_HWC: np.ndarray, options: PackOptions) -> bytes:
     if options.tile.codec in tile_codecs.LOSSLESS:
         return tile_codecs.encode(tile_HWC, options.tile.codec)
     return simplejpeg.encode_jpeg(
-        tile_HWC,
+        np.ascontiguousarray(tile_HWC),
         quality=options.tile.jpeg_quality,
         colorspace="RGB",
         colorsubsampling=options.tile.jpeg_subsampling,

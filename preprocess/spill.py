@@ -86,7 +86,7 @@ def spill(
         for first in range(0, len(order), BATCH):
             some = [tiles[t] for t in order[first : first + BATCH]]
             with clock("encode"):
-                images = [encode_image(np.ascontiguousarray(tile.pixels), options) for tile in some]
+                images = [encode_image(tile.pixels, options) for tile in some]
             with clock("record"):
                 made = [encode_record(tile.record, image) for tile, image in zip(some, images, strict=True)]
                 frames = [frame(payload, shards.crc32c) for payload in made]

@@ -289,3 +289,21 @@ def test_pixels_have_a_size_on_the_ground_everywhere():
     np.testing.assert_allclose(utm, 30, rtol=5e-3)
     degrees = ground.ground_steps(AffinePlace(Grid(10, 10, (1e-3, 0, 179.995, 0, -1e-3, 60.005)), "EPSG:4326"), 5, 5)
     np.testing.assert_allclose(degrees, (111.2 * 0.5, 111.2), rtol=5e-3)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_sides_of_many_tiles_are_those_of_each(place):
+    crs, xs, ys, pixels = PLACES[place]
+    rng = np.random.default_rng(list(PLACES).index(place))
+    seen = set()
+    for _ in range(20):
+        pixel = rng.uniform(*pixels)
+        window = Grid(192, 64, (pixel, 0.0, rng.uniform(*xs), 0.0, -pixel, rng.uniform(*ys)))
+        lon, lat = scan.footprints(AffinePlace(window, crs), np.array([[0, 0], [64, 0], [128, 0]]), 64)
+        known = np.isfinite(lon + lat).all(axis=(1, 2))
+        for block_m in (5_000.0, 50_000.0):
+            sides = blocks.sides_of(lon, lat, block_m, 3, 0.4)
+            for t in np.flatnonzero(known).tolist():
+                assert sides[t] == blocks.side_of(lon[t], lat[t], block_m, 3, 0.4)
+                seen.add(sides[t])
+    assert len(seen) > 1

@@ -645,3 +645,16 @@ def test_no_overlap_says_where_the_scene_lies(tmp_path):
         warnings.simplefilter("error")
         with pytest.raises(PlanError, match=r"overlaps the land cover.*longitude 4\.000, latitude 47\.000"):
             packed(tmp_path, [scene(tmp_path, at(UTM31, 4.0, 47.0, 30, 90, 70))], [cover(tmp_path, lon=5.5)])
+
+
+@pytest.mark.parametrize("target", ["EPSG:32633", "EPSG:4326", "EPSG:5070"])
+def test_lattices_of_smooth_ground_are_as_good_as_exact_ones(target, monkeypatch):
+    place = AffinePlace(Grid(3000, 700, (10.0, 1.0, 693780.0, 1.0, -10.0, 5350660.0)), "EPSG:32632")
+    tolerance = 1e-8 if target == "EPSG:4326" else 1e-3
+    asked, exact = [], lattice._nodes
+    monkeypatch.setattr(lattice, "_nodes", lambda *given: asked.append(given) or exact(*given))
+    found = lattice.lattice(place, target, target == "EPSG:4326", (tolerance, tolerance))
+    assert len(asked) == 1
+    truth = exact(place, target, target == "EPSG:4326", found.shape[1] - 1, found.shape[0] - 1)
+    assert np.abs(found - truth).max() <= lattice.CUBIC_SHARE * tolerance
+    assert found.shape[0] > 2 * 11
