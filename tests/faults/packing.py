@@ -45,9 +45,15 @@ class Job:
     def measure(self, out: Path) -> None:
         """The undisturbed run: its files, how long it takes, how many changes it makes to the disk."""
         count = out.with_suffix(".count")
-        begin = time.monotonic()
         assert (child := self.run(self.fresh(out), f"die_before:0{count}")).wait() == 0, child.said()
-        self.seconds, self.expected, self.changes = time.monotonic() - begin, files(out), int(count.read_text())
+        self.expected, self.changes = files(out), int(count.read_text())
+        times = []
+        for number in range(3):  # the first was slow: files were not cached
+            again, begin = self.fresh(out.with_name(f"{out.name}-{number}")), time.monotonic()
+            assert (child := self.run(again)).wait() == 0, child.said()
+            times.append(time.monotonic() - begin)
+            assert files(again) == self.expected
+        self.seconds = min(times)
 
     def sound(self, out: Path) -> bool:
         """Whether what lies there is sound: nothing but files of the finished dataset beside .work; and a dataset that
