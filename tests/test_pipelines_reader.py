@@ -399,7 +399,7 @@ OPENING = {
     "link": (link, r"train-00000\.tfrecord: missing \(or not a plain file\)"),
     "path outside": (outside, r"manifest\.json: train\.shards\.0\.name"),
     "listed twice": (twice, "lists a shard twice"),
-    "four bands of jpeg": (as_jpeg, "jpeg holds three bands of uint8, not 4 of float32"),
+    "four bands of jpeg": (as_jpeg, "jpeg holds 3 bands of uint8, not 4 of float32"),
     "statistics": (fewer_means, "statistics do not fit 4 bands"),
 }
 
@@ -460,7 +460,7 @@ BAD = {
     "another dtype": (lambda record: unusual(record, dtype=b"int16"), "feature 'image' holds 1024 bytes"),
     "another shape": (lambda record: unusual(record, shape=[8, 16, 2]), r"the manifest says .*\(8, 8, 4\)"),
     "short image": (lambda record: unusual(record, image=record.image[:-4]), "feature 'image' holds 1020 bytes"),
-    "codec": (lambda record: unusual(record, codec=b"png"), "feature 'codec' holds 'png'"),
+    "codec": (lambda record: unusual(record, codec=b"webp"), "feature 'codec' holds 'webp'"),
 }
 
 
