@@ -35,14 +35,18 @@ def transform_points(source: str, target: str, x: np.ndarray, y: np.ndarray) -> 
     if source == target:
         return np.array(x, np.float64), np.array(y, np.float64)
     shape = np.shape(x)
-    flat = np.stack([np.ravel(x), np.ravel(y)]).astype(np.float64)
+    flat = np.array([np.ravel(x), np.ravel(y)], np.float64)
     expressible = np.isfinite(flat).all(axis=0)
     if _parsed(source).is_geographic:
         expressible &= np.abs(flat[1]) <= 90
-    moved = np.full_like(flat, np.nan)
     with _longitude_first():
-        moved[:, expressible] = _transformed(_parsed(source), _parsed(target), flat[:, expressible])
-    moved[:, ~np.isfinite(moved).all(axis=0)] = np.nan
+        if expressible.all():
+            moved = _transformed(_parsed(source), _parsed(target), flat)
+        else:
+            moved = np.full_like(flat, np.nan)
+            moved[:, expressible] = _transformed(_parsed(source), _parsed(target), flat[:, expressible])
+    if not (finite := np.isfinite(moved).all(axis=0)).all():
+        moved[:, ~finite] = np.nan
     return moved[0].reshape(shape), moved[1].reshape(shape)
 
 
@@ -53,7 +57,7 @@ def _longitude_first() -> Iterator[None]:
     if rasterio.env.hasenv() and rasterio.env.getenv().get(_TRADITIONAL) == "YES":
         yield
         return
-    with rasterio.Env(**{_TRADITIONAL: "YES"}):
+    with rasterio.Env(OGR_CT_FORCE_TRADITIONAL_GIS_ORDER="YES"):
         yield
 
 

@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 
+from preprocess import ground_kernels
 from preprocess.blocks import EARTH_RADIUS_M
 from preprocess.coordinates import WGS84
-from preprocess.place import Place
+from preprocess.place import AffinePlace, Place
 
 # A degree of longitude shrinks to nothing at a pole; a geographic map's pixels are sized as if no nearer than this.
 SIZED_LATITUDE = 85.0
@@ -25,16 +27,15 @@ def on_sphere(lon: np.ndarray, lat: np.ndarray) -> np.ndarray:
 
 def cap_of(place: Place, parts: int = 16) -> Cap:
     """A circle on the Earth that holds a place; the whole Earth where not all of its ground can be expressed."""
-    points = on_sphere(*place.points(WGS84, *regular(place, parts)))
-    middle = points.mean(axis=(0, 1))
-    length = float(np.linalg.norm(middle))
-    if not length > 0.1:  # not a number, or points all around
-        return EVERYWHERE
-    middle = middle / length
-    between = max(float(np.linalg.norm(np.diff(points, axis=axis), axis=-1).max()) for axis in (0, 1))
-    reach = float(np.arccos(np.clip(points @ middle, -1, 1)).max())
-    # no ground of the place is farther from all points than their neighbours are; chords are under twice an arc / pi
-    return float(middle[0]), float(middle[1]), float(middle[2]), min(math.pi, reach + between * math.pi / 2 + 1e-6)
+    return _remembered_cap(place, parts) if isinstance(place, AffinePlace) else _cap_of(place, parts)
+
+
+def _cap_of(place: Place, parts: int) -> Cap:
+    x, y, z, radius = ground_kernels.cap(*place.points(WGS84, *regular(place, parts)))
+    return (x, y, z, radius) if math.isfinite(radius) else EVERYWHERE
+
+
+_remembered_cap = lru_cache(maxsize=16)(_cap_of)  # of a tile it is asked for more than once
 
 
 def apart(a: Cap, b: Cap) -> bool:
@@ -55,12 +56,29 @@ def ground_steps(place: Place, column: float, row: float) -> tuple[float, float]
 
     Over a DEM it is that of the pixels around it: one of them may lie on a cliff.
     """
+    return _lengths(place, place.points(WGS84, *_cross(place, column, row)))
+
+
+def at_middle(place: Place) -> tuple[tuple[float, float], tuple[float, float]]:
+    """:func:`middle_of` a place and :func:`ground_steps` there."""
+    middle = place.width / 2, place.height / 2
+    ends = place.points(WGS84, *_cross(place, *middle))
+    if np.isfinite(ends[0]).all():
+        return middle, _lengths(place, ends)
+    middle = middle_of(place)
+    return middle, ground_steps(place, *middle)
+
+
+def _cross(place: Place, column: float, row: float) -> tuple[np.ndarray, np.ndarray]:
     reach = _reach(place)
     columns = np.array([column - reach, column + reach, column, column])
-    rows = np.array([row, row, row - reach, row + reach])
-    ends = on_sphere(*place.points(WGS84, columns, rows))
+    return columns, np.array([row, row, row - reach, row + reach])
+
+
+def _lengths(place: Place, ends_of_cross: tuple[np.ndarray, np.ndarray]) -> tuple[float, float]:
+    ends = on_sphere(*ends_of_cross)
     # chords, which for pixels are as long as arcs; unlike differences of longitude they hold at a pole
-    radius = EARTH_RADIUS_M / (2 * reach)
+    radius = EARTH_RADIUS_M / (2 * _reach(place))
     return float(np.linalg.norm(ends[1] - ends[0])) * radius, float(np.linalg.norm(ends[3] - ends[2])) * radius
 
 
@@ -85,6 +103,12 @@ def middle_of(place: Place) -> tuple[float, float]:
 
 
 def regular(place: Place, parts: int) -> tuple[np.ndarray, np.ndarray]:
-    """Columns and rows [parts + 1, parts + 1] of a regular lattice over a place, its outline included."""
-    columns, rows = np.meshgrid(np.linspace(0, place.width, parts + 1), np.linspace(0, place.height, parts + 1))
+    """Columns and rows [parts + 1, parts + 1] of a regular lattice over a place, its outline included; read-only."""
+    return _regular(place.width, place.height, parts)
+
+
+@lru_cache(maxsize=64)
+def _regular(width: int, height: int, parts: int) -> tuple[np.ndarray, np.ndarray]:
+    columns, rows = np.meshgrid(np.linspace(0, width, parts + 1), np.linspace(0, height, parts + 1))
+    columns.flags.writeable = rows.flags.writeable = False
     return columns, rows

@@ -44,8 +44,7 @@ def subdivision(scene: Place, sheets: Sequence[LabelSheet]) -> tuple[int, int]:
     Sizes are compared on the ground at the scene's middle. A ratio within a hundredth of a whole number counts
     as that number, since projections stretch lengths by up to that.
     """
-    middle = ground.middle_of(scene)
-    sx, sy = ground.ground_steps(scene, *middle)
+    middle, (sx, sy) = ground.at_middle(scene)
     kx = ky = 1
     sized = set()
     for entry in sheets:
@@ -75,10 +74,11 @@ def overlapping(scene: Place, sheets: Sequence[LabelSheet]) -> list[LabelSheet]:
     """
     found = []
     lattices: dict[str, np.ndarray] = {}
-    for number in ground.near(ground.cap_of(scene), [entry.cap for entry in sheets]).tolist():
+    outline = min(16, max(8, max(scene.width, scene.height) // 64))  # parts a side
+    for number in ground.near(ground.cap_of(scene, outline), [entry.cap for entry in sheets]).tolist():
         entry, sheet = sheets[number], sheets[number].sheet
         if sheet.crs not in lattices:
-            lattices[sheet.crs] = lattice.points(scene, sheet.crs, sheet.geographic, *ground.regular(scene, 16))
+            lattices[sheet.crs] = lattice.points(scene, sheet.crs, sheet.geographic, *ground.regular(scene, outline))
         column, row = sheet.grid.pixel(lattices[sheet.crs][..., 0], lattices[sheet.crs][..., 1])
         if not np.isfinite(column).all() or pieces(sheet, column, row):
             found.append(entry)
@@ -102,15 +102,22 @@ def pieces(sheet: raster.Sheet, columns: np.ndarray, rows: np.ndarray) -> list[t
     """Windows (column, row, width, height) of a sheet that hold given pixel positions: none, one, or two where
     the positions run over the antimeridian of a map of the world."""
     around = period(sheet)
-    top = max(0, math.floor(np.nanmin(rows)) - 1)
-    bottom = min(sheet.grid.height, math.ceil(np.nanmax(rows)) + 1)
+    highest, lowest = _range(rows)
+    top, bottom = max(0, math.floor(highest) - 1), min(sheet.grid.height, math.ceil(lowest) + 1)
+    west, east = _range(columns)
     found = []
     for turn in (-1, 0, 1) if around else (0,):
-        left = max(0, math.floor(np.nanmin(columns) + turn * around) - 1)
-        right = min(sheet.grid.width, math.ceil(np.nanmax(columns) + turn * around) + 1)
+        left = max(0, math.floor(west + turn * around) - 1)
+        right = min(sheet.grid.width, math.ceil(east + turn * around) + 1)
         if right > left and bottom > top:
             found.append((left, top, right - left, bottom - top))
     return found
+
+
+def _range(positions: np.ndarray) -> tuple[float, float]:
+    """Least and greatest of those that are known."""
+    least, greatest = float(positions.min()), float(positions.max())
+    return (float(np.nanmin(positions)), float(np.nanmax(positions))) if math.isnan(least) else (least, greatest)
 
 
 # --------------------------------------------------------------------------------------------------- labels

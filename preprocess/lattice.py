@@ -1,5 +1,7 @@
 """Exact coordinates in another CRS at the nodes of a lattice, so close that interpolation between them is as good."""
 
+from functools import lru_cache
+
 import numpy as np
 
 from preprocess.place import Place
@@ -16,13 +18,17 @@ EDGE_SPACING = 8
 # they are this share of the tolerance off at most.
 CUBIC_SHARE = 0.01
 
+# Positions of at most so many nodes are kept for the next place of the same size, such as the next tile.
+KEPT_NODES = 1024
+
 
 def points(place: Place, target: str, geographic: bool, columns: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """Exact target coordinates [..., 2] of pixel positions [P, Q]; longitudes run on over the antimeridian."""
     x, y = place.points(target, columns, rows)
     known = np.isfinite(x)
     if geographic and known.all():
-        x = np.unwrap(np.unwrap(x, period=360, axis=1), period=360, axis=0)
+        if x.max() - x.min() >= 180:  # else it would change nothing
+            x = np.unwrap(np.unwrap(x, period=360, axis=1), period=360, axis=0)
         x = x - 360 * np.round(x.mean() / 360)
     elif geographic and known.any():
         # around the circular mean: the middle of the points on whichever side of the antimeridian
@@ -65,9 +71,19 @@ def _cells(pixels: int) -> int:
 
 
 def _nodes(place: Place, target: str, geographic: bool, across: int, down: int) -> np.ndarray:
-    columns = 0.5 + np.arange(across + 1) * ((place.width - 1) / across)
-    rows = 0.5 + np.arange(down + 1) * ((place.height - 1) / down)
-    return points(place, target, geographic, *np.meshgrid(columns, rows))
+    few = across * down <= KEPT_NODES
+    return points(place, target, geographic, *(_kept if few else _positions)(place.width, place.height, across, down))
+
+
+def _positions(width: int, height: int, across: int, down: int) -> tuple[np.ndarray, np.ndarray]:
+    columns = 0.5 + np.arange(across + 1) * ((width - 1) / across)
+    rows = 0.5 + np.arange(down + 1) * ((height - 1) / down)
+    columns, rows = np.meshgrid(columns, rows)
+    columns.flags.writeable = rows.flags.writeable = False
+    return columns, rows
+
+
+_kept = lru_cache(maxsize=64)(_positions)
 
 
 def _halfway(nodes: np.ndarray) -> np.ndarray:
