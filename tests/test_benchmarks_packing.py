@@ -64,7 +64,7 @@ def test_a_sparse_scene_over_a_large_sheet(tmp_path):
     found = case.run(case.inputs(), tmp_path / "out", processes=1)  # type: ignore[call-arg]
     assert found["tiles"] == 9
     assert 50 < found["worker_mb"] < 1000
-    assert 50 < found["driver_mb"] < 2000  # this process holds tests too
+    assert 50 < found["driver_mb"] <= peak_mb() + 1  # this process, which holds other tests too
 
 
 # ------------------------------------------------------------------------------------------------------ peers
@@ -177,7 +177,7 @@ def test_workers_are_watched():
     found = watch.found()
     assert running > 0.05
     assert found["cpu_s"] > 0.45
-    assert 200 < found["worker_mb"] < 200 + 1000
+    assert 200 < found["worker_mb"] < 200 + 100 + peak_mb()  # forked: it shares this process's memory
     assert found["seconds"] > 0.45
 
 
