@@ -63,8 +63,9 @@ def test_a_sparse_scene_over_a_large_sheet(tmp_path):
     (case,) = packing.memory_cases(packing.Setting(tmp_path, 0, (600,), 0, 0, sheet))
     found = case.run(case.inputs(), tmp_path / "out", processes=1)  # type: ignore[call-arg]
     assert found["tiles"] == 9
-    assert 50 < found["worker_mb"] < 1000
-    assert 50 < found["driver_mb"] <= peak_mb() + 1  # this process, which holds other tests too
+    # this process holds other tests too, and so does a worker in the moment before it becomes one
+    assert 50 < found["worker_mb"] < 1000 + peak_mb()
+    assert 50 < found["driver_mb"] <= peak_mb() + 1
 
 
 # ------------------------------------------------------------------------------------------------------ peers
