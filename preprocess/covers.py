@@ -45,7 +45,9 @@ class Cover:
 
     @property
     def years(self) -> tuple[int, ...]:
-        return tuple(sorted({sheet.year for sheet in self.sheets if sheet.year is not None}))
+        # cut tiles that bring their labels have no sheets
+        years = {sheet.year for sheet in self.sheets} if self.sheets else {self.options.year}
+        return tuple(sorted(year for year in years if year is not None))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -134,17 +136,20 @@ def narrowed(cover: SceneCover, scene: raster.Scene, name: str) -> SceneCover:
     under = labels.overlapping(scene.place, cover.sheets)
     under = sheets.sheets_of_nearest_year(under, name, scene.date)
     subdivisions = labels.subdivision(scene.place, under)
-    return replace(cover, sheets=tuple(under), subdivisions=subdivisions, gap_years=gap_years(scene.date, under))
+    return replace(cover, sheets=tuple(under), subdivisions=subdivisions, gap_years=_gap_years(scene.date, under))
 
 
-def gap_years(acquired: str, under: Sequence[LabelSheet]) -> float | None:
-    """Years from the middle (1 July) of the land cover's year to the day of acquisition; positive where the map is
-    older than the picture. None without a date, or where not all sheets are known to be of one year."""
+def _gap_years(acquired: str, under: Sequence[LabelSheet]) -> float | None:
+    """None where not all sheets are known to be of one year."""
     years = {sheet.year for sheet in under}
-    if not acquired or len(years) != 1 or None in years:
+    return gap_years(acquired, years.pop()) if len(years) == 1 else None
+
+
+def gap_years(acquired: str, year: int | None) -> float | None:
+    """Years from the middle (1 July) of the land cover's year to the day of acquisition; positive where the map is
+    older than the picture. None where one of the two is not known."""
+    if not acquired or year is None:
         return None
-    (year,) = years
-    assert year is not None
     return (date.fromisoformat(acquired) - date(year, 7, 1)).days / 365.25
 
 

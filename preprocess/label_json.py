@@ -13,6 +13,8 @@ from geokr.landcover import IGNORED, LOOKUP_OFFSET, LOOKUP_SIZE, NODATA, UNKNOWN
 from preprocess.labels import TileLabels
 from preprocess.sheets import LabelError
 
+LARGEST = 1e300  # so that sums are finite too
+
 
 def read_histogram(path: str, legend: Legend, codes: dict[str, int]) -> TileLabels:
     """One tile's labels. codes: class names to codes. Raises LabelError that names file and key."""
@@ -40,7 +42,7 @@ def _entries(path: str) -> list[tuple[str, float]]:
         raise LabelError(f"{path}: expected an object of class codes and counts, got {type(tree).__name__}")
     for key, value in tree.items():
         known = isinstance(value, int | float) and not isinstance(value, bool)
-        if not known or not math.isfinite(value) or value < 0:
+        if not known or not 0 <= value <= LARGEST:  # not so for NaN
             raise LabelError(f"{path}: key {key!r}: expected a count or a share, 0 or more, got {str(value)[:80]}")
     return [(key, float(value)) for key, value in tree.items()]
 

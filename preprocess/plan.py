@@ -153,18 +153,19 @@ def make_tile_plan(
             by, listings, label_names = precut.Labels("map"), [tiles], ()
         else:
             kind, listing, label_names = precut.list_labels(label_folder, tiles)
-            names = tuple((entry.name, entry.codes[0]) for entry in products[0].product.classes)
-            by, listings = precut.Labels(kind, listing.folder, names), [tiles, listing]
+            codes = tuple((entry.name, entry.codes[0]) for entry in products[0].product.classes)
+            by, listings = precut.Labels(kind, listing.folder, codes), [tiles, listing]
         with raster.many_small_files():
-            first, sample = precut.first_tile(tiles, scene_id, options, sensor)
+            sample, names_of_sample = precut.look(tiles, scene_id, options, sensor)
+        first = sample[0]
         options = precut.tile_options(options, first)
         chosen = bands.choose_bands(first, options)
         dtype = bands.tile_dtype(first, len(chosen), options)
         _check_block(first, options)
-        whole = replace(first, path=tiles.folder, fingerprint=precut.fingerprint(listings), date="")
+        whole = replace(first, path=tiles.folder, fingerprint=precut.fingerprint(listings, sample), date="")
     numbers = tuple(band.number for band in chosen)
     cut = precut.chunks(tiles, by, label_names, first, sensor)
-    few = Sample(tiles.folder, tuple(sample), sensor)
+    few = Sample(tiles.folder, names_of_sample, sensor)
     task = SceneTask(whole, numbers, tuple(map(covers.whole, products)), cut, few)
     config = {**_config(products, options, sensor), **precut.config_of(by)}
     warnings = tuple(bands.warnings(first, options))

@@ -170,8 +170,10 @@ def _said(found: tuple[int, int, int, str]) -> str:
     return f"{width} x {height} pixels, {count} bands of {dtype}"
 
 
-def first_tile(tiles: Listing, scene_id: str, options: PackOptions, sensor: Sensor | None) -> tuple[Scene, list[str]]:
-    """(the first tile that can be used, names of the sample), after a look at the sample's headers.
+def look(
+    tiles: Listing, scene_id: str, options: PackOptions, sensor: Sensor | None
+) -> tuple[list[Scene], tuple[str, ...]]:
+    """(those of a sample that can be used, names of the whole sample), by their headers.
 
     Raises PlanError for tiles that are not square or not alike, or where too many cannot be used.
     """
@@ -197,7 +199,7 @@ def first_tile(tiles: Listing, scene_id: str, options: PackOptions, sensor: Sens
         )
     if first.place.width != first.place.height:
         raise PlanError(f"{first.path}: {_said(form(first))}; tiles must be square: cut them with --scenes")
-    return first, sample
+    return scenes, tuple(sample)
 
 
 def tile_options(options: PackOptions, first: Scene) -> PackOptions:
@@ -215,8 +217,9 @@ def tile_options(options: PackOptions, first: Scene) -> PackOptions:
     return options.model_copy(update={"tile": tile, "stretch": stretch})
 
 
-def fingerprint(listings: Sequence[Listing]) -> str:
-    """Identifies folders by names and sizes of all files and the contents of some, evenly spread."""
+def fingerprint(listings: Sequence[Listing], sample: Sequence[Scene]) -> str:
+    """Identifies folders by names and sizes of all files and the contents of some, evenly spread; and the masks of a
+    sample of tiles by theirs."""
     digest, total = hashlib.sha256(), 0
     for listing in listings:
         for name, size in listing.sizes.items():
@@ -224,6 +227,9 @@ def fingerprint(listings: Sequence[Listing]) -> str:
             total += size
         for name in spread(list(listing.sizes)):
             digest.update(raster.digest(listing.path(name)).encode())
+    for scene in sample:
+        if scene.mask is not None:
+            digest.update(scene.mask.fingerprint.encode())
     return f"{total}-{digest.hexdigest()[:24]}"
 
 

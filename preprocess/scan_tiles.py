@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from preprocess import covers, label_json, labels, precut, raster, sampling, scan
+from preprocess.covers import SceneCover
 from preprocess.errors import RasterError
 from preprocess.grid import Chunk
 from preprocess.inputs import PlanError
@@ -99,20 +100,25 @@ def _labelled(view: View, files: Files, n: int) -> tuple[View, list[TileLabels]]
     if all(view.reasons):
         return view, []
     job, known = view.job, list[TileLabels]()
-    first, *further = job.covers
-    if files.labels.kind == "json":
-        path = os.path.join(files.labels.folder, files.label_names[n])
-        known.append(label_json.read_histogram(path, first.legend, dict(files.labels.codes)))
-        if known[0].valid_fraction[0] < first.min_valid_fraction:
-            view.reasons[0] = "unlabelled"
-    elif files.labels.kind == "raster":
-        under = (_sheet(os.path.join(files.labels.folder, files.label_names[n])),)
-        first = replace(first, sheets=under, subdivisions=labels.subdivision(job.scene.place, under))
+    if files.labels.kind == "map":
+        first = covers.narrowed(job.covers[0], job.scene, job.scene.path)
     else:
-        first = covers.narrowed(first, job.scene, job.scene.path)
-    over = (first, *(covers.narrowed(cover, job.scene, job.scene.path) for cover in further))
+        first, known = _by_file(job, files.labels, files.label_names[n])
+    if known and known[0].valid_fraction[0] < first.min_valid_fraction:
+        view.reasons[0] = "unlabelled"
+    over = (first, *(covers.narrowed(cover, job.scene, job.scene.path) for cover in job.covers[1:]))
     view = replace(view, job=replace(job, covers=over))
     return view, known + scan.label(view, over[len(known) :])
+
+
+def _by_file(job: Job, by: precut.Labels, name: str) -> tuple[SceneCover, list[TileLabels]]:
+    """(the first product over a tile that brings labels of its own, those labels where they are counted already)."""
+    first, path = job.covers[0], os.path.join(by.folder, name)
+    first = replace(first, gap_years=covers.gap_years(job.scene.date, job.options.labels.year))
+    if by.kind == "json":
+        return first, [label_json.read_histogram(path, first.legend, dict(by.codes))]
+    under = (_sheet(path),)
+    return replace(first, sheets=under, subdivisions=labels.subdivision(job.scene.place, under)), []
 
 
 def _sheet(path: str) -> LabelSheet:

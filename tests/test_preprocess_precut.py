@@ -186,6 +186,46 @@ def test_json_by_names_and_what_does_not_count(tmp_path):
     assert command(tmp_path / "tiles", tmp_path / "e", "--labels", str(tmp_path / "tiles"), *keys) == 1
 
 
+@pytest.mark.parametrize("labels", ["rasters", "counts"])
+def test_the_year_of_labels_that_tiles_bring(labels, world, tmp_path):
+    name = "tile_20200701.tif"
+    write_raster(tmp_path / "tiles" / name, noise(3, (3, SIZE, SIZE)), place(0, 0))
+    source = next((world / labels / "0").glob("tile_000.*"))
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "labels" / name).with_suffix(source.suffix).write_bytes(source.read_bytes())
+    how = ["--labels", str(tmp_path / "labels"), *KEYS]
+    for year, gap in ((2011, 9), (None, None)):
+        keys = () if year is None else (f"labels.year={year}",)
+        assert command(tmp_path / "tiles", tmp_path / str(year), *how, *keys) == 0
+        ((_, record),) = read_records(tmp_path / str(year))
+        assert record.date == "2020-07-01"
+        assert record.label_gap_years == (gap if gap is None else pytest.approx(gap, abs=0.01))
+        years = records.load_manifest(tmp_path / str(year)).land_cover_years
+        assert years == (() if year is None else (year,))
+
+
+def test_masks_of_tiles(world, tmp_path, capsys):
+    """From a folder of their own; other masks make another dataset."""
+    for path in sorted((world / "tiles/0").glob("*.tif")):
+        (tmp_path / "tiles").mkdir(exist_ok=True)
+        (tmp_path / "tiles" / path.name).write_bytes(path.read_bytes())
+    for n in range(5):
+        for folder, masked in (("clouds", n in (1, 3)), ("others", n == 2)):
+            mask = np.full((SIZE, SIZE), int(masked), np.uint8)
+            write_raster(tmp_path / folder / f"tile_{n * SIZE:03d}.tif", mask, place(n * SIZE, 0))
+    how = ["--land-cover", str(world / "land.tif"), *KEYS, "mask.kind=values", "mask.reject=[1]"]
+    clouds = "mask.pattern=../clouds/{stem}.tif"
+    assert command(tmp_path / "tiles", tmp_path / "d", *how, clouds) == 0
+    assert {record.tile_id for _, record in read_records(tmp_path / "d")} == {
+        f"tiles/tile_{n}" for n in ("000", "048", "096")
+    }
+    assert records.load_manifest(tmp_path / "d").counts["rejected_cloud"] == 2
+    assert command(tmp_path / "tiles", tmp_path / "d", *how, clouds) == 0
+    capsys.readouterr()
+    assert command(tmp_path / "tiles", tmp_path / "d", *how, "mask.pattern=../others/{stem}.tif") == 1
+    assert "scenes.tiles" in capsys.readouterr().err
+
+
 def test_sixteen_bits_are_stretched_over_all_tiles(world, tmp_path):
     """One pair of limits for the whole folder, and none for those that stay as they are."""
     for n in range(3):
@@ -276,6 +316,8 @@ def test_tiles_that_differ_are_counted_by_form(world, tmp_path, capsys, monkeypa
         ('{"10": -1}', "key '10': expected"),
         ('{"10": NaN}', "key '10': expected"),
         ('{"10": true}', "key '10': expected"),
+        ('{"10": 1' + "0" * 400 + "}", "key '10': expected"),
+        ('{"10": 1e307}', "key '10': expected"),
         ('{"77": 3}', "key '77': the product 'worldcover' has no such class"),
         ('{"lava": 3}', "key 'lava': is neither a class code nor a class of tree_cover"),
         ('{"1e99": 3}', "key '1e99': is neither"),
