@@ -79,6 +79,8 @@ class Alignment:
         columns, rows = (_places(self, axis, source, window) for axis in (0, 1))
         bilinear, whole = self.method == "bilinear", source_HW.dtype.kind != "f"
         missing = np.nan if nodata is None else float(nodata)  # no value equals NaN
+        if not whole:
+            missing = float(source_HW.dtype.type(missing))
         (nx, x0, x1, wx), (ny, y0, y1, wy) = columns, rows
         _resample(source_HW, valid_HW, out, nx, x0, x1, wx, ny, y0, y1, wy, bilinear, missing, whole)
         return out
@@ -159,6 +161,6 @@ def _resample(source, valid, out, nx, x0, x1, wx, ny, y0, y1, wy, bilinear, noda
             value = total / weights
             if whole:
                 value = np.floor(value + 0.5 + TIE)
-                if value == nodata:  # data must not turn into none by interpolation
-                    value = float(source[row, column])
             out[r, c] = value
+            if out[r, c] == nodata:  # data must not turn into none by interpolation
+                out[r, c] = source[row, column]

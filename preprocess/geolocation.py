@@ -4,6 +4,7 @@ The models are plain data and travel to workers. GDAL's transformers do not, and
 each process makes its own, and each thread of it too.
 """
 
+import os
 import threading
 import warnings
 from dataclasses import asdict, dataclass
@@ -109,7 +110,7 @@ def _located(model: Model, columns: np.ndarray, rows: np.ndarray) -> tuple[np.nd
     try:
         with rasterio.Env(**ENVIRONMENT), warnings.catch_warnings():
             warnings.simplefilter("ignore", TransformWarning)  # that some points have no place is no surprise
-            transformer = _transformer(model, threading.get_ident())
+            transformer = _transformer(model, threading.get_ident(), _state_of_dem(model))
             # "ul": positions as they are, with (0.5, 0.5) the first pixel's centre
             x, y = transformer.xy(rows.ravel(), columns.ravel(), zs=np.zeros(rows.size), offset="ul")
     except (RasterioError, CPLE_BaseError) as error:
@@ -125,8 +126,19 @@ def _named(model: Model) -> str:
     return f"RPCs over {model.dem}" if model.dem else "RPCs"
 
 
+def _state_of_dem(model: Model) -> tuple[int, ...]:
+    """What changes when another DEM takes the place of one, which a process that lives on would keep open."""
+    if not isinstance(model, RpcModel) or not model.dem:
+        return ()
+    try:
+        status = os.stat(model.dem)
+    except OSError as error:
+        raise RasterError(f"the DEM {model.dem} cannot be read: {error.strerror}", "dem") from error
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
 @lru_cache(maxsize=16)
-def _transformer(model: Model, thread: int) -> Any:
+def _transformer(model: Model, thread: int, state_of_dem: tuple[int, ...]) -> Any:
     if isinstance(model, GcpModel):
         points = [GroundControlPoint(row=row, col=column, x=x, y=y) for column, row, x, y in model.points]
         return GCPTransformer(points, tps=model.method == "tps")

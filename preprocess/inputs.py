@@ -67,9 +67,9 @@ def resolved(path: str, folder: str, where: str, allow_remote: bool) -> str:
 
 def _listed(path: str, what: str, allow_remote: bool) -> list[str]:
     try:
-        lines = [line.strip() for line in Path(path).read_text().splitlines()]
-    except OSError as error:
-        raise PlanError(f"{what} @{path}: the list cannot be read ({error})") from error
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise PlanError(f"{what} @{path}: cannot be read as a text with a path a line ({error})") from error
     base = str(Path(path).resolve().parent)
     listed = [resolved(line, base, f"{what} @{path}:", allow_remote) for line in lines if line and line[0] != "#"]
     if missing := [file for file in listed if not remote.is_remote(file) and not os.path.exists(file)]:

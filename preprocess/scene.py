@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from preprocess import bands, raster, remote
-from preprocess.alignment import align
+from preprocess.alignment import Alignment, align
 from preprocess.bands import NamedBand
 from preprocess.errors import RasterError
 from preprocess.georeference import PLAIN, Placement
@@ -176,20 +176,26 @@ def _nodata(
 
 
 def _pixel_area(header: Header) -> float:
-    a, b, _, d, e, _ = header.place.georeference()[0]
-    return round(abs(a * e - b * d), 9)
+    """In units of its CRS, without what rounding makes of it; 0 for a place by a model, which aligns with none."""
+    if not isinstance(header.place, AffinePlace):
+        return 0.0
+    a, b, _, d, e, _ = header.place.grid.transform
+    return float(f"{abs(a * e - b * d):.9g}")  # degrees make small numbers: 0.5 m squared is 2e-11
 
 
-def _alignment(reference: Header, header: Header, options: PackOptions, title: str):
+def _alignment(reference: Header, header: Header, options: PackOptions, title: str) -> Alignment | None:
     one, other = reference.place, header.place
     files = f"{remote.shown(reference.path)} and {remote.shown(header.path)}"
+    if one == other:
+        return None
     if (
         not isinstance(one, AffinePlace)
         or not isinstance(other, AffinePlace)
         or not raster.same_crs(one.crs, other.crs)
     ):
+        apart = "different coordinate systems, or RPCs or control points place them apart"
         raise RasterError(
-            f"{title}: its bands lie in different coordinate systems: {files}; warp them to one (gdalwarp -t_srs)",
+            f"{title}: its bands lie in {apart}: {files}; warp them to one (gdalwarp -t_srs)",
             "grids",
         )
     try:

@@ -40,6 +40,12 @@ class Metadata(Options):
     file: str
     date: str
 
+    @field_validator("file", "date")
+    @classmethod
+    def _patterns(cls, value: str) -> str:
+        _compiled(value)
+        return value
+
 
 class SensorTable(Options):
     """A sensor's YAML table, checked."""

@@ -66,7 +66,9 @@ def test_a_list_of_files(at, capsys):
     assert command([f"@{at}/list.txt"], [at / "cover.tif"], "worldcover", at / "out", *KEYS) == 1
     assert re.search(r"1 of its files do not exist, the first is .*gone\.tif", capsys.readouterr().err)
     assert command([f"@{at}/nolist.txt"], [at / "cover.tif"], "worldcover", at / "out", *KEYS) == 1
-    assert "the list cannot be read" in capsys.readouterr().err
+    assert "cannot be read as a text" in capsys.readouterr().err
+    assert command([f"@{at}/scene.tif"], [at / "cover.tif"], "worldcover", at / "out", *KEYS) == 1
+    assert re.search(r"@.*scene\.tif: cannot be read as a text with a path a line", capsys.readouterr().err)
     (at / "list.txt").write_text("scene.tif\n./scene.tif\n")
     assert command([f"@{at}/list.txt"], [at / "cover.tif"], "worldcover", at / "out", *KEYS) == 0
     assert records.load_manifest(at / "out").counts["scenes"] == 1

@@ -359,6 +359,39 @@ def test_a_dem_may_move_without_changing_a_byte(tmp_path, cover):
     assert contents(tmp_path / "a/out") == contents(tmp_path / "b/out")
 
 
+def test_another_dem_under_the_same_name_is_seen_at_once(tmp_path):
+    """A Dask worker lives longer than a run, and must not label the next by the DEM that it opened for the first."""
+    one, _ = rpc_scene(tmp_path)
+    middle = np.array([WIDTH / 2]), np.array([HEIGHT / 2])
+    found = []
+    for height in (0, 2000):
+        level = np.full((240, 240), height, np.int16)
+        dem = write_raster(tmp_path / "new.tif", level, (60, 0, 570e3, 0, -60, 5212e3), UTM31)
+        dem = dem.replace(tmp_path / "dem.tif")
+        place = raster.read_header(str(one), Placement(dem=raster.read_dem(str(dem)))).place
+        found.append(np.ravel(place.points(UTM31, *middle)))
+    apart = np.hypot(*(found[1] - found[0]))
+    assert apart > 300  # 0.3 of the height, by the tilt
+    dem.unlink()
+    with pytest.raises(RasterError, match=r"dem\.tif cannot be read: No such file"):
+        place.points(UTM31, *middle)
+
+
+def test_bands_in_files_of_their_own_with_the_same_rpcs(tmp_path, cover):
+    """They are one grid; with other RPCs they are not, and nothing brings them together."""
+    coefficients, names = sensor(LON, LAT, 30, WIDTH, HEIGHT), ("green", "red")
+    for name in names:
+        write_image(tmp_path / f"{name}.tif", WIDTH, HEIGHT, rpcs=coefficients)
+    bands = "".join(f"      {name}: {name}.tif\n" for name in names)
+    (tmp_path / "list.yaml").write_text(f"scenes:\n  - id: one\n    date: 2020-06-12\n    bands:\n{bands}")
+    keys = (*KEYS, "tile.bands=[green, red]")
+    pack_quietly([tmp_path / "list.yaml"], [cover], "globeland30", tmp_path / "out", *keys)
+    check(tmp_path / "out", cover, lambda c, r: located(coefficients, c, r, 300.0))
+    write_image(tmp_path / "red.tif", WIDTH, HEIGHT, rpcs=sensor(LON, LAT, 30, WIDTH, HEIGHT, seed=1))
+    with pytest.raises(PlanError, match=r"(?s)place them apart: .*red\.tif.*gdalwarp"):
+        pack_quietly([tmp_path / "list.yaml"], [cover], "globeland30", tmp_path / "other", *keys)
+
+
 def test_any_number_of_workers(tmp_path, cover):
     one, _ = rpc_scene(tmp_path)
     dem = Relief(LON, LAT, 0.06, 1 / 3600).write(tmp_path / "dem.tif")

@@ -218,6 +218,7 @@ def test_a_table_of_ones_own(cover, tmp_path):
         ({"layouts": [["green", "rde"]]}, "layouts: 'rde' is the name of no band"),
         ({"layouts": [["green", "red"], ["red", "green"]]}, "two have the same number"),
         ({"band_files": ["(B"]}, r"band_files: .*not a regular expression"),
+        ({"metadata": {"file": "*.xml", "date": "(?P<date>.*)"}}, r"metadata\.file: .*not a regular expression"),
         ({"band_files": ["x"]}, r"no group \(\?P<band>"),
         ({"scene_files": ["(?P<bnad>x)"]}, "unknown group 'bnad'"),
         ({"bands": [OWN["bands"][0], {"name": "red", "id": "g"}, OWN["bands"][2]]}, "two bands share the name 'g'"),

@@ -187,6 +187,13 @@ def test_interpolation_never_makes_nodata_of_data():
     alignment = align(Grid(4, 4, PLACE), Grid(2, 2, coarser(20)), "bilinear")
     assert 15 in resampled(coarse, alignment, (0, 0, 4, 4))
     assert 15 not in resampled(coarse, alignment, (0, 0, 4, 4), nodata=15)
+    signed = np.array([[-10, 30], [-10, 30]], "float32")
+    assert 0 in resampled(signed, alignment, (0, 0, 4, 4))
+    assert 0 not in resampled(signed, alignment, (0, 0, 4, 4), nodata=0)
+    tenths = np.array([[0.1, 0.3], [0.1, 0.3]], "float32")  # 0.15 is no float32, what a pixel holds is near it
+    middle = np.float32(0.15)
+    assert middle in resampled(tenths, alignment, (0, 0, 4, 4))
+    assert middle not in resampled(tenths, alignment, (0, 0, 4, 4), nodata=0.15)
 
 
 @pytest.mark.parametrize(
@@ -328,6 +335,18 @@ def test_a_half_pixel_between_the_grids_as_landsats_panchromatic(cover, tmp_path
     np.testing.assert_array_equal(pixels[1, 2:130, 2:130], red[2:130, 2:130])
 
 
+def test_grids_in_degrees_of_half_a_metre(cover, tmp_path):
+    """The finer one gives the grid, whichever file comes first."""
+    for name, step, side in (("red", 18e-6, 32), ("pan", 4.5e-6, 128)):
+        write_raster(tmp_path / f"{name}.tif", noise(1, (side, side)), (step, 0, 1.0, 0, -step, 46.9), "EPSG:4326")
+    codes, around = patches(1, 60, 60, (10, 20)), (1e-4, 0, 0.998, 0, -1e-4, 46.902)
+    land = write_raster(tmp_path / "land.tif", codes, around, "EPSG:4326")
+    for order in (("red", "pan"), ("pan", "red")):
+        listed = write_list(tmp_path, [{"id": "a", "bands": {name: f"{name}.tif" for name in order}}])
+        plan = plan_of([listed], land, "tile.codec=raw", f"tile.bands=[{order[0]}, {order[1]}]")
+        assert plan.tasks[0].scene.place.width == 128
+
+
 @pytest.mark.parametrize("masked", ["B2", "B4"])
 def test_a_mask_of_one_file_counts_for_the_scene(cover, tmp_path, masked):
     landsat(tmp_path)
@@ -377,7 +396,7 @@ def test_files_of_another_crs_or_turned(cover, tmp_path):
     landsat(tmp_path)
     path = tmp_path / f"{LANDSAT}_SR_B4.TIF"
     write_raster(path, noise(1, (64, 64), "uint16"), PLACE, "EPSG:32632")
-    refused([tmp_path], cover, r"(?s)different coordinate systems: .*B4\.TIF.*gdalwarp", "scene.sensor=landsat8")
+    refused([tmp_path], cover, r"(?s)different coordinate systems, .*B4\.TIF.*gdalwarp", "scene.sensor=landsat8")
     write_raster(path, noise(1, (64, 64), "uint16"), (10, 1, 4e5, 1, -10, 5.2e6))
     refused([tmp_path], cover, r"(?s)grids of .*B4\.TIF.*do not align: its axes are turned", "scene.sensor=landsat8")
 
