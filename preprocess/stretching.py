@@ -1,10 +1,17 @@
 """A scene's values as 8-bit grey levels."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
 from preprocess import kernels
+
+
+@lru_cache(maxsize=4)
+def _table(limits: bytes, lowest: int, values: int) -> np.ndarray:
+    """Kept, since cut tiles come one after the other with the same limits: it takes as long as stretching one."""
+    return kernels.stretch_table(np.frombuffer(limits, np.float64).reshape(-1, 2), lowest, values)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -23,7 +30,7 @@ class Stretch:
         if np.dtype(dtype).kind == "f":
             return Stretch(limits, None, 0)
         lowest, values = int(np.iinfo(dtype).min), 1 << 8 * np.dtype(dtype).itemsize
-        return Stretch(limits, kernels.stretch_table(limits, lowest, values), lowest)
+        return Stretch(limits, _table(limits.astype(np.float64, copy=False).tobytes(), lowest, values), lowest)
 
     def into(self, grey_HWC: np.ndarray, pixels_CHW: np.ndarray, valid_HW: np.ndarray) -> None:
         """Fills ``grey_HWC`` (uint8) from pixels [C, H, W]; 0 where ``valid_HW`` (uint8) is 0."""
