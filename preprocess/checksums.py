@@ -1,6 +1,7 @@
 """SHA-256 of inputs, where their source gives them: a flipped bit in an uncompressed TIFF decodes in silence.
 
-Lists are what ``sha256sum`` writes: a hash and a path a line, paths relative to the list's folder.
+Lists are what ``sha256sum`` writes: a hash and a path a line, paths relative to the list's folder. A file is known
+by where it really lies, whatever links lead there.
 """
 
 import hashlib
@@ -15,7 +16,7 @@ LINE = re.compile(r"([0-9a-fA-F]{64}) [ *](.+)")
 
 
 def read_lists(lists: Sequence[str], inputs: Sequence[str]) -> dict[str, str]:
-    """Absolute path to hash of those inputs that stand in the lists.
+    """Path to hash of those inputs that stand in the lists.
 
     Raises PlanError for a list that cannot be read, for two hashes of one file, and where no input is listed.
     """
@@ -32,10 +33,10 @@ def read_lists(lists: Sequence[str], inputs: Sequence[str]) -> dict[str, str]:
                 raise PlanError(
                     f"--checksums {name}: line {number}: expected a SHA-256 and a path, as sha256sum writes"
                 )
-            path = os.path.abspath(Path(name).resolve().parent / match[2])
+            path = os.path.realpath(os.path.join(os.path.dirname(name), match[2]))
             if found.setdefault(path, match[1].lower()) != match[1].lower():
                 raise PlanError(f"--checksums {name}: line {number}: {path} has another hash above")
-    listed = {path: found[path] for path in inputs if path in found}
+    listed = {path: found[real] for path in inputs if (real := os.path.realpath(path)) in found}
     if not listed:
         raise PlanError(
             f"--checksums {', '.join(lists)}: no scene and no land-cover sheet stands in it; paths are taken from the "
@@ -44,7 +45,7 @@ def read_lists(lists: Sequence[str], inputs: Sequence[str]) -> dict[str, str]:
     return listed
 
 
-def sha256(path: str) -> str:
+def sha256(path: str | Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

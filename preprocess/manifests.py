@@ -1,9 +1,7 @@
 """What a finished run writes down about itself."""
 
-import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -128,8 +126,3 @@ def make_manifest(
         scenes=scenes,
         config=dict(plan.config),
     )
-
-
-def sha256_of(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -19,8 +19,8 @@ if __package__ in (None, ""):  # run as a file: the folder on the path must be t
 from geokr import records
 from geokr.records import Manifest, Record, RecordError, Shard
 from preprocess import engine, report, shards
+from preprocess.checksums import sha256
 from preprocess.image_codecs import decode_image
-from preprocess.manifests import sha256_of
 
 Findings = tuple[list[str], list[str]]  # problems, tile ids
 
@@ -48,7 +48,7 @@ def verify_shard(folder: Path, shard: Shard, manifest: Manifest) -> Findings:
                 problems.append(str(error))
     except (RecordError, OSError) as error:
         problems.append(str(error))
-    if not problems and sha256_of(path) != shard.sha256:
+    if not problems and sha256(path) != shard.sha256:
         problems.append(f"{path}: its hash is not the manifest's though every record is sound: replaced or reordered")
     return problems, tiles
 

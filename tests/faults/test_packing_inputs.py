@@ -135,6 +135,22 @@ def test_the_same_command_goes_on_when_the_file_is_fetched_again(tmp_path, packi
     assert "nothing to do" in capsys.readouterr().out
 
 
+def test_a_list_reached_through_a_link(tmp_path, packing, capsys):
+    """Scenes are named as the user knows them, and lie somewhere else."""
+    world, link = World(tmp_path / "real", "uncompressed"), tmp_path / "link"
+    link.symlink_to(tmp_path / "real")
+    changed = bytearray(world.sound)
+    changed[-1] ^= 1
+    world.bad.write_bytes(changed)
+    packing.inject(11, "a bit of a scene flipped, its hash given")
+    for scenes, sums in ((link, link), (link, world.folder), (world.folder, link)):
+        names = [scenes / path.name for path in world.inputs]
+        more = ("--checksums", str(sums / world.list.name))
+        assert command(names[:2], names[2:], "worldcover", tmp_path / "out", *KEYS, *more) == 1
+        assert "bad.tif: its SHA-256 is" in capsys.readouterr().err
+        shutil.rmtree(tmp_path / "out")
+
+
 def test_a_sheet_of_another_hash_is_an_error(world, tmp_path, packing, capsys):
     sound = world.cover.read_bytes()
     with rasterio.open(world.cover, "r+") as file:
