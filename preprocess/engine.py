@@ -4,6 +4,7 @@ Code is against ``concurrent.futures.Executor``. The work is safe to repeat (see
 a task twice, even at the same time; it must not lose one.
 """
 
+import abc
 import contextlib
 import multiprocessing
 import multiprocessing.connection
@@ -11,7 +12,7 @@ import os
 import signal
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Protocol
@@ -20,6 +21,8 @@ from typing import Any, Protocol
 class WorkerLost(RuntimeError):  # noqa: N818 - it is what happened
     """A process died again and again while it worked on a task, most often for want of memory."""
 
+
+THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
 
 Task = Any
 Function = Callable[[Task], Any]
@@ -69,7 +72,7 @@ class InCaller:
         return None
 
 
-class OverExecutor:
+class OverExecutor(abc.ABC):
     """Tasks through a ``concurrent.futures.Executor``, with a bounded number of them in flight.
 
     fatal: what the future of a task raises whose worker died. fall_together: whether one death breaks the whole
@@ -80,15 +83,15 @@ class OverExecutor:
     fall_together = False
     remedy = ""
 
+    @abc.abstractmethod
     def executor(self) -> Executor:
         """One that takes tasks: a new one where the last one broke."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def room(self) -> int:
         """How many tasks may be in flight, so that neither memory nor what a stop throws away grows with the plan."""
-        raise NotImplementedError
 
-    def broken(self) -> None:
+    def broken(self) -> None:  # noqa: B027 - only what falls together breaks
         """The executor broke; called once for all the tasks that fell with it."""
 
     def run_all(self, function: Function, tasks: Sequence[Task], describe: Describe) -> Generator[Any, None, None]:
@@ -176,7 +179,8 @@ class ProcessPool(OverExecutor):
     def run_all(self, function: Function, tasks: Sequence[Task], describe: Describe) -> Generator[Any, None, None]:
         whole = False
         try:
-            yield from super().run_all(function, tasks, describe)
+            with _one_thread_each():
+                yield from super().run_all(function, tasks, describe)
             whole = True
         finally:
             if not whole:  # left in the middle: what is still in hand is nobody's any more
@@ -201,12 +205,25 @@ class ProcessPool(OverExecutor):
         self._stop()
 
 
+@contextlib.contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """For processes that start meanwhile: they are the parallelism, and numeric libraries must not start threads of
+    their own in each. A process imports those with the caller's main module, before any initializer could say so."""
+    before = {name: os.environ.get(name) for name in THREADS}
+    os.environ.update(dict.fromkeys(THREADS, "1"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
 def _worker_start() -> None:
     # Ctrl-C reaches the whole process group; the caller alone decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # Processes are the parallelism: numeric libraries must not start threads of their own in each.
-    for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"):
-        os.environ[variable] = "1"
     threading.Thread(target=_end_with_caller, daemon=True).start()
 
 

@@ -69,6 +69,29 @@ def test_one_pool_serves_all_phases_and_ends_with_them():
         os.kill(first.pop(), 0)
 
 
+MAIN = """
+import os, sys
+SEEN = [os.environ.get(name) for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")]  # as NumPy does when imported
+from preprocess.engine import ProcessPool
+
+def seen(_):
+    return SEEN
+
+if __name__ == "__main__":
+    with ProcessPool(1) as runs:
+        assert list(runs.run_all(seen, [0], str)) == [["1", "1"]]
+    assert os.environ.get("OPENBLAS_NUM_THREADS") == "7" and "OMP_NUM_THREADS" not in os.environ
+"""
+
+
+def test_libraries_of_a_worker_start_no_threads(tmp_path):
+    """Told in time: a worker imports them with the caller's main module, first of all."""
+    (tmp_path / "main.py").write_text(MAIN)
+    given = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    given |= {"OPENBLAS_NUM_THREADS": "7", "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, tmp_path / "main.py"], env=given, check=True, timeout=120)
+
+
 def test_a_worker_that_dies_once_is_replaced(tmp_path):
     tasks = [(str(tmp_path), f"t{n}", 1 if n in (2, 5) else 0) for n in range(8)]
     with ProcessPool(1) as runs:
