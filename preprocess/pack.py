@@ -71,6 +71,8 @@ def pack(
     if state.done and (not work.exists() or _another_grows(work, state)):
         return _nothing_to_do(state, start)
     workfolder.check_writable(out)
+    if not state.done:
+        workfolder.check_ours(out)  # before anything is made in it
     with workfolder.lock(work):
         # another process may have come first, or one died between the manifest and clearing up
         state = look(plan, out, append)

@@ -35,6 +35,13 @@ def check_writable(out: Path) -> None:
         raise PackError(f"--out {out}: {there} {what}; choose another folder")
 
 
+def check_ours(out: Path) -> None:
+    """Raises PlanError for a folder that holds anything but a dataset and its ``.work``."""
+    names = sorted(path.name for path in out.iterdir()) if out.exists() else []
+    if foreign := [name for name in names if name != WORK and not _ours(name)]:
+        raise PlanError(f"--out {out}: is not empty ({', '.join(foreign[:5])}); choose a new folder")
+
+
 def finished(plan: Plan, out: Path) -> Manifest | None:
     """The manifest of a folder that holds this very dataset, whole as far as sizes and indexes tell."""
     if not (out / records.MANIFEST).exists():
@@ -83,12 +90,9 @@ def same_or_error(old: dict[str, Any], new: dict[str, Any], out: Path, what: str
 def open_work(plan: Plan, out: Path, base: Manifest | None) -> Path:
     """The run's own folder in .work, made or found. base: the dataset that the run adds to.
 
-    Raises PlanError if the folder holds anything else, or an unfinished run of other inputs.
+    Raises PlanError if the folder holds shards of no dataset, or an unfinished run of other inputs.
     """
     work = out / WORK
-    foreign = [path.name for path in out.iterdir() if path.name != WORK and not _ours(path.name)]
-    if foreign:
-        raise PlanError(f"--out {out}: is not empty ({', '.join(sorted(foreign)[:5])}); choose a new folder")
     identity, path = _identity(plan, base), work / "plan.json"
     if path.exists():
         old = json.loads(path.read_bytes())
