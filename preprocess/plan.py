@@ -156,16 +156,18 @@ def make_tile_plan(
             codes = tuple((entry.name, entry.codes[0]) for entry in products[0].product.classes)
             by, listings = precut.Labels(kind, listing.folder, codes), [tiles, listing]
         with raster.many_small_files():
-            sample, names_of_sample = precut.look(tiles, scene_id, options, sensor)
+            placement = _placement(options)
+            sample, names_of_sample = precut.look(tiles, scene_id, options, sensor, placement)
         first = sample[0]
         options = precut.tile_options(options, first)
         chosen = bands.choose_bands(first, options)
         dtype = bands.tile_dtype(first, len(chosen), options)
         _check_block(first, options)
-        whole = replace(first, path=tiles.folder, fingerprint=precut.fingerprint(listings, sample), date="")
+        identity = precut.fingerprint(listings, sample, placement)
+        whole = replace(first, path=tiles.folder, fingerprint=identity, date="")
     numbers = tuple(band.number for band in chosen)
-    cut = precut.chunks(tiles, by, label_names, first, sensor)
-    few = Sample(tiles.folder, names_of_sample, sensor)
+    cut = precut.chunks(tiles, by, label_names, first, sensor, placement)
+    few = Sample(tiles.folder, names_of_sample, sensor, placement)
     task = SceneTask(whole, numbers, tuple(map(covers.whole, products)), cut, few)
     config = {**_config(products, options, sensor), **precut.config_of(by)}
     warnings = tuple(bands.warnings(first, options))
@@ -191,16 +193,20 @@ def _config(products: Sequence[Cover], options: PackOptions, sensor: Sensor | No
     if sensor is not None:  # its name, for a table of the user's own is given by its path
         config["scene"]["sensor"] = sensor.name
         config["sensor_table"] = sensor.digest
-    if options.scene.dem:  # where it lies does not count; its content does, in every scene's fingerprint
+    if options.scene.dem:  # where it lies does not count; its content does, in fingerprints
         config["scene"]["dem"] = Path(options.scene.dem).name
     return config
+
+
+def _placement(options: PackOptions) -> Placement:
+    how = options.scene
+    return Placement(how.height, raster.read_dem(how.dem) if how.dem else None, how.gcp)
 
 
 def _read_scenes(
     sources: Sequence[Source], options: PackOptions, sensor: Sensor | None
 ) -> tuple[list[Scene], dict[str, str]]:
-    how = options.scene
-    placement = Placement(how.height, raster.read_dem(how.dem) if how.dem else None, how.gcp)
+    placement = _placement(options)
 
     def opened(source: Source, scene_id: str) -> Scene | RasterError:
         try:

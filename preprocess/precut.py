@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from preprocess import masks, raster
+from preprocess import masks, raster, rpc
 from preprocess.errors import RasterError
+from preprocess.georeference import Placement
 from preprocess.inputs import PlanError
 from preprocess.options import PackOptions
 from preprocess.raster import Scene
@@ -47,6 +48,7 @@ class Files:
     """Tiles of one task. names: paths in ``folder``; label_names: those of their labels in ``labels.folder``, or none.
 
     shape: (bands, dtype) of every file, all of them ``size`` x ``size`` pixels. sensor: what names their bands.
+    placement: what places those without a CRS.
     """
 
     folder: str
@@ -56,6 +58,7 @@ class Files:
     size: int
     shape: tuple[int, str]
     sensor: Sensor | None
+    placement: Placement
 
     @property
     def tiles(self) -> int:
@@ -69,6 +72,7 @@ class Sample:
     folder: str
     names: tuple[str, ...]
     sensor: Sensor | None
+    placement: Placement
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,10 +149,12 @@ def list_labels(folder: str, tiles: Listing) -> tuple[LabelKind, Listing, tuple[
     return kind, Listing(there.folder, {name: there.sizes[name] for name in names}), names
 
 
-def open_tile(folder: str, name: str, scene_id: str, options: PackOptions, sensor: Sensor | None) -> Scene:
+def open_tile(
+    folder: str, name: str, scene_id: str, options: PackOptions, sensor: Sensor | None, placement: Placement
+) -> Scene:
     """A tile's header, without a fingerprint (the folder has one). Raises RasterError, PlanError for missing bands."""
     path = os.path.join(folder, name)
-    scene = open_scene(Source(path, path, file=path), scene_id, options, sensor, identify=False)
+    scene = open_scene(Source(path, path, file=path), scene_id, options, sensor, placement, identify=False)
     return masks.with_mask(scene, options.mask)
 
 
@@ -171,7 +177,7 @@ def _said(found: tuple[int, int, int, str]) -> str:
 
 
 def look(
-    tiles: Listing, scene_id: str, options: PackOptions, sensor: Sensor | None
+    tiles: Listing, scene_id: str, options: PackOptions, sensor: Sensor | None, placement: Placement
 ) -> tuple[list[Scene], tuple[str, ...]]:
     """(those of a sample that can be used, names of the whole sample), by their headers.
 
@@ -180,7 +186,7 @@ def look(
     sample, scenes, errors = spread(list(tiles.sizes)), [], []
     for name in sample:
         try:
-            scenes.append(open_tile(tiles.folder, name, scene_id, options, sensor))
+            scenes.append(open_tile(tiles.folder, name, scene_id, options, sensor, placement))
         except RasterError as error:
             errors.append(str(error))
     if not scenes or len(errors) > options.max_bad_fraction * len(tiles.sizes):
@@ -217,10 +223,12 @@ def tile_options(options: PackOptions, first: Scene) -> PackOptions:
     return options.model_copy(update={"tile": tile, "stretch": stretch})
 
 
-def fingerprint(listings: Sequence[Listing], sample: Sequence[Scene]) -> str:
-    """Identifies folders by names and sizes of all files and the contents of some, evenly spread; and the masks of a
-    sample of tiles by theirs."""
+def fingerprint(listings: Sequence[Listing], sample: Sequence[Scene], placement: Placement) -> str:
+    """Identifies folders by names and sizes of all files and the contents of some, evenly spread; masks and RPCs beside
+    a sample of tiles, and the DEM, by theirs."""
     digest, total = hashlib.sha256(), 0
+    if placement.dem is not None:
+        digest.update(placement.dem.fingerprint.encode())
     for listing in listings:
         for name, size in listing.sizes.items():
             digest.update(f"{name}\0{size}\n".encode())
@@ -228,20 +236,27 @@ def fingerprint(listings: Sequence[Listing], sample: Sequence[Scene]) -> str:
         for name in spread(list(listing.sizes)):
             digest.update(raster.digest(listing.path(name)).encode())
     for scene in sample:
+        if (beside := rpc.file_beside(scene.file)) is not None:
+            digest.update(raster.digest(beside).encode())
         if scene.mask is not None:
             digest.update(scene.mask.fingerprint.encode())
     return f"{total}-{digest.hexdigest()[:24]}"
 
 
 def chunks(
-    tiles: Listing, labels: Labels, label_names: tuple[str, ...], first: Scene, sensor: Sensor | None
+    tiles: Listing,
+    labels: Labels,
+    label_names: tuple[str, ...],
+    first: Scene,
+    sensor: Sensor | None,
+    placement: Placement,
 ) -> tuple[Files, ...]:
     """The tasks, in order of the tiles' names."""
     width, height, count, dtype = form(first)
     itemsize = {"uint8": 1, "uint16": 2, "int16": 2, "float32": 4}[dtype]
     many = max(1, min(MAX_FILES, MAX_BYTES // (width * height * count * itemsize)))
     names = tuple(tiles.sizes)
-    whole = Files(tiles.folder, (), (), labels, width, (count, dtype), sensor)
+    whole = Files(tiles.folder, (), (), labels, width, (count, dtype), sensor, placement)
     return tuple(
         replace(whole, names=names[at : at + many], label_names=label_names[at : at + many])
         for at in range(0, len(names), many)

@@ -30,7 +30,7 @@ def stretch_limits(sample: Sample, bands: tuple[int, ...], options: PackOptions)
     scenes = []
     for name in sample.names:
         try:
-            scenes.append(precut.open_tile(sample.folder, name, "", options, sample.sensor))
+            scenes.append(precut.open_tile(sample.folder, name, "", options, sample.sensor, sample.placement))
         except (RasterError, PlanError):
             continue
         if options.stretch.mode == "none" and scenes[0].dtype == "uint8":
@@ -76,7 +76,8 @@ def scan_files(job: Job) -> dict[str, Any]:
 
 def _view(job: Job, files: Files, name: str, clock: Clock) -> View:
     with clock("read"):
-        scene = precut.open_tile(files.folder, name, job.scene.scene_id, job.options, files.sensor)
+        how = job.options, files.sensor, files.placement
+        scene = precut.open_tile(files.folder, name, job.scene.scene_id, *how)
         precut.check_form(scene, files.size, files.shape)
     one = replace(
         job, scene=scene, chunk=Chunk((0,), (0,), files.size), tile_id=precut.tile_id(job.scene.scene_id, name)

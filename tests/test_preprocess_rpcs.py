@@ -16,7 +16,7 @@ from scipy.interpolate import RBFInterpolator
 
 from geokr import records
 from geokr.landcover import build_legend, load_product
-from preprocess import labels, raster, rpc, sheets
+from preprocess import labels, pack_records, raster, rpc, sheets
 from preprocess.georeference import Placement
 from preprocess.grid import Grid
 from preprocess.inputs import PlanError
@@ -558,3 +558,46 @@ def test_the_oracle_itself():
     lon, lat = located(coefficients, columns, rows, 700.0)
     back = forward(coefficients, lon, lat, np.full(500, 700.0))
     np.testing.assert_allclose(back, (columns, rows), atol=1e-8)
+
+
+# ------------------------------------------------------------------------------------- tiles that are cut already
+
+
+def test_cut_tiles_are_placed_as_scenes_are(tmp_path, cover):
+    """Their own RPCs, the height and the DEM: labels, places and identity are those of a scene of one tile."""
+    relief = Relief(LON, LAT, 0.06, 1 / 3600)
+    dem = relief.write(tmp_path / "dem.tif")
+    (tmp_path / "tiles").mkdir()
+    for seed in range(3):
+        coefficients = sensor(LON, LAT, 24, SIZE, SIZE, seed)
+        one = write_image(tmp_path / f"tiles/{seed}.tif", SIZE, SIZE)
+        one.with_suffix(".rpb").write_text(rpb_text(coefficients))
+
+    def as_tiles(out, *keys):
+        tiles = ["--tiles", str(tmp_path / "tiles"), "--land-cover", str(cover), "--product", "globeland30"]
+        assert pack_records.main([*tiles, "--out", str(tmp_path / out), *RAW, *keys]) == 0
+        manifest = records.load_manifest(tmp_path / out)
+        return {record.transform: record for _, record in read_records(tmp_path / out)}, manifest.scenes[0].fingerprint
+
+    identities, places = set(), set()
+    for how in ((), ("scene.height=900",), (f"scene.dem={dem}",), (f"scene.dem={dem}", "scene.height=45")):
+        name = "-".join(("d", *(key.split("=")[0] for key in how)))
+        found, identity = as_tiles(name, *how)
+        pack_quietly(
+            [tmp_path / "tiles/*.tif"], [cover], "globeland30", tmp_path / f"{name}-scenes", *RAW,
+            f"tile.size={SIZE}", *how,
+        )  # fmt: skip
+        same = {record.transform: record for _, record in read_records(tmp_path / f"{name}-scenes")}
+        assert len(found) == 3
+        assert found.keys() == same.keys()
+        for where, record in found.items():
+            np.testing.assert_array_equal(record.fractions, same[where].fractions)
+            assert record.lonlat == same[where].lonlat
+        identities.add(identity)
+        places |= found.keys()
+    assert len(places) == 12
+    Relief(LON, LAT, 0.06, 1 / 3600, seed=1).write(dem)
+    identities.add(as_tiles("e", f"scene.dem={dem}")[1])
+    (tmp_path / "tiles/1.rpb").write_text(rpb_text(sensor(LON, LAT, 24, SIZE, SIZE, 7)))
+    identities.add(as_tiles("f", f"scene.dem={dem}")[1])
+    assert len(identities) == 4  # no DEM, the first, the second, other RPCs; a height stands in the configuration
