@@ -1,5 +1,6 @@
-"""The bytes of a record's image without loss: raw, PNG and LZ4, both ways. Shared by packer and readers.
+"""The bytes of a record's image: JPEG, and without loss raw, PNG and LZ4. Shared by packer and readers.
 
+jpeg: 3 bands of uint8, which the packer encodes as its options say (preprocess.image_codecs).
 raw: the pixels [H, W, C] in C order, little-endian.
 png: see geokr.png; 1 to 4 bands of uint8 or uint16.
 lz4: one LZ4 block, no header, of the raw bytes; where a value takes more than one byte, of all values' lowest bytes,
@@ -8,6 +9,7 @@ then all values' second bytes, and so on: high bytes hardly differ among neighbo
 
 import lz4.block
 import numpy as np
+import simplejpeg
 
 from geokr import png
 
@@ -32,9 +34,11 @@ def encode(tile_HWC: np.ndarray, codec: str) -> bytes:
 def decode(data: bytes | np.ndarray, codec: str, shape: tuple[int, int, int], dtype: str) -> np.ndarray:
     """The pixels [H, W, C] in native order, C-contiguous and aligned; for raw a view where that is possible.
 
-    Raises CodecError.
+    Raises CodecError, before anything larger than the tile is made.
     """
     try:
+        if codec == "jpeg":
+            return _decode_jpeg(data, shape)
         if codec == "png":
             return png.decode(data, shape, dtype)
         kind = np.dtype(dtype).newbyteorder("<")
@@ -51,10 +55,19 @@ def decode(data: bytes | np.ndarray, codec: str, shape: tuple[int, int, int], dt
 
 def inflate(data: bytes | np.ndarray, size: int) -> bytes:
     """An LZ4 block that must hold ``size`` bytes. Raises CodecError, or LZ4BlockError."""
+    if size > 255 * len(data):  # no block does more, and room for all of it is made first
+        raise CodecError(f"{len(data)} bytes cannot hold the {size} that were expected")
     found = lz4.block.decompress(data, uncompressed_size=size)
     if len(found) != size:
         raise CodecError(f"{len(found)} bytes, {size} were expected")
     return found
+
+
+def _decode_jpeg(data: bytes | np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
+    height, width = simplejpeg.decode_jpeg_header(data)[:2]
+    if (height, width, 3) != shape:
+        raise CodecError(f"it is {height} x {width} x 3, its record says {' x '.join(map(str, shape))}")
+    return simplejpeg.decode_jpeg(data, colorspace="RGB")
 
 
 def _planes(raw_HWC: np.ndarray) -> np.ndarray:

@@ -98,7 +98,7 @@ def _check_jpegs(batches: Iterable[Loaded], shape: tuple[int, int, int], where: 
     """Raises a RecordError for the first image that does not decode to this shape: DALI does not name it."""
     for batch in batches:
         for record_id, data in zip(batch.plan.ids.tolist(), batch.samples.images, strict=True):
-            torch_loader.decode_jpeg(data, shape, lambda record_id=record_id: where(record_id))
+            torch_loader.decode_tile(data, "jpeg", shape, "uint8", lambda record_id=record_id: where(record_id))
 
 
 def _on_cpu(

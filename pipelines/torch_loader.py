@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import numpy as np
-import simplejpeg
 
 from geokr import tile_codecs
 from geokr.records import RecordError
@@ -20,17 +19,6 @@ from pipelines.transform import Transform
 _CHUNK = 4
 
 
-def decode_jpeg(data: np.ndarray, shape: tuple[int, int, int], where: Callable[[], str]) -> np.ndarray:
-    """A JPEG as uint8 [H, W, 3]. Raises RecordError that begins with ``where`` if it is damaged or of another shape."""
-    try:
-        image = simplejpeg.decode_jpeg(data, colorspace="RGB")
-    except ValueError as error:
-        raise RecordError(f"{where()}: the JPEG does not decode ({error}); pack again") from error
-    if image.shape != shape:
-        raise RecordError(f"{where()}: the JPEG is {image.shape}, its record says {shape}; pack again")
-    return image
-
-
 def decode_tile(
     data: np.ndarray, codec: str, shape: tuple[int, int, int], dtype: str, where: Callable[[], str]
 ) -> np.ndarray:
@@ -38,8 +26,6 @@ def decode_tile(
 
     Raises RecordError that begins with ``where`` if it is damaged, of another shape, or holds NaN.
     """
-    if codec == "jpeg":
-        return decode_jpeg(data, shape, where)
     try:
         tile = tile_codecs.decode(data, codec, shape, dtype)
     except tile_codecs.CodecError as error:

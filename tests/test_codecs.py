@@ -2,11 +2,13 @@
 
 import importlib.util
 import io
+import tracemalloc
 import zlib
 
 import lz4.block
 import numpy as np
 import pytest
+import simplejpeg
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -185,6 +187,26 @@ def test_damaged_lz4_is_refused():
             tile_codecs.decode(wrong, "lz4", tile.shape, "uint16")
     with pytest.raises(tile_codecs.CodecError):
         tile_codecs.decode(data, "lz4", (16, 16, 3), "uint16")
+
+
+def test_sizes_are_checked_before_room_is_made():
+    """A JPEG's header that promises 12 GB, and an LZ4 block that cannot hold what its record says."""
+    data = bytearray(simplejpeg.encode_jpeg(imagery(3, "uint8", 16)))
+    at = data.index(b"\xff\xc0") + 5
+    data[at : at + 4] = b"\xff\xdc\xff\xdc"
+    block = tile_codecs.encode(imagery(3, "uint8", 16), "lz4")
+    tracemalloc.start()
+    try:
+        with pytest.raises(tile_codecs.CodecError, match="it is 65500 x 65500 x 3, its record says 16 x 16 x 3"):
+            tile_codecs.decode(bytes(data), "jpeg", (16, 16, 3), "uint8")
+        for side in (1 << 14, 1 << 20):
+            with pytest.raises(tile_codecs.CodecError, match="bytes cannot hold"):
+                tile_codecs.decode(block, "lz4", (side, side, 3), "uint8")
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+    flat = np.zeros((256, 256, 4), np.uint16)  # the most that a block does
+    assert np.array_equal(tile_codecs.decode(tile_codecs.encode(flat, "lz4"), "lz4", flat.shape, "uint16"), flat)
 
 
 # ------------------------------------------------------------------------------------------ through the packer

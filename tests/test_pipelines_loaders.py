@@ -310,7 +310,7 @@ def test_a_jpeg_that_does_not_decode_is_named(loader, case, tmp_path):
     replace_image(folder, 5, {"noise": b"\x01" * 500, "cut": image[: len(image) // 8], "size": other}[case])
     with (
         train_batches(Dataset.open(folder), options(loader, global_batch=4), AugmentOptions(), seed=0) as batches,
-        pytest.raises(RecordError, match=r"train-00000\.tfrecord: record 5 at byte \d+: the JPEG"),
+        pytest.raises(RecordError, match=r"train-00000\.tfrecord: record 5 at byte \d+: .* not decode as jpeg"),
     ):
         [next(batches) for _ in range(8)]
 
