@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 
 from geokr import records
-from geokr.records import Manifest, Split
+from geokr.records import Manifest, RecordError, Split
 from preprocess import blocks, shards, spill, tile_table
 from preprocess.plan import Plan
 from preprocess.stages import Clock
 from preprocess.tile_facts import unpack_facts
+from preprocess.workfolder import PackError
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -62,7 +63,8 @@ def gather(job: ShardJob) -> dict[str, Any]:
 def _frames(job: ShardJob, folder: Path, facts: list[bytes]) -> Iterator[bytes]:
     """Frames in the shard's order, each checked again; at most 64 spill files are open at a time.
 
-    facts: gets what lies behind each frame.
+    facts: gets what lies behind each frame. Raises PackError for a frame that the disk did not keep as it was written,
+    and takes its chunk's commit away, so that the same command scans the chunk again.
     """
     opened: OrderedDict[int, tuple[int, Path]] = OrderedDict()
     try:
@@ -78,7 +80,14 @@ def _frames(job: ShardJob, folder: Path, facts: list[bytes]) -> Iterator[bytes]:
             both = os.pread(descriptor, length + behind, offset)
             data = both[:length]
             facts.append(both[length:])
-            records.unframe(data, shards.crc32c, f"{path} at byte {offset}")
+            try:
+                records.unframe(data, shards.crc32c, f"byte {offset}")
+            except RecordError as error:
+                spill.spill_paths(folder, chunk)[2].unlink(missing_ok=True)
+                raise PackError(
+                    f"{path}: the disk does not give back what was written ({error}). The same command makes this file "
+                    "again; check the disk if it happens again"
+                ) from error
             yield data
     finally:
         for descriptor, _ in opened.values():

@@ -431,6 +431,22 @@ def test_left_overs_of_a_killed_process_go(inputs, tmp_path, monkeypatch):
     assert contents(out) == inputs.bytes
 
 
+def test_a_spill_that_the_disk_did_not_keep_is_made_again(inputs, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(phases.Run, "gather_shards", lambda *a: (_ for _ in ()).throw(PowerCut()))
+        with pytest.raises(PowerCut):
+            inputs.pack(out)
+    (frames,) = (out / ".work").glob("run-*/spill/00000000.frames")
+    data = bytearray(frames.read_bytes())
+    data[len(data) // 2] ^= 1
+    frames.write_bytes(data)
+    with pytest.raises(PackError, match=r"00000000\.frames: the disk .*checksum.*same command makes this file again"):
+        inputs.pack(out)
+    inputs.pack(out)
+    assert contents(out) == inputs.bytes
+
+
 class FullDisk:
     """A file on a disk with ``room`` bytes left for all files together."""
 
