@@ -70,19 +70,23 @@ def joined(base: Manifest, new: Manifest) -> Manifest:
     """The manifest of a dataset and what was added to it; all statistics are over both, from their sums."""
     prints = (*base.land_cover_fingerprints, *new.land_cover_fingerprints)
     prints = tuple(dict.fromkeys(prints))  # each once, in order
+    mended = base.left_out.keys() & {scene.scene_id for scene in new.scenes}  # could not be used then, and can now
+    left_out = {scene: reason for scene, reason in base.left_out.items() if scene not in mended} | new.left_out
+    counts = _sums(base.counts, new.counts)
+    counts["scenes_rejected"] -= len(mended)
     added = _part(new, tuple(prints.index(one) for one in new.land_cover_fingerprints))
     return base.model_copy(
         update={
             "schema_version": records.SCHEMA_VERSION,
             "version": base.version + 1,
             "parts": (*(base.parts or (_part(base, tuple(range(len(base.land_cover_fingerprints)))),)), added),
-            "left_out": {**base.left_out, **new.left_out},
+            "left_out": left_out,
             "land_cover_years": tuple(sorted({*base.land_cover_years, *new.land_cover_years})),
             "land_cover_fingerprints": prints,
             "products": {name: _product(info, new.products[name]) for name, info in base.products.items()},
             "train": _split(base.train, new.train),
             "val": _split(base.val, new.val),
-            "counts": _sums(base.counts, new.counts),
+            "counts": counts,
             "scenes": (*base.scenes, *new.scenes),
         }
     )

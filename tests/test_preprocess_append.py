@@ -14,7 +14,7 @@ from geokr.config import ConfigError
 from geokr.identity import check_identity
 from geokr.records import RecordError
 from pipelines.dataset import Dataset
-from preprocess import appending, blocks, verify_records
+from preprocess import appending, verify_records
 from preprocess.inputs import PlanError
 from preprocess.workfolder import PackError
 from tests.scenes import (
@@ -136,15 +136,12 @@ def test_no_ground_in_both_splits(world):
     for split, record in read_records(world.grown):
         _, _, x, _, _, y = record.transform
         boxes[split].append((x, y - 32 * 30, x + 32 * 30, y))
-        part = record.transform
-        assert part[0] == 30
     train, val = np.array(boxes["train"]), np.array(boxes["val"])
     across = (train[:, None, 0] < val[None, :, 2]) & (val[None, :, 0] < train[:, None, 2])
     down = (train[:, None, 1] < val[None, :, 3]) & (val[None, :, 1] < train[:, None, 3])
     assert len(train) > 30
     assert len(val) > 10
     assert not (across & down).any()
-    assert blocks.BOTH not in (blocks.TRAIN, blocks.VAL)
 
 
 def stamps(folder):
@@ -195,6 +192,21 @@ def test_land_cover_may_grow(world, tmp_path):
     manifest = parts(tmp_path / "out")
     assert [part.land_cover for part in manifest.parts] == [(0,), (1,)]
     assert len(set(manifest.land_cover_fingerprints)) == 2
+
+
+def test_a_scene_that_could_not_be_used_then(world, tmp_path):
+    """Fetched again, it is one of the dataset's, and no longer among those left out."""
+    out, whole = tmp_path / "out", world.scenes["c"].read_bytes()
+    world.scenes["c"].write_bytes(whole[:100])
+    try:
+        world.pack(out, "abc", "max_bad_fraction=0.5")
+        assert parts(out).left_out.keys() == {"c"}
+    finally:
+        world.scenes["c"].write_bytes(whole)
+    world.pack(out, "abc", "max_bad_fraction=0.5", append=True)
+    assert parts(out).left_out == {}
+    assert parts(out).counts["scenes_rejected"] == 0
+    assert [scene.scene_id for scene in parts(out).scenes] == ["a", "b", "c"]
 
 
 # ------------------------------------------------------------------------------------------------ refusals
