@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import rasterio
+import rasterio.shutil
 from rasterio.transform import from_origin
 from rasterio.windows import Window
 
@@ -23,6 +24,7 @@ WARM_SIDE = 700
 SHEET_SIDE = 36_000  # of ESA WorldCover's sheets of 3 degrees
 SCENE_SIDE = 10_980  # of Sentinel-2's scenes of 100 km
 BLOCK = 1024
+COMPRESSIONS = {"deflate": "DEFLATE", "none": "no compression"}  # of the demo scene
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +61,7 @@ def kept_folder(folder: Path, make: Callable[[Path], None]) -> Path:
     return folder
 
 
-def demo(cache: Path, side: int) -> Inputs:
+def demo(cache: Path, side: int, compression: str = "deflate") -> Inputs:
     """A scene of ``side`` pixels of the demo landscape, over GlobeLand30-like sheets of two UTM zones."""
 
     def make(folder: Path, side: int) -> None:
@@ -69,7 +71,23 @@ def demo(cache: Path, side: int) -> Inputs:
     large = kept_folder(cache / f"scene-{side}", lambda folder: make(folder, side))
     small = kept_folder(cache / f"warm-{WARM_SIDE}", lambda folder: make(folder, WARM_SIDE))
     sheets = tuple(sorted(large.rglob("N*_*LC030.tif")))
+    if compression == "none":
+        large, small = map(_uncompressed, (large, small))
     return Inputs(_scenes_in(large), sheets, "globeland30", copies(_scenes_in(small)[0]))
+
+
+def _uncompressed(folder: Path) -> Path:
+    """A folder with the scenes of another one, in blocks as large."""
+
+    def make(made: Path) -> None:
+        (made / "scenes").mkdir()
+        for path in _scenes_in(folder):
+            with rasterio.open(path) as file:
+                keys = ("tiled", "blockxsize", "blockysize", "interleave")
+                how = {key: file.profile[key] for key in keys if key in file.profile}
+            rasterio.shutil.copy(path, made / "scenes" / path.name, driver="GTiff", compress="NONE", **how)
+
+    return kept_folder(folder.with_name(f"{folder.name}-none"), make)
 
 
 def copies(scene: Path) -> tuple[Path, ...]:

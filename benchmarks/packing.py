@@ -1,6 +1,7 @@
 """How fast scenes become records and what that takes, beside other ways of doing it and the limits there are.
 
-    python benchmarks/packing.py [--stage STAGE ...] [--case TEXT] [--size PIXELS] [--repeats N] [--json FILE]
+    python benchmarks/packing.py [--stage STAGE ...] [--case TEXT] [--size PIXELS] [--compression deflate|none]
+                                 [--repeats N] [--json FILE]
 
     pack     JPEG tiles from one scene to a finished dataset, with 1 process and with 2; beside it the published way of
              working and tiling in threads as gdal_retile does, with as many; and JPEG encoding alone; where time goes
@@ -13,9 +14,10 @@
 
 Every measurement is a process of its own after a warm-up on a small scene (compiled kernels come from Numba's cache),
 in turn with the others, `--repeats` times; medians and spreads ((max - min) / median) are reported. Rates of geokr
-count tiles that were written. Processes have been started when the clock starts, those of the others too; start_s is
-what the warm-up took, from nothing. CPU time is that of all processes; where cores are shared it says more than rates
-do. The last line is one JSON object.
+count tiles that were written. Of a scene with DEFLATE, the default, about half of geokr's time is inflating;
+`--compression none` leaves that out for all ways alike, so that the rest stands beside encoding. Processes have been
+started when the clock starts, those of the others too; start_s is what the warm-up took, from nothing. CPU time is that
+of all processes; where cores are shared it says more than rates do. The last line is one JSON object.
 """
 
 import argparse
@@ -46,7 +48,9 @@ PROCESSES = (1, 2)
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What was asked for. sides: of the sparse scenes. sheet: a sheet of WorldCover, or None to make one as large."""
+    """What was asked for. sides: of the sparse scenes. sheet: a sheet of WorldCover, or None to make one as large.
+    compression: of the scene of pack and raw.
+    """
 
     cache: Path
     size: int
@@ -54,6 +58,7 @@ class Setting:
     plan_tiles: int
     count: int
     sheet: Path | None
+    compression: str = "deflate"
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +97,7 @@ def all_cases(setting: Setting) -> list[Case]:
 def pack_cases(setting: Setting) -> Iterator[Case]:
     from benchmarks import bench_pack_peers
 
-    scene = partial(bench_pack_inputs.demo, setting.cache, setting.size)
+    scene = partial(bench_pack_inputs.demo, setting.cache, setting.size, setting.compression)
     for n in PROCESSES:
         for subsampling in ("444", "420"):
             name = "jpeg" if subsampling == "444" else "jpeg 4:2:0"
@@ -123,7 +128,7 @@ def _encode(inputs: Inputs, out: Path, processes: int, overrides: Sequence[str])
 
 
 def raw_cases(setting: Setting) -> Iterator[Case]:
-    scene = partial(bench_pack_inputs.demo, setting.cache, setting.size)
+    scene = partial(bench_pack_inputs.demo, setting.cache, setting.size, setting.compression)
     size = len(positions(setting.size, setting.size)) * SIZE * SIZE * 3
     places = [("disk", setting.cache)]
     if memory := bench_pack_disk.memory_folder(6 * size):
@@ -296,6 +301,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--stage", nargs="+", choices=(*STAGES, "all"), default=("pack", "raw", "memory"))
     made.add_argument("--case", default="", help="only cases whose name holds this text")
     made.add_argument("--size", type=int, default=6000, help="side of the scene of pack and raw, in pixels")
+    made.add_argument(
+        "--compression", choices=tuple(bench_pack_inputs.COMPRESSIONS), default="deflate", help="of that scene"
+    )
     made.add_argument("--sides", type=int, nargs="+", default=(10_000, 20_000, 40_000), help="sides of memory's scenes")
     made.add_argument("--sheet", type=Path, help="WorldCover's sheet N00E006; without it one as large is made")
     made.add_argument("--plan-tiles", type=int, default=10_000_000, help="tiles of plan, about")
@@ -312,8 +320,9 @@ def main() -> int:
     chosen = parser().parse_args()
     chosen.cache.mkdir(parents=True, exist_ok=True)
     setting = Setting(
-        chosen.cache.resolve(), chosen.size, tuple(chosen.sides), chosen.plan_tiles, chosen.count, chosen.sheet
-    )
+        chosen.cache.resolve(), chosen.size, tuple(chosen.sides), chosen.plan_tiles, chosen.count, chosen.sheet,
+        chosen.compression,
+    )  # fmt: skip
     cases = all_cases(setting)
     if chosen.run:
         (case,) = [case for case in cases if case.name == chosen.run]
@@ -337,7 +346,10 @@ def report(cases: Sequence[Case], found: dict[str, list[dict[str, Any]]], chosen
     if parts:
         bench_report.table(parts, ("case", "part", "cpu_us", "share", "elapsed_us"))
         print()
-    scene = f"{chosen.size} x {chosen.size}, 4 bands of uint16, {SIZE} px every {STEP} px"
+    compression = bench_pack_inputs.COMPRESSIONS[chosen.compression]
+    scene = f"{chosen.size} x {chosen.size}, 4 bands of uint16, {compression}, {SIZE} px every {STEP} px"
+    if any(case.stage in ("pack", "raw") for case in cases):
+        print(f"scene of pack and raw: {scene}\n")
     tree = bench_report.tree(results, ratios_of(results), scene=scene, parts=parts)
     bench_report.show(tree, COLUMNS, chosen.json)
 

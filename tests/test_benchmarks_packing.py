@@ -68,6 +68,22 @@ def test_a_sparse_scene_over_a_large_sheet(tmp_path):
     assert 50 < found["driver_mb"] <= peak_mb() + 1
 
 
+def test_the_scene_with_and_without_compression(tmp_path):
+    how = {"compress": "DEFLATE", "tiled": True, "blockxsize": 64, "blockysize": 64, "interleave": "pixel"}
+    for name in ("scene-300", f"warm-{bench_pack_inputs.WARM_SIDE}"):  # as if they had been made
+        write_raster(
+            tmp_path / name / "scenes/a.tif", noise(0, (4, 100, 90), "uint16"), (10, 0, 5e5, 0, -10, 5e6), **how
+        )
+        (tmp_path / name / "done").touch()
+    plain, packed = (bench_pack_inputs.demo(tmp_path, 300, how) for how in ("none", "deflate"))
+    assert plain.sheets == packed.sheets
+    for one, other in ((plain.scene, packed.scene), (plain.warm[0], packed.warm[0])):
+        with rasterio.open(one) as a, rasterio.open(other) as b:
+            assert (a.compression, b.compression.value, a.interleaving) == (None, "DEFLATE", b.interleaving)
+            assert (a.block_shapes, a.tags(), a.descriptions) == (b.block_shapes, b.tags(), b.descriptions)
+            assert np.array_equal(a.read(), b.read())
+
+
 # ------------------------------------------------------------------------------------------------------ peers
 
 
