@@ -12,13 +12,13 @@ from datetime import date
 
 import numpy as np
 
-from geokr.config import suggestion
+from geokr.config import ConfigError, suggestion
 from geokr.landcover import Legend, Product, build_legend, load_product
 from preprocess import labels, probabilities, raster, sheets
 from preprocess.cells import Cells
 from preprocess.inputs import PlanError, find_files
 from preprocess.labels import TileLabels
-from preprocess.options import PackOptions, ProductOptions
+from preprocess.options import FurtherProduct, PackOptions, ProductOptions
 from preprocess.place import Place
 from preprocess.sheets import LabelSheet
 
@@ -80,7 +80,7 @@ def read_covers(
     known = dict(options.labels.also)
     for key, its_patterns in also.items():
         chosen = known.get(key)
-        table = load_product((chosen and chosen.product) or key)
+        table = _load_further(key, chosen.product if isinstance(chosen, FurtherProduct) else None)
         name = table.name if key.endswith((".yaml", ".yml")) else key
         chosen = known.pop(key, None) or known.pop(name, None) or ProductOptions()
         if not _NAME.fullmatch(name):
@@ -97,6 +97,18 @@ def read_covers(
             f"labels.also: {name!r} is given options but no sheets{suggestion(name, also)}: add --also {name} PATTERN"
         )
     return (covers[0], *sorted(covers[1:], key=lambda cover: cover.name))
+
+
+def _load_further(key: str, product: str | None) -> Product:
+    try:
+        return load_product(product or key)
+    except ConfigError as error:
+        if product is not None:
+            raise ConfigError(f"labels.also: {key}: {error}") from error
+        hint = (
+            "" if key.endswith((".yaml", ".yml")) else f". A name of its own: 'labels.also={{{key}: {{product: ...}}}}'"
+        )
+        raise ConfigError(f"--also {key}: {error}{hint}") from error
 
 
 def _read_cover(name: str, table: Product, paths: Sequence[str], options: ProductOptions) -> Cover:

@@ -476,7 +476,13 @@ def test_further_products_that_cannot_be(tmp_path, several):
             pack_quietly(scenes, first, "globeland30", tmp_path / "out", *SMALL, *own, also=also)
 
     refused(PlanError, r"--also globeland30: there is a product 'globeland30' already", {"globeland30": world})
-    refused(ConfigError, r"product 'mine' is not known", {"mine": world})
+    refused(
+        ConfigError,
+        r"--also mine: product 'mine' is not known.*A name of its own: 'labels\.also=\{mine: \{product: \.\.\.\}\}'",
+        {"mine": world},
+    )
+    refused(ConfigError, r"labels\.also: mine: product 'nlc' is not known", {"mine": world},
+            "labels.also={mine: {product: nlc}}")  # fmt: skip
     refused(PlanError, r"labels\.also: 'wordcover'.*did you mean 'worldcover'", {"worldcover": world},
             "labels.also={wordcover: {groups: true}}")  # fmt: skip
     refused(
