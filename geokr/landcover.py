@@ -57,7 +57,7 @@ class Legend:
     """The classes a dataset trains on. ``lookup[code + 32768]`` is a class index, NODATA, IGNORED or UNKNOWN.
 
     lookup: uint8 of 98,304 entries, so that int16 and uint16 rasters (-32768..65535) index it too.
-    band_classes: a class index or IGNORED for each probability band of the product.
+    band_classes: a class index, IGNORED or NODATA for each probability band of the product.
     """
 
     product: str

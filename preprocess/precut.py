@@ -129,12 +129,14 @@ def list_tiles(folder: str) -> Listing:
 def list_labels(folder: str, tiles: Listing) -> tuple[LabelKind, Listing, tuple[str, ...]]:
     """(kind, listing, name of each tile's label). JSON where there is any, else rasters.
 
-    Raises PlanError that counts and names tiles without one.
+    Raises PlanError that counts and names tiles without one, or names two for one tile.
     """
     there = Listing.of(folder, "--labels", (".json", *RASTERS))
     by_stem: dict[LabelKind, dict[str, str]] = {"json": {}, "raster": {}}
     for name in there.sizes:
-        by_stem["json" if name.lower().endswith(".json") else "raster"][stem(name)] = name
+        called = by_stem["json" if name.lower().endswith(".json") else "raster"]
+        if (other := called.setdefault(stem(name), name)) != name:
+            raise PlanError(f"--labels {folder}: {other} and {name} are both for the tile {stem(name)}: keep one")
     kind: LabelKind = "json" if by_stem["json"] else "raster"
     if kind == "raster" and there.folder == tiles.folder:
         raise PlanError(f"--labels {folder}: holds the tiles themselves and no JSON files")

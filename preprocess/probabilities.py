@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from geokr.landcover import IGNORED, Legend
+from geokr.landcover import Legend
 from preprocess import labels, probability_kernels, raster
 from preprocess.cells import Cells
 from preprocess.place import Place
@@ -41,7 +41,7 @@ def tile_labels(
     sums = cells.tiles(by_cell)
     counted = np.zeros((len(sums), len(legend.classes)))
     for band, index in enumerate(legend.band_classes):
-        if index != IGNORED:
+        if index < len(legend.classes):  # else it is dropped, or no class by the table's own nodata and ignore
             counted[:, index] += sums[:, band]
     total = counted.sum(axis=1)
     fractions = np.divide(counted, total[:, None], out=np.zeros_like(counted), where=total[:, None] > 0)

@@ -350,6 +350,9 @@ def test_folders_and_arguments_that_do_not_go_together(world, tmp_path, capsys):
     write_raster(tmp_path / "few/0/tile_000.tif", patches(1, SIZE, SIZE, CODES), place(0, 0))
     refused(r"19 of 20 tiles have no label file \(raster\).*0/tile_024\.tif", "--tiles", tiles, "--labels",
             str(tmp_path / "few"))  # fmt: skip
+    for ending in ("tif", "tiff"):
+        write_raster(tmp_path / f"twice/a.{ending}", patches(1, SIZE, SIZE, CODES), place(0, 0))
+    refused("a.tif and a.tiff are both for the tile a", "--tiles", tiles, "--labels", str(tmp_path / "twice"))
     wide = write_raster(tmp_path / "wide/a.tif", noise(1, (3, SIZE, 2 * SIZE)), place(0, 0))
     refused("tiles must be square", "--tiles", str(wide.parent), "--land-cover", land)
     refused("none of .*overlap|not one usable tile: 1 unlabelled", "--tiles", str(_far(tmp_path)), "--land-cover", land)

@@ -298,6 +298,21 @@ def test_probabilities_finer_than_the_scene_with_holes_and_neighbours(tmp_path, 
     assert check_soft(tmp_path / "out", SoftOtherWay([first, second]), 3, 2, columns, valid) > 3
 
 
+def test_a_band_of_what_a_table_calls_no_data(tmp_path):
+    """As if its class were dropped."""
+    scene, cover = scene_at(tmp_path), write_raster(tmp_path / "good.tif", dirichlet(3, 128, 160), T10)
+    table = Path(landcover.__file__).with_name("products") / "dynamicworld.yaml"
+    (tmp_path / "own.yaml").write_text(table.read_text().replace("nodata: []", "nodata: [6]"))
+    pack_quietly([scene], [cover], str(tmp_path / "own.yaml"), tmp_path / "own", *SMALL)
+    pack_quietly([scene], [cover], "dynamicworld", tmp_path / "drop", *SMALL, "labels.drop=[built]")
+    own, dropped = (
+        {record.tile_id: record.fractions for _, record in read_records(tmp_path / name)} for name in ("own", "drop")
+    )
+    assert own.keys() == dropped.keys()
+    assert own
+    assert all(len(own[tile]) == 8 and (own[tile] == dropped[tile]).all() for tile in own)
+
+
 def test_probabilities_that_cannot_be(tmp_path):
     scene = scene_at(tmp_path)
     for name, change, words in (
