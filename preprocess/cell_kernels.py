@@ -12,28 +12,47 @@ COLUMNS = 1024  # a multiple of any vector's length
 
 
 @njit(nogil=True, cache=True)
+def _sums_of_three(sums_W, row_V):
+    for x in range(len(sums_W)):
+        sums_W[x] = np.uint32(row_V[3 * x]) + np.uint32(row_V[3 * x + 1]) + np.uint32(row_V[3 * x + 2])
+
+
+@njit(nogil=True, cache=True)
+def _sums_of_bands(sums_W, row_V):
+    bands = len(row_V) // len(sums_W)
+    for x in range(len(sums_W)):
+        total = np.uint32(0)
+        for c in range(bands):
+            total += np.uint32(row_V[x * bands + c])
+        sums_W[x] = total
+
+
+@njit(nogil=True, cache=True)
 def grey_sum_histograms(counts_YXS, grey_HWC, down_Y2, across_X2):
-    """Counts pixels by the sum of their bands (0 to 255 * C) into ``counts_YXS``, uint32, which begins at 0."""
-    bands = grey_HWC.shape[2]
+    """Counts pixels by the sum of their bands (0 to 255 * C) into ``counts_YXS``, uint32, which begins at 0.
+
+    A row's sums first, many at once; then one count after the other."""
+    width, bands = grey_HWC.shape[1:]
+    sums_W, odd_XS = np.empty(width, np.uint32), np.empty(counts_YXS.shape[1:], np.uint32)
     for i in range(down_Y2.shape[0]):
+        odd_XS[:] = 0
+        for y in range(down_Y2[i, 0], down_Y2[i, 1]):
+            row_V = grey_HWC[y].reshape(-1)
+            if bands == 3:  # so common that its loop is worth writing out
+                _sums_of_three(sums_W, row_V)
+            else:
+                _sums_of_bands(sums_W, row_V)
+            for j in range(across_X2.shape[0]):
+                even, odd = counts_YXS[i, j], odd_XS[j]
+                left, right = across_X2[j, 0], across_X2[j, 1]
+                for x in range(left, right - 1, 2):
+                    even[np.uintp(sums_W[x])] += np.uint32(1)
+                    odd[np.uintp(sums_W[x + 1])] += np.uint32(1)
+                if (right - left) % 2:
+                    even[np.uintp(sums_W[right - 1])] += np.uint32(1)
         for j in range(across_X2.shape[0]):
-            even, odd = counts_YXS[i, j], np.zeros(counts_YXS.shape[2], np.uint32)
-            left, right = across_X2[j, 0], across_X2[j, 1]
-            for y in range(down_Y2[i, 0], down_Y2[i, 1]):
-                if bands == 3:  # so common that its loop is worth writing out
-                    for x in range(left, right - 1, 2):
-                        a = np.int64(grey_HWC[y, x, 0]) + grey_HWC[y, x, 1] + grey_HWC[y, x, 2]
-                        b = np.int64(grey_HWC[y, x + 1, 0]) + grey_HWC[y, x + 1, 1] + grey_HWC[y, x + 1, 2]
-                        even[a] += np.uint32(1)
-                        odd[b] += np.uint32(1)
-                begin = left + (right - left) // 2 * 2 if bands == 3 else left
-                for x in range(begin, right):
-                    total = 0
-                    for c in range(bands):
-                        total += grey_HWC[y, x, c]
-                    even[total] += np.uint32(1)
-            for s in range(len(even)):
-                even[s] += odd[s]
+            for s in range(counts_YXS.shape[2]):
+                counts_YXS[i, j, s] += odd_XS[j, s]
 
 
 @njit(nogil=True, cache=True)

@@ -98,13 +98,23 @@ class Chunk:
         return np.stack([columns.ravel(), rows.ravel()], axis=1).astype(np.int64)
 
 
-# Enough tiles to make a task worth its start, few enough that a small scene still feeds several workers.
+# Enough tiles to make a task worth its start. A plan of few tiles is cut finer, so that its last tasks do not keep one
+# worker busy and the others waiting.
 MAX_CHUNK_TILES = 256
+MIN_CHUNK_TILES = 120
+FEW_CHUNKS = 32
 MAX_CHUNK_BYTES = 128 << 20
+# Goes up when the same plan is cut otherwise than before: a run that was cut short does not go on with such chunks.
+LAYOUT = 2
 
 
-def chunks(width: int, height: int, size: int, step: int, bytes_a_pixel: float) -> Iterator[Chunk]:
-    """Cuts a scene's tiles into chunks of at most MAX_CHUNK_TILES and about MAX_CHUNK_BYTES, whole rows first.
+def chunk_tiles(tiles: int) -> int:
+    """How many tiles a chunk may have where there are so many in all."""
+    return min(MAX_CHUNK_TILES, max(MIN_CHUNK_TILES, tiles // FEW_CHUNKS))
+
+
+def chunks(width: int, height: int, size: int, step: int, bytes_a_pixel: float, most: int) -> Iterator[Chunk]:
+    """Cuts a scene's tiles into chunks of at most ``most`` tiles and about MAX_CHUNK_BYTES, whole rows first.
 
     Whole rows, because many scenes are stored in strips as wide as the image: a narrower chunk would decode
     each strip again and again. Depends on nothing but its arguments, never on the number of workers.
@@ -113,10 +123,10 @@ def chunks(width: int, height: int, size: int, step: int, bytes_a_pixel: float) 
     if not len(columns) or not len(rows):
         return
     budget = MAX_CHUNK_BYTES / bytes_a_pixel
-    across = int(max(1, min(len(columns), MAX_CHUNK_TILES, (budget / size - size) // step + 1)))
+    across = int(max(1, min(len(columns), most, (budget / size - size) // step + 1)))
     across = -(-len(columns) // -(-len(columns) // across))  # the same number of parts, evenly filled
     chunk_width = size + (across - 1) * step
-    down = int(max(1, min(MAX_CHUNK_TILES // across, (budget / chunk_width - size) // step + 1)))
+    down = int(max(1, min(most // across, (budget / chunk_width - size) // step + 1)))
     # made once and shared by the chunks below one another, so that a plan stays small
     parts = [tuple(columns[left : left + across].tolist()) for left in range(0, len(columns), across)]
     for top in range(0, len(rows), down):

@@ -29,6 +29,7 @@ from preprocess import (
 )
 from preprocess.damaged import BadTiles, Damaged
 from preprocess.engine import Engine
+from preprocess.options import PackOptions
 from preprocess.plan import Plan, SceneTask
 from preprocess.precut import Files
 from preprocess.raster import RasterError
@@ -48,26 +49,52 @@ def _sum_of(job: tuple[str, str, str]) -> tuple[str, str]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _LimitsJob:
+    """Part number ``share`` of ``shares`` of a scene's sample."""
+
     task: SceneTask
-    options: Any
+    options: PackOptions
     path: str
+    share: int
+    shares: int
 
 
-def _limits_of(job: _LimitsJob) -> tuple[str, dict[str, Any] | str]:
-    """(scene id, {limits, stages} or what is wrong with it)."""
-    clock = stages.Clock()
+def _limits_of(job: _LimitsJob) -> tuple[_LimitsJob, dict[str, Any] | str]:
+    """The commit {limits, stages}; of a part {sample, stages}; or what is wrong with the scene."""
+    clock, task = stages.Clock(), job.task
     try:
         with clock("sample"):
-            task = job.task
-            if task.sample is None:
-                limits = sampling.stretch_limits(task.scene, task.bands, job.options).tolist()
+            if job.shares > 1:
+                part = sampling.sample(task.scene, task.bands, job.options, job.share, job.shares)
+            elif task.sample is None:
+                limits = sampling.stretch_limits(task.scene, task.bands, job.options)
             else:
-                limits = scan_tiles.stretch_limits(task.sample, task.bands, job.options).tolist()
+                limits = scan_tiles.stretch_limits(task.sample, task.bands, job.options)
     except RasterError as error:
-        return job.task.scene.scene_id, str(error)
-    commit = {"limits": limits, "stages": clock.times}
+        return job, str(error)
+    if job.shares > 1:
+        return job, {"sample": part, "stages": clock.times}
+    return job, _commit_limits(job, limits, clock.times)
+
+
+def _commit_limits(job: _LimitsJob, limits: np.ndarray, times: stages.Times) -> dict[str, Any]:
+    commit = {"limits": limits.tolist(), "stages": times}
     shards.write_whole(Path(job.path), json.dumps(commit).encode())
-    return job.task.scene.scene_id, commit
+    return commit
+
+
+def _whole_commit(job: _LimitsJob, value: dict[str, Any], before: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """A scene's commit, or None as long as parts are missing, which are kept in ``before``."""
+    if "limits" in value:
+        return value
+    before.append(value)
+    if len(before) < job.shares:
+        return None
+    times: dict[str, list[float]] = {}
+    for part in before:
+        stages.add(times, part["stages"])
+    samples = [part["sample"] for part in before]
+    scene, options = job.task.scene, job.options
+    return _commit_limits(job, sampling.limits_from(samples, len(job.task.bands), scene.dtype, options), times)
 
 
 def _scan(job: scan.Job) -> dict[str, Any]:
@@ -127,7 +154,32 @@ class Run:
     def find_limits(self, damaged: Damaged) -> dict[str, np.ndarray]:
         """Limits of every scene that could be read, by scene id."""
         limits: dict[str, np.ndarray] = {}
-        jobs = []
+        jobs = list(self._limits_jobs(limits, damaged))
+        done, of = len(limits), len(limits) + len({job.path for job in jobs})
+        self.progress("stretch limits", done, of)
+        parts: dict[str, list[dict[str, Any]]] = {}
+        with contextlib.closing(
+            self.engine.run_all(_limits_of, jobs, lambda job: f"scene {job.task.scene.path}")
+        ) as results:
+            for job, value in results:
+                scene_id = job.task.scene.scene_id
+                if scene_id in damaged.scenes:
+                    continue
+                if isinstance(value, str):
+                    damaged.add(scene_id, value)
+                elif (commit := _whole_commit(job, value, parts.setdefault(scene_id, []))) is not None:
+                    limits[scene_id] = np.array(commit["limits"])
+                    stages.add(self.spent, commit["stages"])
+                else:
+                    continue
+                parts.pop(scene_id, None)
+                done += 1
+                self.progress("stretch limits", done, of)
+        return limits
+
+    def _limits_jobs(self, limits: dict[str, np.ndarray], damaged: Damaged) -> Iterator[_LimitsJob]:
+        """What is left to sample. limits: gets those that an earlier run has found."""
+        scenes = sum(bool(task.chunks) for task in self.plan.tasks)
         for number, task in enumerate(self.plan.tasks):
             path = self.work / f"limits-{number:06d}.json"
             if task.scene.scene_id in damaged.scenes:
@@ -136,20 +188,9 @@ class Run:
                 limits[task.scene.scene_id] = np.array(done["limits"])
                 stages.add(self.spent, done["stages"])
             elif task.chunks:
-                jobs.append(_LimitsJob(replace(task, chunks=(), covers=()), self.plan.options, str(path)))
-        done = len(limits)
-        self.progress("stretch limits", done, done + len(jobs))
-        with contextlib.closing(
-            self.engine.run_all(_limits_of, jobs, lambda job: f"scene {job.task.scene.path}")
-        ) as results:
-            for number, (scene_id, value) in enumerate(results, 1):
-                if isinstance(value, str):
-                    damaged.add(scene_id, value)
-                else:
-                    limits[scene_id] = np.array(value["limits"])
-                    stages.add(self.spent, value["stages"])
-                self.progress("stretch limits", done + number, done + len(jobs))
-        return limits
+                bare, options = replace(task, chunks=(), covers=()), self.plan.options
+                shares = sampling.shares_of(task.scene, scenes, options) if task.sample is None else 1
+                yield from (_LimitsJob(bare, options, str(path), share, shares) for share in range(shares))
 
     def scan_chunks(self, limits: dict[str, np.ndarray], damaged: Damaged) -> list[dict[str, Any]]:
         """Commits of all chunks of sound scenes, in order of their numbers."""

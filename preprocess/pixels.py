@@ -37,6 +37,23 @@ STRIP_ROWS = 256
 STRIP_BYTES = 64 << 20
 
 
+class Room:
+    """Memory that stays from one task to the next: what is new takes about as long to touch as to fill with pixels.
+
+    An array of a name is good until the next one of that name is taken.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[str, np.ndarray] = {}
+
+    def array(self, name: str, shape: tuple[int, ...], dtype: str | type) -> np.ndarray:
+        """Of that shape, its values left to chance."""
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        if name not in self._kept or self._kept[name].nbytes < size:
+            self._kept[name] = np.empty(size, np.uint8)
+        return self._kept[name][:size].view(dtype).reshape(shape)
+
+
 def strips(row: int, height: int, row_bytes: int) -> Iterator[tuple[int, int]]:
     """(top, bottom) of strips of rows that make ``height`` rows from ``row`` of a scene on, counted from there."""
     rows = STRIP_ROWS

@@ -18,7 +18,7 @@ from preprocess import bands, covers, ground, masks, precut, raster
 from preprocess.coordinates import WGS84
 from preprocess.covers import Cover, SceneCover
 from preprocess.georeference import Placement
-from preprocess.grid import Chunk, chunks
+from preprocess.grid import Chunk, chunk_tiles, chunks
 from preprocess.inputs import PlanError, scene_ids
 from preprocess.options import PackOptions
 from preprocess.precut import Files, Sample
@@ -235,14 +235,14 @@ def _read_scenes(
 
 def _scene_tasks(scenes: Sequence[Scene], products: Sequence[Cover], options: PackOptions) -> tuple[SceneTask, ...]:
     tasks = []
+    most = chunk_tiles(sum(_positions(scene, options) for scene in scenes))
     for scene in scenes:
         numbers = tuple(band.number for band in bands.choose_bands(scene, options))
-        _check_positions(scene, options)
         over = tuple(covers.narrowed(covers.whole(cover), scene, scene.scene_id) for cover in products)
         _check_block(scene, options)
         bytes_a_pixel = len(numbers) * (_itemsize(scene.dtype) * 2 + 1) + 1  # source, its preview, and a mask
         tile = options.tile
-        cut = tuple(chunks(scene.place.width, scene.place.height, tile.size, tile.step, bytes_a_pixel))
+        cut = tuple(chunks(scene.place.width, scene.place.height, tile.size, tile.step, bytes_a_pixel, most))
         tasks.append(SceneTask(scene, numbers, over, cut if all(cover.sheets for cover in over) else ()))
     _check_covered(tasks)
     if not any(task.chunks for task in tasks):
@@ -276,7 +276,8 @@ def _itemsize(dtype: str) -> int:
 MAX_POSITIONS = 1 << 27
 
 
-def _check_positions(scene: Scene, options: PackOptions) -> None:
+def _positions(scene: Scene, options: PackOptions) -> int:
+    """How many tiles a scene has. Raises PlanError for more than a plan can hold."""
     tile = options.tile
     across, down = (len(range(0, n - tile.size + 1, tile.step)) for n in (scene.place.width, scene.place.height))
     if across * down > MAX_POSITIONS:
@@ -285,6 +286,7 @@ def _check_positions(scene: Scene, options: PackOptions) -> None:
             f"{scene.place.width} x {scene.place.height} pixels, at most {MAX_POSITIONS} are possible: "
             "use a larger tile.step, or cut the scene; if that is not its size, its header is damaged"
         )
+    return across * down
 
 
 def _check_block(scene: Scene, options: PackOptions) -> None:

@@ -40,21 +40,47 @@ def limits_over(
     scenes: Sequence[Scene], bands: tuple[int, ...], options: PackOptions, pass_over: bool = False
 ) -> np.ndarray:
     """One pair a band for all scenes, which have one dtype. pass_over: those that cannot be read have no say."""
+    if options.stretch.limits is not None or not scenes:
+        return limits_from([], len(bands), "uint8", options)
+    dtype = scenes[0].dtype
+    with raster.environment():
+        found = _counted(_parts_over(scenes, bands, options.mask, pass_over), len(bands), dtype, options)
+    return limits_from([found], len(bands), dtype, options)
+
+
+# A scene's sample is taken in so many parts at most, each of so many pixels at least.
+MOST_SHARES = 16
+SHARE_PIXELS = 2 << 20
+
+
+def shares_of(scene: Scene, scenes: int, options: PackOptions) -> int:
+    """In how many parts to take the sample of one of so many scenes, so that all processes have something to do.
+
+    Depends on nothing but its arguments, never on the number of workers.
+    """
+    if options.stretch.limits is not None:  # nothing is read
+        return 1
+    columns, rows = scene.place.width, scene.place.height
+    return max(1, min(MOST_SHARES // scenes, columns * rows // max(EVERY) // SHARE_PIXELS))
+
+
+def sample(scene: Scene, bands: tuple[int, ...], options: PackOptions, share: int, shares: int) -> np.ndarray:
+    """Part number ``share`` of ``shares`` of a scene's sample, for :func:`limits_from`."""
+    with raster.environment():
+        return _counted(_parts(scene, bands, options.mask, share, shares), len(bands), scene.dtype, options)
+
+
+def limits_from(samples: Sequence[np.ndarray], bands: int, dtype: str, options: PackOptions) -> np.ndarray:
+    """Limits [bands, 2] from all parts of a sample."""
     stretch = options.stretch
     if stretch.limits is not None:
-        return np.array(stretch.limits * (len(bands) if len(stretch.limits) == 1 else 1), np.float64)
-    joint = stretch.mode != "per_band"
-    parts = _parts_over(scenes, bands, options.mask, pass_over)
-    if not scenes:
-        limits = None
-    elif np.dtype(scenes[0].dtype).kind == "f":
-        limits = _float_limits(parts, len(bands), stretch.percentiles, joint)
-    else:
-        limits = _integer_limits(parts, len(bands), scenes[0].dtype, stretch.percentiles, joint)
+        return np.array(stretch.limits * (bands if len(stretch.limits) == 1 else 1), np.float64)
+    find = _float_limits if np.dtype(dtype).kind == "f" else _integer_limits
+    limits = find(samples, dtype, stretch.percentiles) if samples else None
     if limits is None:
-        return np.tile([0.0, 1.0], (len(bands), 1))
-    if joint:
-        limits = np.tile(limits, (len(bands), 1))
+        return np.tile([0.0, 1.0], (bands, 1))
+    if len(limits) == 1:
+        limits = np.tile(limits, (bands, 1))
     limits[:, 1] = np.maximum(limits[:, 1], limits[:, 0] + 1e-6)  # a constant scene; its tiles are rejected as flat
     return limits
 
@@ -94,12 +120,15 @@ def windows(
     return chosen, (step_x, step_y)
 
 
-def _parts(scene: Scene, bands: tuple[int, ...], mask: MaskOptions) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _parts(
+    scene: Scene, bands: tuple[int, ...], mask: MaskOptions, share: int = 0, shares: int = 1
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Sampled pixels [C, h, w] and which of them count, uint8 [h, w]; the next ones lie in the same memory."""
     width, height = scene.place.width, scene.place.height
     row_bytes = width * len(bands) * np.dtype(scene.dtype).itemsize
     chosen, (across, down) = windows(width, height, raster.block_shape(scene, bands), row_bytes)
-    room = np.empty(max(window[2] * window[3] for window in chosen) * len(bands), scene.dtype)
+    chosen = chosen[len(chosen) * share // shares : len(chosen) * (share + 1) // shares]
+    room = np.empty(max((window[2] * window[3] for window in chosen), default=0) * len(bands), scene.dtype)
     for window in chosen:
         pixels, valid = read_valid(scene, bands, window, room)
         if scene.mask is not None:
@@ -119,29 +148,35 @@ def _parts_over(scenes: Sequence[Scene], bands: tuple[int, ...], mask: MaskOptio
                 raise
 
 
-def _float_limits(parts: Parts, bands: int, percentiles: tuple[float, float], joint: bool) -> np.ndarray | None:
-    samples = []
-    for pixels, valid in parts:
-        values = pixels.reshape(bands, -1).T
-        samples.append(values[(valid.ravel() != 0) & (values.mean(axis=1, dtype=np.float64) != 0)])
-    sample_NC = np.concatenate(samples) if samples else np.zeros((0, bands))
-    if not len(sample_NC):
-        return None
-    return np.percentile(sample_NC.reshape(-1, 1) if joint else sample_NC, percentiles, axis=0).T.astype(np.float64)
-
-
-def _integer_limits(
-    parts: Parts, bands: int, dtype: str, percentiles: tuple[float, float], joint: bool
-) -> np.ndarray | None:
-    """The same percentiles from how often each value occurs: nothing is sorted, and memory does not grow."""
-    lowest = int(np.iinfo(dtype).min)
+def _counted(parts: Parts, bands: int, dtype: str, options: PackOptions) -> np.ndarray:
+    """How often each value of an integer type occurs, int64 [bands, V]: nothing is sorted, and memory does not grow.
+    Floats as they are, [N, bands]. One column or row for all bands where they share their limits."""
+    joint = options.stretch.mode != "per_band"
+    if np.dtype(dtype).kind == "f":
+        values = [_counting(pixels, valid) for pixels, valid in parts]
+        sample_NC = np.concatenate(values) if values else np.zeros((0, bands), dtype)
+        return sample_NC.reshape(-1, 1) if joint else sample_NC
     counts_CV = np.zeros((bands, 1 << 8 * np.dtype(dtype).itemsize), np.int64)
     for pixels, valid in parts:
-        kernels.count_values(counts_CV, pixels, valid, lowest)
+        kernels.count_values(counts_CV, pixels, valid, int(np.iinfo(dtype).min))
+    return counts_CV.sum(axis=0, keepdims=True) if joint else counts_CV
+
+
+def _counting(pixels: np.ndarray, valid: np.ndarray) -> np.ndarray:
+    """Values [N, C] of pixels [C, h, w] that count."""
+    values = pixels.reshape(len(pixels), -1).T
+    return values[(valid.ravel() != 0) & (values.mean(axis=1, dtype=np.float64) != 0)]
+
+
+def _float_limits(samples: Sequence[np.ndarray], dtype: str, percentiles: tuple[float, float]) -> np.ndarray | None:
+    sample_NC = np.concatenate(samples)
+    return np.percentile(sample_NC, percentiles, axis=0).T.astype(np.float64) if len(sample_NC) else None
+
+
+def _integer_limits(samples: Sequence[np.ndarray], dtype: str, percentiles: tuple[float, float]) -> np.ndarray | None:
+    counts_CV, lowest = np.sum(samples, axis=0), int(np.iinfo(dtype).min)
     if not counts_CV.any():
         return None
-    if joint:
-        counts_CV = counts_CV.sum(axis=0, keepdims=True)
     return np.array([[lowest + percentile(counts, percent) for percent in percentiles] for counts in counts_CV])
 
 

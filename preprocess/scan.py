@@ -5,6 +5,7 @@ spilled to a file of its own in hash order and committed by a small JSON file, s
 short and run again, does no harm.
 """
 
+import threading
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from geokr.records import FurtherLabels, Record
-from preprocess import blocks, cell_kernels, kernels, masks, quality
+from preprocess import blocks, cell_kernels, kernels, masks, quality, raster
 from preprocess.cells import Cells
 from preprocess.coordinates import WGS84
 from preprocess.covers import SceneCover, tile_labels
@@ -21,7 +22,7 @@ from preprocess.footprints import ring_of
 from preprocess.grid import Chunk
 from preprocess.labels import TileLabels
 from preprocess.options import PackOptions
-from preprocess.pixels import read_valid, strips
+from preprocess.pixels import Room, read_valid, strips
 from preprocess.place import Place
 from preprocess.precut import Files
 from preprocess.raster import RasterError, Scene
@@ -30,6 +31,8 @@ from preprocess.spill import Kept, band_sums, spill
 from preprocess.stages import Clock
 from preprocess.stretching import Stretch
 from preprocess.tile_facts import QUALITY, pack_facts
+
+_thread = threading.local()  # each has a room of its own
 
 POINTS = 5  # a side of the lattice over a tile's footprint; odd, so that its middle is the tile's centre
 REASONS = (*quality.REASONS, "cloud", "unlabelled", "straddles_split", "unreadable")
@@ -87,8 +90,12 @@ def scan_chunk(job: Job) -> dict[str, Any]:
 
     Raises RasterError for a damaged scene or sheet, LabelError for unknown codes.
     """
-    clock = Clock()
-    view = read_view(job, clock)
+    with raster.environment():
+        return _scan_chunk(job, Clock())
+
+
+def _scan_chunk(job: Job, clock: Clock) -> dict[str, Any]:
+    view = read_view(job, clock, vars(_thread).setdefault("room", Room()))
     with clock("judge"):
         judge(view)
     with clock("mask"):
@@ -128,20 +135,23 @@ def _tile_id(job: Job, left: int, top: int) -> str:
     return f"{job.scene.scene_id}:{job.chunk.columns[0] + left}:{job.chunk.rows[0] + top}"
 
 
-def read_view(job: Job, clock: Clock) -> View:
-    """The chunk's pixels, read and stretched a strip of rows at a time, so that they pass through the caches once."""
+def read_view(job: Job, clock: Clock, room: Room) -> View:
+    """The chunk's pixels, read and stretched a strip of rows at a time, so that they pass through the caches once.
+
+    The view is good until the next one of the same room.
+    """
     chunk = job.chunk
     assert isinstance(chunk, Chunk)
     column, row, width, height = chunk.window
     stretch, bands = Stretch.of(job.limits, job.scene.dtype), len(job.bands)
-    grey, valid = np.empty((height, width, bands), np.uint8), np.empty((height, width), np.uint8)
-    image = np.empty(grey.shape, job.scene.dtype) if job.options.stretch.mode == "none" else grey
+    grey, valid = room.array("grey", (height, width, bands), np.uint8), room.array("valid", (height, width), np.uint8)
+    image = room.array("image", grey.shape, job.scene.dtype) if job.options.stretch.mode == "none" else grey
     parts = list(strips(row, height, width * bands * np.dtype(job.scene.dtype).itemsize))
-    room = np.empty(max(bottom - top for top, bottom in parts) * width * bands, job.scene.dtype)
+    strip = room.array("strip", (max(bottom - top for top, bottom in parts) * width * bands,), job.scene.dtype)
     for top, bottom in parts:
         with clock("read"):
             window = (column, row + top, width, bottom - top)
-            pixels, valid[top:bottom] = read_valid(job.scene, job.bands, window, room)
+            pixels, valid[top:bottom] = read_valid(job.scene, job.bands, window, strip)
         with clock("stretch"):
             stretch.into(grey[top:bottom], pixels, valid[top:bottom])
             if image is not grey:

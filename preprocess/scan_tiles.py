@@ -14,6 +14,7 @@ from preprocess.grid import Chunk
 from preprocess.inputs import PlanError
 from preprocess.labels import TileLabels
 from preprocess.options import PackOptions
+from preprocess.pixels import Room
 from preprocess.precut import Files, Sample
 from preprocess.report_pictures import Rejected, keep_examples
 from preprocess.scan import Job, View
@@ -82,7 +83,7 @@ def _view(job: Job, files: Files, name: str, clock: Clock) -> View:
     one = replace(
         job, scene=scene, chunk=Chunk((0,), (0,), files.size), tile_id=precut.tile_id(job.scene.scene_id, name)
     )
-    return scan.read_view(one, clock)
+    return scan.read_view(one, clock, Room())  # tiles of many files wait together to be spilled
 
 
 def _scanned(view: View, files: Files, n: int, clock: Clock) -> list[Kept]:

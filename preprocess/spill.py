@@ -81,8 +81,8 @@ def spill(
     places = [tile_hash(options.seed, tile.record.tile_id) for tile in tiles]
     order = sorted(range(len(tiles)), key=lambda t: (places[t], tiles[t].record.tile_id))
     table = np.zeros(len(order), TABLE)
-    at = 0
     with clock("spill"), shards.whole_file(frames_path) as file:
+        writer = shards.EarlyWriter(file)
         for first in range(0, len(order), BATCH):
             some = [tiles[t] for t in order[first : first + BATCH]]
             with clock("encode"):
@@ -91,16 +91,15 @@ def spill(
                 made = [encode_record(tile.record, image) for tile, image in zip(some, images, strict=True)]
                 frames = [frame(payload, shards.crc32c) for payload in made]
             for i, (tile, data) in enumerate(zip(some, frames, strict=True), first):
-                file.write(data)
-                file.write(tile.facts)
-                table[i] = (places[order[i]], at, len(data), len(tile.facts), tile.side)
-                at += len(data) + len(tile.facts)
+                table[i] = (places[order[i]], writer.at, len(data), len(tile.facts), tile.side)
+                writer.write(data)
+                writer.write(tile.facts)
     with clock("spill"), shards.whole_file(table_path) as file:
         np.save(file, table)
     commit = {
         "number": number,
         "scene_id": scene_id,
-        "bytes": at,
+        "bytes": writer.at,
         "kept": len(tiles),
         "rejected": dict(rejected),
         "splits": [_sums([tile for tile in tiles if tile.side == side], sums) for side in (blocks.TRAIN, blocks.VAL)],

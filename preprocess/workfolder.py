@@ -14,7 +14,7 @@ from typing import Any
 from geokr import records
 from geokr.config import differences
 from geokr.records import Manifest
-from preprocess import shards
+from preprocess import grid, shards
 from preprocess.inputs import PlanError
 from preprocess.plan import Plan, identity_json
 
@@ -107,7 +107,8 @@ def open_work(plan: Plan, out: Path, base: Manifest | None) -> Path:
         if base is not None:  # before any new shard: readers then know what it is
             shards.write_whole(out / records.GROWING, json.dumps({"version": base.version + 1}).encode())
         shards.write_whole(path, identity_json(identity))
-    run = work / f"run-{hashlib.sha256(identity_json(identity)).hexdigest()[:16]}"
+    cut = identity_json({**identity, "chunks": grid.LAYOUT})
+    run = work / f"run-{hashlib.sha256(cut).hexdigest()[:16]}"
     for folder in (run, run / "spill", run / "shards"):
         folder.mkdir(exist_ok=True)
         for left in folder.glob(".*.tmp"):  # of a process that was killed

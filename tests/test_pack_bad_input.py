@@ -10,7 +10,7 @@ import rasterio
 from rasterio.control import GroundControlPoint
 
 from geokr import records
-from preprocess import grid, pack_records
+from preprocess import grid, pack_records, sampling
 from tests.scenes import NO_QUALITY, UTM31, ZION, command, noise, patches, read_records, write_raster
 
 PLACE = (30, 0, 4e5, 0, -30, 5.2e6)
@@ -284,10 +284,12 @@ def test_a_truncated_scene(at, capsys, stretch):
             scenes=["scene.tif", "cut.tif"])  # fmt: skip
 
 
+@pytest.mark.parametrize("share_pixels", [1 << 20, 500])
 @pytest.mark.parametrize("stretch", ["stretch.mode=joint", "stretch.limits=[[0,255]]"])
-def test_a_truncated_scene_within_the_allowed_share_leaves_no_partial_tiles(at, stretch, monkeypatch):
-    """Its first chunks are sound, and go too."""
+def test_a_truncated_scene_within_the_allowed_share_leaves_no_partial_tiles(at, stretch, share_pixels, monkeypatch):
+    """Its first chunks are sound, and go too; that several parts of its sample are damaged counts once."""
     monkeypatch.setattr(grid, "MAX_CHUNK_TILES", 4)
+    monkeypatch.setattr(sampling, "SHARE_PIXELS", share_pixels)
     truncated(at)
     keys = (*KEYS, "max_bad_fraction=0.5", stretch, *(["stretch.mode=limits"] if "limits" in stretch else []))
     assert command([at / "scene.tif", at / "cut.tif"], [at / "cover.tif"], "worldcover", at / "out", *keys) == 0

@@ -95,9 +95,9 @@ def test_offsets(length, size, step):
 
 
 @settings(deadline=None, max_examples=60)
-@given(lengths, lengths, sizes, steps, st.floats(0.5, 5e6))
-def test_chunks_hold_every_tile_once_within_their_budgets(width, height, size, step, bytes_a_pixel):
-    made = list(chunks(width, height, size, step, bytes_a_pixel))
+@given(lengths, lengths, sizes, steps, st.floats(0.5, 5e6), st.integers(1, 300))
+def test_chunks_hold_every_tile_once_within_their_budgets(width, height, size, step, bytes_a_pixel, most):
+    made = list(chunks(width, height, size, step, bytes_a_pixel, most))
     found = [tuple(origin) for chunk in made for origin in chunk.origins().tolist()]
     expected = {(x, y) for x in offsets(width, size, step).tolist() for y in offsets(height, size, step).tolist()}
     assert len(found) == len(set(found))
@@ -106,17 +106,26 @@ def test_chunks_hold_every_tile_once_within_their_budgets(width, height, size, s
         column, row, w, h = chunk.window
         assert 0 <= column <= column + w <= width
         assert 0 <= row <= row + h <= height
-        assert chunk.tiles == len(chunk.origins()) <= grid.MAX_CHUNK_TILES
+        assert chunk.tiles == len(chunk.origins()) <= most
         assert chunk.tiles == 1 or w * h * bytes_a_pixel <= grid.MAX_CHUNK_BYTES
         assert all(column <= x and x + size <= column + w for x in chunk.columns)
         assert all(row <= y and y + size <= row + h for y in chunk.rows)
+
+
+def test_a_small_plan_is_cut_finer():
+    """So that its last chunk does not keep one worker busy and the others waiting."""
+    assert [grid.chunk_tiles(tiles) for tiles in (1, 900, 5000, 10_000_000)] == [120, 120, 156, 256]
+    most = grid.chunk_tiles(900)
+    sizes = [chunk.tiles for chunk in chunks(6000, 6000, 256, 200, 16.0, most)]
+    assert sum(sizes) == 900
+    assert len(sizes) == 8
 
 
 def test_a_plan_of_ten_million_tiles_stays_small():
     import tracemalloc
 
     tracemalloc.start()
-    made = tuple(chunks(640_000, 640_000, 256, 200, 10.0))
+    made = tuple(chunks(640_000, 640_000, 256, 200, 10.0, grid.MAX_CHUNK_TILES))
     size = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
     tiles = sum(chunk.tiles for chunk in made)

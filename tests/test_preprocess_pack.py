@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ import simplejpeg
 
 from geokr import config, records
 from preprocess import blocks, phases, raster, sampling, shards, spill, workfolder
+from preprocess.grid import Grid
 from preprocess.inputs import PlanError
 from preprocess.options import PackOptions
 from preprocess.workfolder import PackError
@@ -763,6 +766,53 @@ def test_limits_of_a_scene_of_many_blocks_are_those_of_all_pixels(tmp_path):
     shares = [(pixels < limit).mean() for limit in limits[0]]
     np.testing.assert_allclose(shares, (0.01, 0.99), atol=0.006)
     assert not np.array_equal(limits[0], exact)  # a sample it is
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int16", "uint16", "float32"])
+@pytest.mark.parametrize("mode", ["joint", "per_band", "none"])
+def test_a_sample_taken_in_parts_is_the_sample(tmp_path, dtype, mode):
+    rng = np.random.default_rng(3)
+    pixels = (rng.gamma(3, 20, (2, 320, 400)) * (1, 2)[dtype != "uint8"]).clip(0, 255).astype(dtype)
+    pixels[:, :, :40] = 0
+    path = write_raster(
+        tmp_path / "s.tif", pixels, (30, 0, 4e5, 0, -30, 5.2e6), tiled=True, blockxsize=16, blockysize=16
+    )
+    scene, options = scene_at(path), config.load(PackOptions, None, [f"stretch.mode={mode}"])
+    whole = sampling.stretch_limits(scene, (1, 2), options)
+    assert (whole[:, 1] > whole[:, 0] + 1).all()
+    for shares in (2, 3, 16, 200):  # some of them empty
+        parts = [sampling.sample(scene, (1, 2), options, share, shares) for share in range(shares)]
+        np.testing.assert_array_equal(sampling.limits_from(parts[::-1], 2, dtype, options), whole)
+
+
+def test_samples_are_taken_in_parts_where_scenes_are_few(tmp_path):
+    scene = scene_at(write_raster(tmp_path / "s.tif", np.ones((3, 20, 30), np.uint8), (30, 0, 4e5, 0, -30, 5.2e6)))
+    large = replace(scene, place=replace(scene.place, grid=Grid(12_000, 9_000, scene.place.grid.transform)))
+    joint = config.load(PackOptions, None)
+    given = config.load(PackOptions, None, ["stretch.mode=limits", "stretch.limits=[[0, 1]]"])
+    assert [sampling.shares_of(large, count, joint) for count in (1, 2, 3, 10, 17, 1000)] == [10, 8, 5, 1, 1, 1]
+    assert sampling.shares_of(scene, 1, joint) == sampling.shares_of(large, 1, given) == 1
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_datasets_do_not_depend_on_the_parts_of_samples(tmp_path, monkeypatch, workers):
+    """Limits are a scene's, whoever took which part of its sample."""
+    pixels = np.random.default_rng(5).gamma(3, 300, (3, 256, 256)).clip(1, 60000).astype(np.uint16)
+    keys = ("stretch.mode=joint", "tile.codec=raw", "tile.bands=[1,2,3]", f"workers={workers}")
+    for name in ("whole", "parts"):
+        (tmp_path / name).mkdir()
+    packed_world(tmp_path / "whole", pixels, *keys)
+    monkeypatch.setattr(sampling, "SHARE_PIXELS", 4000)
+    asked = []
+    monkeypatch.setattr(sampling, "shares_of", partial(_remembering, asked, sampling.shares_of))
+    packed_world(tmp_path / "parts", pixels, *keys)
+    assert asked == [3]
+    assert contents(tmp_path / "whole/out") == contents(tmp_path / "parts/out")
+
+
+def _remembering(asked, real, *arguments):
+    asked.append(real(*arguments))
+    return asked[-1]
 
 
 def test_jpeg_tiles_show_the_stretched_scene(tmp_path):
