@@ -3,10 +3,11 @@
 import hashlib
 import os
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import google_crc32c
 
@@ -77,17 +78,44 @@ def write_whole(path: Path, data: bytes, scratch: Path | None = None) -> None:
         file.write(data)
 
 
+@contextmanager
+def _hashing() -> Iterator[tuple[Any, Callable[[bytes], None]]]:
+    """(SHA-256 of all that was added when the context ends, what adds to it): in a thread beside the writing, since it
+    takes longer than all else about a shard, and often a run has fewer shards left than cores."""
+    digest, waiting, size = hashlib.sha256(), list[bytes](), 0
+    with ThreadPoolExecutor(1) as thread:
+        last: Future[None] | None = None
+
+        def add(data: bytes, least: int = EARLY_BYTES) -> None:
+            nonlocal last, waiting, size
+            waiting.append(data)
+            size += len(data)
+            if size >= least:
+                if last is not None:
+                    last.result()  # so that no more than two such parts are held
+                last, waiting, size = thread.submit(_update, digest, waiting), [], 0
+
+        yield digest, add
+        add(b"", 0)
+        if last is not None:
+            last.result()
+
+
+def _update(digest: Any, parts: list[bytes]) -> None:
+    for part in parts:
+        digest.update(part)
+
+
 def write_shard(folder: Path, split: Split, number: int, frames: Iterable[bytes], scratch: Path | None = None) -> Shard:
     """Writes ``split-number.tfrecord`` and its index from whole frames; returns their entry in the manifest."""
     name = f"{split}-{number:05d}.tfrecord"
-    digest = hashlib.sha256()
     lines = []
-    with whole_file(folder / name, scratch) as file:
+    with _hashing() as (digest, add), whole_file(folder / name, scratch) as file:
         writer = EarlyWriter(file)
         for frame in frames:
             lines.append(f"{writer.at} {len(frame)}\n")
             writer.write(frame)
-            digest.update(frame)
+            add(frame)
     index = "".join(lines).encode()
     shard = Shard(
         name=name,
