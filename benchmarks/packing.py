@@ -13,11 +13,12 @@
     all      those five; without --stage it is pack, raw and memory
 
 Every measurement is a process of its own after a warm-up (compiled kernels come from Numba's cache; for pack and raw,
-whose rates stand for a run of many scenes, once over the scene itself, and so do the other ways of doing it), in turn with the others, `--repeats` times; medians and spreads ((max - min) / median) are reported. Rates of geokr
-count tiles that were written. Of a scene with DEFLATE, the default, about half of geokr's time is inflating;
-`--compression none` leaves that out for all ways alike, so that the rest stands beside encoding. Processes have been
-started when the clock starts, those of the others too; start_s is what the warm-up took, from nothing. CPU time is that
-of all processes; where cores are shared it says more than rates do. The last line is one JSON object.
+whose rates stand for a run of many scenes, once over the scene itself, and so do the other ways of doing it), in turn
+with the others, `--repeats` times; medians and spreads ((max - min) / median) are reported. Rates of geokr count tiles
+that were written. Of a scene with DEFLATE, the default, about half of geokr's time is inflating; `--compression none`
+leaves that out for all ways alike, so that the rest stands beside encoding. Processes have been started when the clock
+starts, those of the others too; start_s is what the first warm-up took, from nothing. CPU time is that of all
+processes; where cores are shared it says more than rates do. The last line is one JSON object.
 """
 
 import argparse
