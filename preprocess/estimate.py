@@ -132,21 +132,27 @@ def _limit_windows(task: SceneTask) -> list[tuple[int, int, int, int]]:
     return sorted({(int((width - wide) * x), int((height - high) * y), wide, high) for x in steps for y in steps})
 
 
+def _one_of(count: int, size: int, text: str) -> int:
+    """Where one of the parts of ``size`` begins that ``count`` things fall into, by the hash of a text."""
+    return _place(text) % -(-count // size) * size
+
+
 def _parts(task: SceneTask, wanted: int) -> list[Chunk | Files]:
-    """Small chunks cut out of a scene's, one each of as many chunks as possible, by hash; or a few files."""
+    """Small chunks cut out of a scene's, one each of as many chunks as possible, by hash; or a few files. Places are
+    multiples of their size, so that no tile is looked at twice."""
     scene_id = task.scene.scene_id
     order = sorted(range(len(task.chunks)), key=lambda i: _place(f"{scene_id} {i}"))
     found: dict[Any, Chunk | Files] = {}
     for n in range(wanted):
         chunk = task.chunks[order[n % len(order)]]
         if isinstance(chunk, Files):
-            first = _place(f"{scene_id} {n} file") % max(1, len(chunk.names) - ACROSS * DOWN + 1)
+            first = _one_of(len(chunk.names), ACROSS * DOWN, f"{scene_id} {n} file")
             some = slice(first, first + ACROSS * DOWN)
             found[chunk.names[first]] = replace(chunk, names=chunk.names[some], label_names=chunk.label_names[some])
             continue
         columns, rows = chunk.columns, chunk.rows
-        left = _place(f"{scene_id} {n} column") % max(1, len(columns) - ACROSS + 1)
-        top = _place(f"{scene_id} {n} row") % max(1, len(rows) - DOWN + 1)
+        left = _one_of(len(columns), ACROSS, f"{scene_id} {n} column")
+        top = _one_of(len(rows), DOWN, f"{scene_id} {n} row")
         part = Chunk(columns[left : left + ACROSS], rows[top : top + DOWN], chunk.size)
         found[part.columns[0], part.rows[0]] = part
     return list(found.values())

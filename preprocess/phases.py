@@ -233,15 +233,13 @@ class Run:
         """The shards' entries in the manifest, by name."""
         kept = sum(commit["kept"] for commit in commits)
         if not kept:
-            rejected = manifests.total_rejected(commits)
             raise PackError(
-                "not one usable tile: "
-                + ", ".join(f"{count} {reason}" for reason, count in rejected.most_common())
-                + ". See quality.*, labels.min_valid_fraction and split.block_m in docs/configuration.md"
+                f"not one usable tile: {_turned_away(commits)}. See quality.*, "
+                "labels.min_valid_fraction and split.block_m in docs/configuration.md"
             )
         chunk_of, table = gather.tables(self.work, commits, kept)
         if self.base is None:
-            _check_val_share(self.plan, table)
+            _check_val_share(self.plan, table, commits)
         finished: list[Shard] = []
         todo = []
         for job in gather.shard_jobs(self.plan, self.out, self.work, chunk_of, table, gather.next_numbers(self.base)):
@@ -269,14 +267,20 @@ class Run:
         return entry if entry and there and shard.stat().st_size == entry["shard"]["bytes"] else None
 
 
-def _check_val_share(plan: Plan, table: np.ndarray) -> None:
+def _turned_away(commits: list[dict[str, Any]]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in manifests.total_rejected(commits).most_common())
+
+
+def _check_val_share(plan: Plan, table: np.ndarray, commits: list[dict[str, Any]]) -> None:
     wanted = plan.options.split.val_fraction
     share = float((table["split"] == blocks.VAL).mean())
+    rejected = _turned_away(commits)
+    found = f" (kept: {len(table)}; turned away: {rejected})" if rejected else ""
     if share == 1:
-        raise PackError("every tile fell into validation blocks: use a smaller split.block_m, or another seed")
+        raise PackError(f"every tile fell into validation blocks{found}: use a smaller split.block_m, or another seed")
     if wanted > 0 and share == 0:
         raise PackError(
-            f"no tile fell into a validation block, {wanted:.0%} were asked for: use a smaller split.block_m "
+            f"no tile fell into a validation block{found}, {wanted:.0%} were asked for: use a smaller split.block_m "
             f"(now {plan.options.split.block_m:g} m), a larger split.val_fraction, or another seed; "
             "split.val_fraction=0 does without validation"
         )

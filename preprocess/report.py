@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from geokr.records import SPLITS, Manifest
+from geokr.records import SPLITS, Manifest, labelled_by
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
@@ -61,12 +61,19 @@ def summary(manifest: Manifest, seconds: float | None) -> str:
         rows.append(["years from the map to the scenes", f"{min(gaps):.1f} to {max(gaps):.1f}"])
     if seconds:
         rows.append(["positions a second", f"{counts['positions'] / seconds:.0f}"])
-    shares = [["class", "train", "validation"]]
+    first = f"class of {manifest.product}" if manifest.products else "class"
+    further = (_shares(labelled_by(manifest, name, name)[0], f"class of {name}") for name in manifest.products)
+    return "\n\n".join([table(rows), _shares(manifest, first), *further])
+
+
+def _shares(manifest: Manifest, head: str) -> str:
+    """What of a product's classes is on the tiles."""
+    shares = [[head, "train", "validation"]]
     for i, entry in enumerate(manifest.classes):
         values = [manifest.split(name).prior for name in SPLITS]
         if any(prior and prior[i] > 0 for prior in values):
             shares.append([entry.name, *(f"{prior[i]:.2%}" if prior else "-" for prior in values)])
-    return table(rows) + "\n\n" + table(shares)
+    return table(shares)
 
 
 def warnings(manifest: Manifest) -> list[str]:

@@ -30,8 +30,7 @@ def label_picture(place: MapPlace, sheets: Sequence[LabelSheet], legend: Legend)
     lattices: dict[str, np.ndarray] = {}
     for entry in sheets:
         sheet = entry.sheet
-        # probabilities are no codes that could be drawn
-        if sheet.bands or ground.apart(here, entry.cap) or time.monotonic() - start > SECONDS:
+        if ground.apart(here, entry.cap) or time.monotonic() - start > SECONDS:
             continue
         if sheet.crs not in lattices:
             lattices[sheet.crs] = lattice.points(place, sheet.crs, sheet.geographic, columns, rows)
@@ -76,7 +75,8 @@ def _codes(
         return read, lookup_of(legend, entry.sheet)
     lookup = np.full(LOOKUP_SIZE, NODATA, np.uint8)
     lookup[LOOKUP_OFFSET : LOOKUP_OFFSET + len(legend.band_classes)] = legend.band_classes
-    return read.argmax(axis=0).astype(np.uint8), lookup
+    known = read.max(axis=0) > read.min(axis=0)  # not where all are nodata or 0, nor where any is NaN
+    return np.where(known, read.argmax(axis=0), len(legend.band_classes)).astype(np.uint8), lookup
 
 
 def png(picture_HW: np.ndarray, colours: Sequence[tuple[int, int, int]]) -> bytes:

@@ -79,7 +79,7 @@ def _json(tree: Any) -> str:
 def _sections(out: Path, manifest: Manifest, run: Run) -> list[tuple[str, str, str]]:
     """(anchor, title, content) in the order of the page."""
     found = [
-        ("classes", "What is on them", parts.class_bars(manifest)),
+        ("classes", "What is on them", parts.all_class_bars(manifest)),
         ("tiles", "Some of them", parts.tile_grid(manifest, report_pictures.samples(out, manifest))),
         ("rejected", "What was turned away", parts.rejections(manifest, run.examples)),
         ("bands", "Bands", parts.bands(manifest)),
@@ -97,9 +97,11 @@ def _sections(out: Path, manifest: Manifest, run: Run) -> list[tuple[str, str, s
 def _lead(manifest: Manifest) -> str:
     years = ", ".join(map(str, manifest.land_cover_years))
     names = ", ".join(band.name for band in manifest.bands)
+    when = f" ({years})" if years else ""
+    further = "".join(f", and of {len(i.classes)} of {i.product_title}" for i in manifest.products.values())
     return (
         f"Tiles of {manifest.tile.size} px ({names}; {manifest.tile.codec}, {manifest.tile.dtype}), labelled with the "
-        f"shares of {len(manifest.classes)} classes of {manifest.product_title}{f' ({years})' if years else ''}."
+        f"shares of {len(manifest.classes)} classes of {manifest.product_title}{when}{further}."
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from geokr.records import SPLITS, Manifest
+from geokr.records import SPLITS, Manifest, labelled_by
 from preprocess import report
 from preprocess.report_pictures import Example
 from preprocess.stages import STAGES
@@ -59,6 +59,15 @@ def figures(manifest: Manifest) -> list[tuple[str, str]]:
         (report.size(total), "of records"),
         (share(1 - kept / max(1, counts["positions"])), f"of {counts['positions']:,} positions turned away"),
     ]
+
+
+def all_class_bars(manifest: Manifest) -> str:
+    """Those of the first product, and under its name those of each further one."""
+    further = (
+        f"<h3>{escaped(name)}: {escaped(info.product_title)}</h3>{class_bars(labelled_by(manifest, name, name)[0])}"
+        for name, info in manifest.products.items()
+    )
+    return class_bars(manifest) + "".join(further)
 
 
 def class_bars(manifest: Manifest) -> str:

@@ -14,7 +14,7 @@ from rasterio.warp import transform as warp_points
 
 from geokr import records
 from geokr.landcover import build_legend, load_product
-from preprocess import report_base, report_page, report_pictures, report_tiles, tile_table
+from preprocess import report_base, report_page, report_pictures, report_sections, report_tiles, tile_table
 from preprocess.grid import Grid
 from preprocess.raster import read_sheet
 from preprocess.report_plane import MapPlace, Plane, plane_of
@@ -158,6 +158,37 @@ def test_other_forms_of_datasets(packed, tmp_path, keys):
     text = (tmp_path / "out" / report_page.NAME).read_text()
     assert text.count("<figure>") > 3
     assert "{{" not in text.replace(EVIL, "").replace("{{data}}", "")
+
+
+def test_further_products_and_probabilities(packed, tmp_path, capsys):
+    """Every product's shares, in the page and in the command's last words; of a first product, too, that comes as
+    probabilities, whose map shows the most probable class."""
+    (scene,), covers = packed[1][:2]
+    shares = np.zeros((9, 120, 160), np.float32)
+    shares[1, :, :80], shares[6, :, 80:], shares[0] = 0.7, 0.6, 0.3
+    shares[6, :, 80:] += 0.1
+    shares[:, :, :10] = np.nan
+    likely = write_raster(tmp_path / "likely.tif", shares, (30, 0, 499_000, 0, -30, 5_402_000))
+    also = ("--also", "esa", *map(str, covers), "labels.also={esa: {product: worldcover}}")
+    assert command([scene], [likely], "dynamicworld", tmp_path / "out", *KEYS, *also) == 0
+    manifest, said = records.load_manifest(tmp_path / "out"), capsys.readouterr().out
+    text = (tmp_path / "out" / report_page.NAME).read_text()
+    assert "class of dynamicworld" in said
+    assert "class of esa" in said
+    section = re.search(r'<section id="classes">.*?</section>', text, re.S)[0]
+    for name, seen in (("dynamicworld", manifest), ("esa", records.labelled_by(manifest, "esa", "")[0])):
+        part = section.split("<h3>esa: ")[name == "esa"]
+        for entry, train, val in zip(seen.classes, seen.train.prior, seen.val.prior, strict=True):
+            if train > 0:
+                numbers = f"{report_sections.share(train)} / {report_sections.share(val)}"
+                assert re.search(rf"{entry.name.replace('_', ' ')}</span></span><div.*?{numbers}</span>", part)
+                assert f"{train:.2%}" in said
+    product = load_product("dynamicworld")
+    sheets = label_sheets([read_sheet(str(likely), product.probability_bands)], product)
+    place = MapPlace(plane_of(np.array([3.02]), np.array([48.75])), Grid(180, 140, (25.0, 0, -2200, 0, -25.0, 1800)))
+    picture, drawn = report_base.label_picture(place, sheets, build_legend(product))
+    assert drawn == 1
+    assert set(np.unique(picture)) == {1, 6, 255}
 
 
 # ------------------------------------------------------------------------------------------------------ the map
