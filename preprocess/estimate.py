@@ -138,13 +138,14 @@ def _one_of(count: int, size: int, text: str) -> int:
 
 
 def _parts(task: SceneTask, wanted: int) -> list[Chunk | Files]:
-    """Small chunks cut out of a scene's, one each of as many chunks as possible, by hash; or a few files. Places are
-    multiples of their size, so that no tile is looked at twice."""
+    """Small chunks cut out of a scene's, spread evenly over its tiles and within that by hash; or a few files. Places
+    are multiples of their size, so that no tile is looked at twice."""
     scene_id = task.scene.scene_id
-    order = sorted(range(len(task.chunks)), key=lambda i: _place(f"{scene_id} {i}"))
+    ends = np.cumsum([chunk.tiles for chunk in task.chunks])
     found: dict[Any, Chunk | Files] = {}
     for n in range(wanted):
-        chunk = task.chunks[order[n % len(order)]]
+        tile = (n + _place(f"{scene_id} {n}") / 2**64) / wanted * ends[-1]
+        chunk = task.chunks[min(int(np.searchsorted(ends, tile, side="right")), len(ends) - 1)]
         if isinstance(chunk, Files):
             first = _one_of(len(chunk.names), ACROSS * DOWN, f"{scene_id} {n} file")
             some = slice(first, first + ACROSS * DOWN)
