@@ -356,7 +356,7 @@ def test_validation_would_be_empty(at, capsys):
     refused(at, capsys, message, *keys)
     # with so few tiles left the reason may be another one
     message = r"no tile fell into a validation block \(kept: \d+; turned away: \d+ bright_share\), 1% were"
-    refused(at, capsys, message, *keys, "quality.max_bright_fraction=0.097", "quality.bright_above=229", out="b")
+    refused(at, capsys, message, *keys, "quality.max_bright_fraction=0.32", "quality.bright_above=150", out="b")
 
 
 def test_training_would_be_empty(at, capsys):
