@@ -9,7 +9,8 @@ from geokr.config import suggestion
 from geokr.records import Band
 from preprocess.inputs import PlanError
 from preprocess.options import PackOptions
-from preprocess.raster import Header, Scene
+from preprocess.raster import Scene
+from preprocess.scene_headers import Header
 from preprocess.sensor import Sensor, SensorBand
 
 ALPHA = "alpha"

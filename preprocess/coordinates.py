@@ -1,4 +1,4 @@
-"""Coordinates of one CRS in another: the part of GDAL that opens no file."""
+"""CRS, and coordinates of one in another: the part of GDAL that opens no file."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -82,3 +82,8 @@ def _parsed(crs: str, _cache: dict[str, CRS] = {}) -> CRS:  # noqa: B006 - the d
     if crs not in _cache:
         _cache[crs] = CRS.from_user_input(crs)
     return _cache[crs]
+
+
+def same_crs(one: str, other: str) -> bool:
+    """Whether two CRS (WKT) are one, however they are written."""
+    return one == other or CRS.from_wkt(one) == CRS.from_wkt(other)

@@ -14,7 +14,7 @@ import numpy as np
 
 from geokr.config import ConfigError, suggestion
 from geokr.landcover import Legend, Product, build_legend, load_product
-from preprocess import labels, probabilities, raster, sheets
+from preprocess import labels, probabilities, raster, sheet_headers, sheets
 from preprocess.cells import Cells
 from preprocess.inputs import PlanError, find_files
 from preprocess.labels import TileLabels
@@ -113,7 +113,7 @@ def _load_further(key: str, product: str | None) -> Product:
 
 def _read_cover(name: str, table: Product, paths: Sequence[str], options: ProductOptions) -> Cover:
     legend = make_legend(table, options)
-    read = [raster.read_sheet(path, table.probability_bands) for path in paths]
+    read = [sheet_headers.read_sheet(path, table.probability_bands) for path in paths]
     soft = [sheet for sheet in read if sheet.bands]
     if soft and len(soft) < len(read):
         hard = next(sheet for sheet in read if not sheet.bands)

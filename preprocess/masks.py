@@ -17,11 +17,12 @@ import numpy as np
 
 from geokr.config import suggestion
 from geokr.landcover import LOOKUP_OFFSET, LOOKUP_SIZE, LandCoverClass, Legend
-from preprocess import labels, raster
+from preprocess import labels, raster, sheet_headers
+from preprocess.errors import RasterError
 from preprocess.inputs import PlanError
 from preprocess.options import MaskOptions
 from preprocess.place import Place
-from preprocess.raster import RasterError, Scene
+from preprocess.raster import Scene
 from preprocess.sheets import LabelError, LabelSheet
 
 CLEAR, MASKED = 0, 1
@@ -211,7 +212,7 @@ def with_mask(scene: Scene, options: MaskOptions) -> Scene:
             "mask.required=false to take such scenes as they are"
         )
     # every value of a mask speaks for itself: a tag that calls 0, "no cloud", no data would make all of it unknown
-    sheet = replace(raster.read_sheet(path), nodata=None)
+    sheet = replace(sheet_headers.read_sheet(path), nodata=None)
     if not labels.overlapping(scene.place, [LabelSheet(sheet, None, None)]):
         raise PlanError(f"{scene.path}: its mask {path} lies somewhere else; is it that of another scene?")
     return replace(scene, mask=sheet, fingerprint=f"{scene.fingerprint}+{sheet.fingerprint}")

@@ -26,12 +26,12 @@ from geokr.landcover import product_names
 from geokr.records import RecordError
 from preprocess import checksums, estimate, report, report_page, tile_table
 from preprocess.engine import Engine, WorkerLost
+from preprocess.errors import RasterError
 from preprocess.finishing import Finishing
 from preprocess.inputs import PlanError
 from preprocess.options import PackOptions
 from preprocess.pack import Packed, pack
 from preprocess.plan import Plan, make_plan, make_tile_plan
-from preprocess.raster import RasterError
 from preprocess.sensor import sensor_names
 from preprocess.sheets import LabelError
 from preprocess.workfolder import PackError, check_writable

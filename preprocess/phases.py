@@ -29,10 +29,10 @@ from preprocess import (
 )
 from preprocess.damaged import BadTiles, Damaged
 from preprocess.engine import Engine
+from preprocess.errors import RasterError
 from preprocess.options import PackOptions
 from preprocess.plan import Plan, SceneTask
 from preprocess.precut import Files
-from preprocess.raster import RasterError
 from preprocess.workfolder import PackError
 
 Progress = Callable[[str, int, int], None]  # (phase, done, of)

@@ -14,15 +14,16 @@ import numpy as np
 
 from geokr.landcover import Legend, Product
 from geokr.records import SCHEMA_VERSION, Band
-from preprocess import bands, covers, ground, masks, precut, raster
+from preprocess import bands, covers, gdal_files, ground, masks, precut, scene_headers
 from preprocess.coordinates import WGS84
 from preprocess.covers import Cover, SceneCover
+from preprocess.errors import RasterError
 from preprocess.georeference import Placement
 from preprocess.grid import Chunk, chunk_tiles, chunks
 from preprocess.inputs import PlanError, scene_ids
 from preprocess.options import PackOptions
 from preprocess.precut import Files, Sample
-from preprocess.raster import RasterError, Scene
+from preprocess.raster import Scene
 from preprocess.scene import Source, open_scene
 from preprocess.sensor import Sensor, load_sensor
 from preprocess.sheets import LabelSheet
@@ -121,7 +122,7 @@ def make_plan(
     """
     sensor = load_sensor(options.scene.sensor) if options.scene.sensor else None
     sources = find_sources(scene_patterns, sensor, options.scene.remote)
-    with raster.environment():
+    with gdal_files.environment():
         products = covers.read_covers(sheet_patterns, product, also or {}, options)
         scenes, rejected = _read_scenes(sources, options, sensor)
         bands.check_alike(scenes)
@@ -147,7 +148,7 @@ def make_tile_plan(
     """
     sensor = load_sensor(options.scene.sensor) if options.scene.sensor else None
     tiles, scene_id = precut.list_tiles(folder), Path(folder).resolve().name
-    with raster.environment():
+    with gdal_files.environment():
         products = covers.read_covers(sheet_patterns, product, also or {}, options)
         if label_folder is None:
             by, listings, label_names = precut.Labels("map"), [tiles], ()
@@ -155,7 +156,7 @@ def make_tile_plan(
             kind, listing, label_names = precut.list_labels(label_folder, tiles)
             codes = tuple((entry.name, entry.codes[0]) for entry in products[0].product.classes)
             by, listings = precut.Labels(kind, listing.folder, codes), [tiles, listing]
-        with raster.many_small_files():
+        with gdal_files.many_small_files():
             placement = _placement(options)
             sample, names_of_sample = precut.look(tiles, scene_id, options, sensor, placement)
         first = sample[0]
@@ -200,7 +201,7 @@ def _config(products: Sequence[Cover], options: PackOptions, sensor: Sensor | No
 
 def _placement(options: PackOptions) -> Placement:
     how = options.scene
-    return Placement(how.height, raster.read_dem(how.dem) if how.dem else None, how.gcp)
+    return Placement(how.height, scene_headers.read_dem(how.dem) if how.dem else None, how.gcp)
 
 
 def _read_scenes(

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from preprocess import masks, raster, rpc
+from preprocess import fingerprints, masks, rpc
 from preprocess.errors import RasterError
 from preprocess.georeference import Placement
 from preprocess.inputs import PlanError
@@ -236,10 +236,10 @@ def fingerprint(listings: Sequence[Listing], sample: Sequence[Scene], placement:
             digest.update(f"{name}\0{size}\n".encode())
             total += size
         for name in spread(list(listing.sizes)):
-            digest.update(raster.digest(listing.path(name)).encode())
+            digest.update(fingerprints.digest(listing.path(name)).encode())
     for scene in sample:
         if (beside := rpc.file_beside(scene.file)) is not None:
-            digest.update(raster.digest(beside).encode())
+            digest.update(fingerprints.digest(beside).encode())
         if scene.mask is not None:
             digest.update(scene.mask.fingerprint.encode())
     return f"{total}-{digest.hexdigest()[:24]}"

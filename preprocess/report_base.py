@@ -9,7 +9,7 @@ import numpy as np
 
 from geokr.landcover import LOOKUP_OFFSET, LOOKUP_SIZE, NODATA, Legend
 from preprocess import ground, label_kernels, labels, lattice, raster
-from preprocess.raster import RasterError
+from preprocess.errors import RasterError
 from preprocess.report_plane import MapPlace
 from preprocess.sheets import LabelSheet, lookup_of
 

@@ -18,6 +18,7 @@ from preprocess import blocks, cell_kernels, kernels, masks, quality, raster
 from preprocess.cells import Cells
 from preprocess.coordinates import WGS84
 from preprocess.covers import SceneCover, tile_labels
+from preprocess.errors import RasterError
 from preprocess.footprints import ring_of
 from preprocess.grid import Chunk
 from preprocess.labels import TileLabels
@@ -25,7 +26,7 @@ from preprocess.options import PackOptions
 from preprocess.pixels import Room, read_valid, strips
 from preprocess.place import Place
 from preprocess.precut import Files
-from preprocess.raster import RasterError, Scene
+from preprocess.raster import Scene
 from preprocess.report_pictures import Rejected, keep_examples
 from preprocess.spill import Kept, band_sums, spill
 from preprocess.stages import Clock

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from preprocess import covers, label_json, labels, precut, raster, sampling, scan
+from preprocess import covers, gdal_files, label_json, labels, precut, sampling, scan, sheet_headers
 from preprocess.covers import SceneCover
 from preprocess.errors import RasterError
 from preprocess.grid import Chunk
@@ -52,7 +52,7 @@ def scan_files(job: Job) -> dict[str, Any]:
     rejected: Counter[str] = Counter()
     bad: list[str] = []
     examples: dict[str, Rejected] = {}
-    with raster.many_small_files():
+    with gdal_files.many_small_files():
         for n, name in enumerate(files.names):
             try:
                 view = _view(job, files, name, clock)
@@ -125,6 +125,6 @@ def _by_file(job: Job, by: precut.Labels, name: str) -> tuple[SceneCover, list[T
 
 def _sheet(path: str) -> LabelSheet:
     try:
-        return LabelSheet(raster.read_sheet(path), None, None)
+        return LabelSheet(sheet_headers.read_sheet(path), None, None)
     except RasterError as error:  # not the tile's fault, so never a reason to leave it out
         raise LabelError(str(error)) from error

@@ -4,15 +4,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from preprocess import bands, raster, remote
+from preprocess import bands, coordinates, fingerprints, remote, scene_headers
 from preprocess.alignment import Alignment, align
 from preprocess.bands import NamedBand
+from preprocess.dates import find_date
 from preprocess.errors import RasterError
 from preprocess.georeference import PLAIN, Placement
 from preprocess.inputs import PlanError
 from preprocess.options import PackOptions
 from preprocess.place import AffinePlace
-from preprocess.raster import SCENE_DTYPES, Header, Layer, Scene
+from preprocess.raster import SCENE_DTYPES, Layer, Scene
+from preprocess.scene_headers import Header
 from preprocess.sensor import Sensor
 
 
@@ -67,7 +69,7 @@ def open_scene(
 
     def header(path: str) -> Header:
         if path not in headers:
-            headers[path] = raster.read_header(path, placement, identify)
+            headers[path] = scene_headers.read_header(path, placement, identify)
             _check_dtype(headers[path], headers[next(iter(headers))])
         return headers[path]
 
@@ -135,7 +137,7 @@ def _assembled(
     parted = any(layer and layer.alignment and not layer.alignment.covers(*size) for layer in layers)
     values = [_nodata(layer, headers, source, options, sensor) for layer in layers]
     date = source.date or next((h.tag_date for h in headers.values() if h.tag_date), "")
-    date = date or raster.find_date(source.name or Path(remote.shown(source.path)).stem)
+    date = date or find_date(source.name or Path(remote.shown(source.path)).stem)
     date = date or next((h.processed for h in headers.values() if h.processed), "")
     any_masked = any(masked.values()) or parted
     names = tuple(band.name for band in named)
@@ -152,7 +154,7 @@ def _assembled(
         nodata=tuple(values),
         masked=any_masked,
         date=date,
-        fingerprint=raster.fingerprint(digests, (ground, names, values, chosen, any_masked, date))
+        fingerprint=fingerprints.fingerprint(digests, (ground, names, values, chosen, any_masked, date))
         if all(digests)
         else "",
         layers=tuple(layers),
@@ -191,7 +193,7 @@ def _alignment(reference: Header, header: Header, options: PackOptions, title: s
     if (
         not isinstance(one, AffinePlace)
         or not isinstance(other, AffinePlace)
-        or not raster.same_crs(one.crs, other.crs)
+        or not coordinates.same_crs(one.crs, other.crs)
     ):
         apart = "different coordinate systems, or RPCs or control points place them apart"
         raise RasterError(

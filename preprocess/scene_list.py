@@ -21,8 +21,8 @@ from pydantic import Field, field_validator, model_validator
 
 from geokr.config import Options, build, read_yaml
 from preprocess import remote
+from preprocess.dates import find_date
 from preprocess.inputs import PlanError, resolved
-from preprocess.raster import find_date
 from preprocess.scene import BandFile, Source
 from preprocess.sensor import Sensor
 

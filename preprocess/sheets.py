@@ -7,7 +7,7 @@ from datetime import date
 import numpy as np
 
 from geokr.landcover import LOOKUP_OFFSET, NODATA, Legend, Product, with_colours
-from preprocess import raster
+from preprocess import raster, sheet_headers
 from preprocess.ground import EVERYWHERE, Cap, cap_of
 
 Domain = tuple[float, float, float, float]
@@ -77,7 +77,7 @@ def with_sheet_colours(legend: Legend, product: Product, sheets: Sequence[LabelS
     """The legend with colours from the first sheet that has a colour table, for classes that the product gives none."""
     if not any(entry.codes[0] in product.uncoloured for entry in legend.classes):
         return legend
-    colours = next((found for entry in sheets if (found := raster.read_colours(entry.sheet.path))), {})
+    colours = next((found for entry in sheets if (found := sheet_headers.read_colours(entry.sheet.path))), {})
     return with_colours(legend, product, colours)
 
 

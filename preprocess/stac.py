@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from preprocess import remote
+from preprocess.dates import find_date
 from preprocess.inputs import PlanError, resolved
-from preprocess.raster import find_date
 from preprocess.scene import BandFile, Source
 from preprocess.sensor import Sensor
 

@@ -11,7 +11,10 @@ ROOT = Path(__file__).parents[1]
 LIGHT = {"numpy", "yaml", "pydantic"}
 LIGHT_MODULES = ["geokr/records.py", "geokr/example.py", "geokr/landcover.py", "geokr/config.py", "geokr/options.py"]
 # reading files, coordinates of one CRS in another, RPCs and control points, writing the demo
-GDAL_MODULES = {"raster.py", "coordinates.py", "geolocation.py", "demo_raster.py"}
+GDAL_MODULES = {
+    *("gdal_files.py", "remote_reads.py", "raster.py", "scene_headers.py"),
+    *("coordinates.py", "geolocation.py", "demo_raster.py"),
+}
 COMPOSITION = {"pretrain.py", "evaluate.py", "doctor.py"}
 
 

@@ -10,7 +10,7 @@ import rasterio
 from rasterio.control import GroundControlPoint
 
 from geokr import records
-from preprocess import grid, pack_records, sampling
+from preprocess import gdal_files, grid, pack_records, sampling
 from tests.scenes import NO_QUALITY, UTM31, ZION, command, noise, patches, read_records, write_raster
 
 PLACE = (30, 0, 4e5, 0, -30, 5.2e6)
@@ -433,13 +433,13 @@ def test_memory_that_runs_out_is_not_held_against_a_file():
     from rasterio._err import CPLE_AppDefinedError, CPLE_OutOfMemoryError
     from rasterio.errors import RasterioIOError
 
-    from preprocess import raster
+    from preprocess.errors import RasterError
 
     def failing(cause):
-        with raster._errors_of("a.tif"):
+        with gdal_files._errors_of("a.tif"):
             raise RasterioIOError("Read failed.") from cause
 
     with pytest.raises(MemoryError, match=r"a\.tif: no memory left"):
         failing(CPLE_OutOfMemoryError(1, 2, "cannot allocate"))
-    with pytest.raises(raster.RasterError, match=r"a\.tif: cannot be read"):
+    with pytest.raises(RasterError, match=r"a\.tif: cannot be read"):
         failing(CPLE_AppDefinedError(1, 1, "broken"))

@@ -15,7 +15,7 @@ from rasterio.warp import transform as warp_points
 
 from geokr import records
 from geokr.landcover import build_legend, load_product
-from preprocess import label_kernels, labels, lattice, raster, sheets
+from preprocess import label_kernels, labels, lattice, sheet_headers, sheets
 from preprocess.coordinates import transform_points
 from preprocess.grid import Grid
 from preprocess.inputs import PlanError
@@ -511,7 +511,7 @@ def test_a_scene_of_the_whole_world(tmp_path, world):
 
 
 def entries(paths, product):
-    return sheets.label_sheets([raster.read_sheet(str(path)) for path in paths], load_product(product))
+    return sheets.label_sheets([sheet_headers.read_sheet(str(path)) for path in paths], load_product(product))
 
 
 def test_polar_scenes_under_fine_land_cover(tmp_path):

@@ -12,7 +12,7 @@ from rasterio.warp import transform as warp_points
 
 from geokr import landcover, records
 from geokr.config import ConfigError
-from preprocess import pack_records, raster, verify_records
+from preprocess import pack_records, sheet_headers, verify_records
 from preprocess.errors import RasterError
 from preprocess.inputs import PlanError
 from preprocess.sheets import LabelError
@@ -158,7 +158,7 @@ def test_hdf_says_how_to_convert_it(tmp_path, name, start, words):
     assert str(path) in str(caught.value)
     assert "LC_Type1" in str(caught.value) or not name.endswith(".hdf")
     with pytest.raises(RasterError, match=words):
-        raster.read_sheet(str(path))
+        sheet_headers.read_sheet(str(path))
 
 
 # --------------------------------------------------------------------------------------------------- probabilities

@@ -8,7 +8,7 @@ import pytest
 import rasterio
 
 from geokr import config
-from preprocess import raster, remote
+from preprocess import remote, remote_reads, scene_headers
 from preprocess.errors import RemoteError
 from preprocess.inputs import PlanError
 from preprocess.options import PackOptions
@@ -43,9 +43,9 @@ def running(served):
 @pytest.fixture
 def server(running, monkeypatch):
     """Waits are shortened, GDAL's own too. Each test asks for a name of its own, for GDAL remembers for a process."""
-    monkeypatch.setattr(raster, "WAITS", (0.01, 0.01, 0.01))
-    monkeypatch.setitem(raster.REMOTE, "GDAL_HTTP_RETRY_DELAY", "0.01")
-    monkeypatch.setitem(raster.REMOTE, "GDAL_HTTP_LOW_SPEED_TIME", "1")
+    monkeypatch.setattr(remote_reads, "WAITS", (0.01, 0.01, 0.01))
+    monkeypatch.setitem(remote_reads.REMOTE, "GDAL_HTTP_RETRY_DELAY", "0.01")
+    monkeypatch.setitem(remote_reads.REMOTE, "GDAL_HTTP_LOW_SPEED_TIME", "1")
     running.faults, running.requests = {}, []
     yield running
     running.faults = {}
@@ -111,7 +111,8 @@ def test_a_server_that_stays_down_is_an_error_that_names_the_file(server, served
 
 
 def test_down_in_the_middle_and_then_the_same_command_again(server, served, tmp_path, monkeypatch):
-    monkeypatch.setitem(raster.REMOTE, "CPL_VSIL_CURL_NON_CACHED", "/vsicurl/")  # else nothing is left to be fetched
+    # else nothing is left to be fetched
+    monkeypatch.setitem(remote_reads.REMOTE, "CPL_VSIL_CURL_NON_CACHED", "/vsicurl/")
     scenes, cover = [url(server, "a.tif"), url(server, "b.tif")], url(server, "cover.tif")
     plan = make_plan(scenes, [cover], "worldcover", config.load(PackOptions, None, KEYS))
 
@@ -131,9 +132,9 @@ def test_down_in_the_middle_and_then_the_same_command_again(server, served, tmp_
 @pytest.mark.slow
 def test_a_server_that_stands_still(server, monkeypatch):
     server.faults = {"a.tif": "stall"}
-    monkeypatch.setattr(raster, "WAITS", ())
+    monkeypatch.setattr(remote_reads, "WAITS", ())
     with pytest.raises(RemoteError, match="cannot be read over the network"):
-        raster.read_header(url(server, "a.tif"))
+        scene_headers.read_header(url(server, "a.tif"))
     server.released.set()
 
 
@@ -155,17 +156,17 @@ def test_what_answers_is_no_image(server, served):
     )
     for name in ("page.tif", "vrt.tif"):
         with pytest.raises(RemoteError, match="not recognized as being in a supported file format"):
-            raster.read_header(url(server, name))
+            scene_headers.read_header(url(server, name))
 
 
 def test_another_content_is_another_dataset(server, served):
-    before = raster.read_header(url(server, "b.tif")).digest
-    assert raster.read_header(url(server, "b.tif")).digest == before
+    before = scene_headers.read_header(url(server, "b.tif")).digest
+    assert scene_headers.read_header(url(server, "b.tif")).digest == before
     data = (served / "b.tif").read_bytes()
     try:
         with rasterio.open(served / "b.tif", "r+") as file:
             file.write(np.full((3, 1, 1), 7, "uint16"), window=((255, 256), (255, 256)))
-        assert raster.read_header(url(server, "b.tif")).digest != before
+        assert scene_headers.read_header(url(server, "b.tif")).digest != before
     finally:
         (served / "b.tif").write_bytes(data)
 

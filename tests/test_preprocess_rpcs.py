@@ -16,12 +16,12 @@ from scipy.interpolate import RBFInterpolator
 
 from geokr import records
 from geokr.landcover import build_legend, load_product
-from preprocess import labels, pack_records, raster, rpc, sheets
+from preprocess import labels, pack_records, rpc, scene_headers, sheet_headers, sheets
+from preprocess.errors import RasterError
 from preprocess.georeference import Placement
 from preprocess.grid import Grid
 from preprocess.inputs import PlanError
 from preprocess.place import AffinePlace
-from preprocess.raster import RasterError
 from tests.scenes import (
     RAW,
     UTM31,
@@ -156,13 +156,13 @@ def test_the_same_scene_warped_to_a_crs_first(tmp_path, cover, kind):
     manifest = pack_quietly(
         [one], [cover], "globeland30", tmp_path / "out", *KEYS, f"tile.step={SIZE}", *keys
     ).manifest  # tiles side by side, the last row and column moved inward
-    place = raster.read_header(str(one), Placement()).place
+    place = scene_headers.read_header(str(one), Placement()).place
     lon, lat = place.points("EPSG:4326", np.array([WIDTH / 2]), np.array([HEIGHT / 2]))
     x, y = (float(v[0]) for v in rasterio.warp.transform("EPSG:4326", UTM31, lon, lat)[:2])
     side = 900
     transform = from_origin(x - side * 1.25, y + side * 1.25, 2.5, 2.5)
     legend = build_legend(load_product("globeland30"))
-    entries = sheets.label_sheets([raster.read_sheet(str(cover))], load_product("globeland30"))
+    entries = sheets.label_sheets([sheet_headers.read_sheet(str(cover))], load_product("globeland30"))
     warped_labels = labels.label_grid(
         AffinePlace(Grid(side, side, tuple(transform)[:6]), CRS.from_epsg(32631).to_wkt()), entries, legend
     )
@@ -199,8 +199,8 @@ def test_the_record_tells_where_a_tile_lies(tmp_path, cover):
 def test_places_travel(tmp_path):
     one, _ = rpc_scene(tmp_path)
     dem = Relief(LON, LAT, 0.06, 1 / 3600).write(tmp_path / "dem.tif")
-    for placement in (Placement(), Placement(dem=raster.read_dem(str(dem)))):
-        place = raster.read_header(str(one), placement).place
+    for placement in (Placement(), Placement(dem=scene_headers.read_dem(str(dem)))):
+        place = scene_headers.read_header(str(one), placement).place
         part = place.window(10, 20, 50, 40).subdivided(2, 4)
         assert (part.width, part.height) == (100, 160)
         again = pickle.loads(pickle.dumps(part))
@@ -225,7 +225,7 @@ def test_across_the_antimeridian(tmp_path):
     two = write_image(tmp_path / "t.tif", WIDTH, HEIGHT, gcps=(points, "EPSG:4326"))
     for path in (one, two):
         pack_quietly([path], [world], "globeland30", tmp_path / path.stem, *KEYS)
-        scene_place = raster.read_header(str(path), Placement()).place
+        scene_place = scene_headers.read_header(str(path), Placement()).place
         check(tmp_path / path.stem, world, lambda c, r, p=scene_place: turned(p.points("EPSG:4326", c, r)))
         sides = {np.sign(record.lonlat[0]) for _, record in read_records(tmp_path / path.stem)}
         assert sides == {-1.0, 1.0}
@@ -296,7 +296,7 @@ def test_control_points_by_a_spline(tmp_path, cover):
     pack_quietly([one], [cover], "globeland30", tmp_path / "out", *KEYS, "scene.gcp=tps")
     columns, rows, x, y = np.array([(p.col, p.row, p.x, p.y) for p in points]).T
     spline = RBFInterpolator(np.stack([columns, rows], 1), np.stack([x, y], 1), kernel="thin_plate_spline", degree=1)
-    place = raster.read_header(str(one), Placement(gcp="tps")).place
+    place = scene_headers.read_header(str(one), Placement(gcp="tps")).place
     np.testing.assert_allclose(place.points("EPSG:4326", columns, rows), (x, y), atol=1e-9)  # through every point
     inside = np.random.default_rng(1).uniform(0, 100, (300, 2))
     found = np.stack(place.points("EPSG:4326", *inside.T), 1)
@@ -323,7 +323,7 @@ def test_a_crs_and_transform_come_first(tmp_path, cover):
 def test_a_file_beside_the_image_comes_before_its_tags(tmp_path):
     one = write_image(tmp_path / "s.tif", WIDTH, HEIGHT, rpcs=sensor(LON, LAT, 30, WIDTH, HEIGHT, seed=1))
     (tmp_path / "s.rpb").write_text(rpb_text(sensor(LON, LAT, 30, WIDTH, HEIGHT, seed=2)))
-    place = raster.read_header(str(one), Placement()).place
+    place = scene_headers.read_header(str(one), Placement()).place
     assert place.model.rpc == rpc.read(str(tmp_path / "s.rpb"))
 
 
@@ -336,8 +336,8 @@ def test_what_places_a_scene_counts_in_its_identity(tmp_path):
 
     def identity(**how):
         if "dem" in how:
-            how["dem"] = raster.read_dem(str(how["dem"]))
-        return raster.read_header(str(one), Placement(**how)).placed
+            how["dem"] = scene_headers.read_dem(str(how["dem"]))
+        return scene_headers.read_header(str(one), Placement(**how)).placed
 
     found = [identity(), identity(height=10), identity(dem=dem), identity(dem=other), identity(dem=dem, height=5)]
     (tmp_path / "s.rpb").write_text(rpb_text({**coefficients, "line_off": coefficients["line_off"] + 1}))
@@ -368,7 +368,7 @@ def test_another_dem_under_the_same_name_is_seen_at_once(tmp_path):
         level = np.full((240, 240), height, np.int16)
         dem = write_raster(tmp_path / "new.tif", level, (60, 0, 570e3, 0, -60, 5212e3), UTM31)
         dem = dem.replace(tmp_path / "dem.tif")
-        place = raster.read_header(str(one), Placement(dem=raster.read_dem(str(dem)))).place
+        place = scene_headers.read_header(str(one), Placement(dem=scene_headers.read_dem(str(dem)))).place
         found.append(np.ravel(place.points(UTM31, *middle)))
     apart = np.hypot(*(found[1] - found[0]))
     assert apart > 300  # 0.3 of the height, by the tilt
@@ -472,7 +472,7 @@ def test_broken_tags(tmp_path):
     coefficients = sensor(LON, LAT, 30, WIDTH, HEIGHT)
     one = write_image(tmp_path / "s.tif", WIDTH, HEIGHT, rpcs={**coefficients, "lat_scale": 0.0})
     with pytest.raises(RasterError, match=r"s\.tif \(RPC tags\): its RPCs cannot be used: lat_scale is 0"):
-        raster.read_header(str(one), Placement())
+        scene_headers.read_header(str(one), Placement())
 
 
 def test_a_dem_that_does_not_cover_the_scene(tmp_path, cover):
@@ -530,9 +530,9 @@ def test_planning_a_large_image_takes_no_time(tmp_path):
         with rasterio.open(one, "w", driver="GTiff", width=30000, height=30000, count=4, dtype="uint16", tiled=True,
                            sparse_ok=True) as file:  # fmt: skip
             file.rpcs = rasterio.rpc.RPC(**sensor(LON, LAT, 2, 30000, 30000))
-    scene = raster.read_header(str(one), Placement())
+    scene = scene_headers.read_header(str(one), Placement())
     cover = write_raster(tmp_path / "c.tif", patches(3, 1400, 1400, GLOBELAND), (60, 0, 536e3, 0, -60, 5246e3), UTM31)
-    entries = sheets.label_sheets([raster.read_sheet(str(cover))], load_product("globeland30"))
+    entries = sheets.label_sheets([sheet_headers.read_sheet(str(cover))], load_product("globeland30"))
     located_points = []
     model = type(scene.place.model)
     original = model.located

@@ -20,7 +20,7 @@ from rasterio.vrt import WarpedVRT
 from rasterio.warp import transform as warp_points
 
 from geokr import records
-from preprocess import labels, raster, sheets
+from preprocess import labels, scene_headers, sheet_headers, sheets
 from preprocess.place import AffinePlace
 from tests.scenes import RAW, UTM31, noise, pack_quietly, packaged, patches, read_records, write_raster
 from tests.scenes import is_at_home as at_home
@@ -188,7 +188,7 @@ def test_around_the_poles_and_the_antimeridian(tmp_path, crs, lon, lat, pixel):
     else:
         transform = around(crs, lon, lat, pixel, width, height, 9)
     one = image(tmp_path, transform, crs, width, height)
-    entries = sheets.label_sheets([raster.read_sheet(str(world))], load("globeland30"))
+    entries = sheets.label_sheets([sheet_headers.read_sheet(str(world))], load("globeland30"))
     k = labels.subdivision(place_of(one), entries)
     check(tmp_path, [one], [world], k=k)
 
@@ -200,7 +200,7 @@ def load(product):
 
 
 def place_of(path) -> AffinePlace:
-    return raster.read_header(str(path)).place  # type: ignore[return-value]
+    return scene_headers.read_header(str(path)).place  # type: ignore[return-value]
 
 
 # ---------------------------------------------------------------------------------------------- adversaries
@@ -227,7 +227,7 @@ def test_a_scene_over_three_zones(tmp_path):
     paths = [sheet(tmp_path, f"n{zone}_75_2020lc030.tif", f"EPSG:326{zone}", 21.0, 78.0, 2000.0, seed=zone, side=250)
              for zone in (33, 35, 37)]  # fmt: skip
     one = image(tmp_path, around("EPSG:32634", 21.0, 78.0, 4000.0, 70, 60), "EPSG:32634")
-    entries = sheets.label_sheets([raster.read_sheet(str(path)) for path in paths], load("globeland30"))
+    entries = sheets.label_sheets([sheet_headers.read_sheet(str(path)) for path in paths], load("globeland30"))
     check(tmp_path, [one], paths, k=labels.subdivision(place_of(one), entries))
 
 
@@ -298,5 +298,5 @@ def test_random_seams(data):
         paths = two_zones(folder, lat, **how)
         transform = around(crs, off, lat, (metres, metres * aspect), 40, 34, turn, shear, flip)
         one = image(folder, transform, crs, 40, 34)
-        entries = sheets.label_sheets([raster.read_sheet(str(path)) for path in paths], load("globeland30"))
+        entries = sheets.label_sheets([sheet_headers.read_sheet(str(path)) for path in paths], load("globeland30"))
         check(folder, [one], paths, k=labels.subdivision(place_of(one), entries), atleast=1)

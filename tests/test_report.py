@@ -16,8 +16,8 @@ from geokr import records
 from geokr.landcover import build_legend, load_product
 from preprocess import report_base, report_page, report_pictures, report_sections, report_tiles, tile_table
 from preprocess.grid import Grid
-from preprocess.raster import read_sheet
 from preprocess.report_plane import MapPlace, Plane, plane_of
+from preprocess.sheet_headers import read_sheet
 from preprocess.sheets import label_sheets
 from preprocess.tile_facts import Facts, row_dtype
 from tests.scenes import NO_QUALITY, command, noise, patches, write_raster
