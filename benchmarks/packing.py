@@ -282,6 +282,8 @@ def ratios_of(results: Sequence[dict[str, Any]]) -> dict[str, float]:
 def stage_lines(case: str, found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Where a case's time went: CPU and elapsed microseconds a tile of each stage, and its share of both."""
     names = list(found[0].get("stages", ()))
+    if not names:  # such as writing bytes and nothing else
+        return []
     tiles = sum(entry["tiles"] for entry in found)
     totals = {name: [sum(entry["stages"][name][i] for entry in found) for i in (0, 1)] for name in names}
     cpu = sum(entry["cpu_s"] for entry in found)
@@ -292,7 +294,7 @@ def stage_lines(case: str, found: Sequence[dict[str, Any]]) -> list[dict[str, An
     ]  # fmt: skip
     rest = cpu - sum(spent[0] for spent in totals.values())
     others = {"part": "all else", "cpu_us": round(rest / tiles * 1e6, 1), "share": round(rest / cpu, 3)}
-    return [*lines, {"case": case, **others}] if names else []
+    return [*lines, {"case": case, **others}]
 
 
 # ---------------------------------------------------------------------------------------------- command line

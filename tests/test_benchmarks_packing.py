@@ -237,6 +237,25 @@ def test_shares_of_stages_are_of_all_cpu_time():
     assert rest == {"case": "a", "part": "all else", "cpu_us": 2000, "share": 0.2}
 
 
+def test_a_report_of_every_stage(tmp_path, capsys):
+    """Whatever figures a case gives: tiles and stages, tiles alone, bytes alone."""
+    measured = {"seconds": 2.0, "cpu_s": 1.0, "driver_mb": 90.0, "bytes_a_tile": 60.0}
+    chosen = packing.parser().parse_args(["--stage", "all", "--json", str(tmp_path / "report.json")])
+    cases = packing.all_cases(packing.Setting(tmp_path, 6000, (1000, 2000), 10, 10, None))
+    found = {}
+    for case in cases:
+        found[case.name] = [
+            measured | ({"bytes": 10**7} if "writing" in case.name else {"tiles": 10, "bytes": 2 * 10**7})
+        ]
+        if case.name.startswith("ours"):
+            found[case.name][0] |= {"stages": {"read": (0.25, 0.5)}, "start_s": 1.0}
+    packing.report(cases, found, chosen)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [line["case"] for line in report["results"]] == [case.name for case in cases]
+    assert report["ratios"]["raw / writing as many bytes, disk, 1 process"] == 2
+    assert {part["case"] for part in report["parts"]} == {case.name for case in cases if case.name[:4] == "ours"}
+
+
 def test_every_case_is_asked_for_by_a_name_of_its_own(tmp_path):
     setting = packing.Setting(tmp_path, 700, (600, 900), 6000, 20, None)
     cases = packing.all_cases(setting)
