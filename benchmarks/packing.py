@@ -23,6 +23,7 @@ processes; where cores are shared it says more than rates do. The last line is o
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -261,22 +262,33 @@ def _pairs() -> dict[str, tuple[str, str, str]]:
 PAIRS = _pairs()
 
 
-def ratios_of(results: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Ratios within the run, of those pairs that were measured; of rates in tiles also by CPU time."""
-    by_name = {entry["case"]: entry for entry in results}
-    found: dict[str, float] = {}
+def ratios_of(results: Sequence[dict[str, Any]], found: dict[str, list[dict[str, Any]]]) -> dict[str, float]:
+    """Ratios within the run, of those pairs that were measured; of rates in tiles also by CPU time.
+
+    Medians over the turns, each of which measured both at nearly the same time: a virtual machine may run half as fast
+    again from one minute to the next.
+    """
+    ratios: dict[str, float] = {}
     for name, (over, under, key) in PAIRS.items():
-        if over in by_name and under in by_name:
-            found[name] = by_name[over][key] / by_name[under][key]
-            if key == "tiles_per_s":
-                cpu = by_name[under]["cpu_us_per_tile"], by_name[over]["cpu_us_per_tile"]
-                found[f"{name}, by CPU time"] = cpu[0] / cpu[1]
+        turns = list(zip(found.get(over, ()), found.get(under, ()), strict=False))
+        if turns:
+            unit = "tiles" if key == "tiles_per_s" else "bytes"
+            ratios[name] = statistics.median(
+                rate(one, unit, "seconds") / rate(two, unit, "seconds") for one, two in turns
+            )
+            if unit == "tiles":
+                by_cpu = (rate(one, unit, "cpu_s") / rate(two, unit, "cpu_s") for one, two in turns)
+                ratios[f"{name}, by CPU time"] = statistics.median(by_cpu)
     large = [entry for entry in results if entry["stage"] == "memory"]
     for entry in large[:-1]:
         times = large[-1]["tiles"] / entry["tiles"]
-        found[f"time a tile, {times:.0f} times as many"] = entry["tiles_per_s"] / large[-1]["tiles_per_s"]
-        found[f"CPU a tile, {times:.0f} times as many"] = large[-1]["cpu_us_per_tile"] / entry["cpu_us_per_tile"]
-    return found
+        ratios[f"time a tile, {times:.0f} times as many"] = entry["tiles_per_s"] / large[-1]["tiles_per_s"]
+        ratios[f"CPU a tile, {times:.0f} times as many"] = large[-1]["cpu_us_per_tile"] / entry["cpu_us_per_tile"]
+    return ratios
+
+
+def rate(entry: dict[str, Any], unit: str, per: str) -> float:
+    return entry[unit] / entry[per]
 
 
 def stage_lines(case: str, found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -354,7 +366,7 @@ def report(cases: Sequence[Case], found: dict[str, list[dict[str, Any]]], chosen
     scene = f"{chosen.size} x {chosen.size}, 4 bands of uint16, {compression}, {SIZE} px every {STEP} px"
     if any(case.stage in ("pack", "raw") for case in cases):
         print(f"scene of pack and raw: {scene}\n")
-    tree = bench_report.tree(results, ratios_of(results), scene=scene, parts=parts)
+    tree = bench_report.tree(results, ratios_of(results, found), scene=scene, parts=parts)
     bench_report.show(tree, COLUMNS, chosen.json)
 
 

@@ -213,18 +213,26 @@ def test_lines_and_ratios():
     ours, published, _ = lines
     assert (ours["tiles_per_s"], ours["mb_per_s"], ours["cpu_us_per_tile"]) == (500, 5, 1000)
     assert (published["crop_per_s"], published["label_per_s"]) == (62.5, 250)
-    assert packing.ratios_of(lines) == {
-        "ours / published way, 1 process": 10,
+    assert packing.ratios_of(lines, {name: found[:1] for name, found in runs.items()}) == {
+        "ours / published way, 1 process": 20,
         "ours / published way, 1 process, by CPU time": 20,
-        "ours / jpeg encoding alone, 1 process": 0.25,
+        "ours / jpeg encoding alone, 1 process": 0.5,
         "ours / jpeg encoding alone, 1 process, by CPU time": 0.5,
     }
+
+
+def test_ratios_are_of_what_was_measured_together():
+    """The machine is three times as slow in the second turn; medians of each by itself would not go together."""
+    ours = [{"tiles": 10, "seconds": s, "cpu_s": s} for s in (1.0, 3.0, 1.0)]
+    alone = [{"tiles": 10, "seconds": s, "cpu_s": s} for s in (0.5, 1.5, 1.4)]
+    found = {"ours, jpeg, 1 process": ours, "jpeg encoding alone, 1 process": alone}
+    assert packing.ratios_of([], found)["ours / jpeg encoding alone, 1 process"] == 0.5
 
 
 def test_time_must_grow_with_tiles_alone():
     runs = {"small": {"tiles": 10, "seconds": 1, "cpu_s": 2}, "large": {"tiles": 40, "seconds": 6, "cpu_s": 10}}
     lines = [packing.line(case(name, "memory"), [found]) for name, found in runs.items()]
-    assert packing.ratios_of(lines) == pytest.approx(
+    assert packing.ratios_of(lines, {}) == pytest.approx(
         {"time a tile, 4 times as many": 1.5, "CPU a tile, 4 times as many": 1.25}, rel=0.01
     )
 

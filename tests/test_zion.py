@@ -31,7 +31,7 @@ pytestmark = pytest.mark.skipif(not SCENE.exists(), reason="the real scene is no
 
 PACK = ["tile.size=64", "tile.step=32", "split.val_fraction=0.25", "split.block_m=7680"]
 TRAIN = ["--config", str(ROOT / "configs/smoke.yaml"), "model.backbone=resnet18", "data.image_size=64"]
-TRAIN += ["data.global_batch=64"]
+BATCH = "data.global_batch=64"
 
 
 def pack(out: Path, seed: int, *overrides: str) -> Path:
@@ -54,7 +54,7 @@ def records(tmp_path_factory) -> Path:
 def run(records, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("zion-run") / "run"
     keys = [f"data.records={records}", f"run.dir={folder}", "run.seed=0", "train.max_steps=100", "log.panels=2"]
-    assert pretrain.main([*TRAIN, *keys]) == 0
+    assert pretrain.main([*TRAIN, "data.global_batch=32", *keys]) == 0
     return folder
 
 
@@ -147,8 +147,8 @@ def test_four_bands_as_they_are(tmp_path):
             left, top = (round(v) for v in to_pixel * (record.transform[2], record.transform[5]))
             tile = np.frombuffer(record.image, "<u2").reshape(record.shape)
             np.testing.assert_array_equal(tile, pixels[:, top : top + 64, left : left + 64].transpose(1, 2, 0))
-    keys = [f"data.records={records}", f"run.dir={tmp_path / 'run'}", "train.max_steps=10", "log.panels=2"]
-    assert pretrain.main([*TRAIN, *keys]) == 0
+    keys = [f"data.records={records}", f"run.dir={tmp_path / 'run'}", "train.max_steps=4", "log.panels=2"]
+    assert pretrain.main([*TRAIN, "data.global_batch=32", *keys]) == 0
     assert np.isfinite(last_validation(tmp_path / "run")["val/kl"])
 
 
@@ -158,7 +158,7 @@ def test_three_seeds_of_the_full_length(tmp_path):
     for seed in (0, 1, 2):
         records = pack(tmp_path / f"records{seed}", seed, "tile.bands=[1,2,3]")
         folder = tmp_path / f"run{seed}"
-        command = [sys.executable, "-m", "geokr.pretrain", *TRAIN, "train.max_steps=400", f"run.seed={seed}"]
+        command = [sys.executable, "-m", "geokr.pretrain", *TRAIN, BATCH, "train.max_steps=400", f"run.seed={seed}"]
         subprocess.run([*command, f"data.records={records}", f"run.dir={folder}"], check=True, cwd=ROOT)
         figures = last_validation(folder)
         ratios.append(figures["val/kl"] / figures["val/kl_prior"])

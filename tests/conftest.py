@@ -1,0 +1,23 @@
+"""The order in which files of tests run: long ones first, so that processes beside one another end together."""
+
+from pathlib import Path
+
+LONG = (
+    "test_zion.py",
+    "test_hosts.py",
+    "test_preprocess_pack.py",
+    "test_geokr_pretrain.py",
+    "test_kills.py",
+    "test_geokr_distributed.py",
+    "test_geokr_fused.py",
+    "test_pipelines_loaders.py",
+    "test_benchmarks_throughput.py",
+    "test_storage.py",
+    "test_numbers.py",
+    "test_geokr_compiling.py",
+)
+
+
+def pytest_collection_modifyitems(items) -> None:
+    rank = {name: number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: rank.get(Path(item.path).name, len(LONG)))  # stable: else the order stays
