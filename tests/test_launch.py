@@ -273,7 +273,19 @@ def test_a_python_without_the_packages_is_told_what_it_lacks(machine, tmp_path):
 def test_the_test_launcher_hands_arguments_and_status_to_pytest(machine):
     done = machine.run(ROOT / "launch" / "test.sh", "-k", "a or b", "-x", STATUS="5")
     assert done.returncode == 5
-    assert machine.notes == ["OMP=", "-m", "pytest", "-k", "a or b", "-x"]
+    cores = min(4, len(os.sched_getaffinity(0)))
+    beside = ["--dist", "loadfile", "--no-loadscope-reorder"]
+    threads = "OMP=1" if cores > 1 else "OMP="
+    assert machine.notes == [threads, "-m", "pytest", "-n", str(cores), *beside, "-k", "a or b", "-x"]
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [(["-n3"], []), (["-n", "0"], []), (["--pdb"], ["-n0"]), (["-s"], ["-n0"]), (["--dist", "load"], [])],
+)
+def test_the_test_launcher_leaves_processes_to_whoever_names_them(machine, given, expected):
+    assert machine.run(ROOT / "launch" / "test.sh", *given).returncode == 0
+    assert machine.notes[3:] == [*expected, "--dist", "loadfile", "--no-loadscope-reorder", *given]
 
 
 # ---------------------------------------------------------------------------------------- the environment

@@ -53,8 +53,9 @@ def records(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def run(records, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("zion-run") / "run"
-    keys = [f"data.records={records}", f"run.dir={folder}", "run.seed=0", "train.max_steps=100", "log.panels=2"]
-    assert pretrain.main([*TRAIN, "data.global_batch=32", *keys]) == 0
+    keys = [f"data.records={records}", f"run.dir={folder}", "run.seed=0", "train.max_steps=60", "log.panels=2"]
+    # a memory of 10 steps: the teacher of so short a run would still be what it began as
+    assert pretrain.main([*TRAIN, "data.global_batch=32", "method.teacher_alpha=0.9", *keys]) == 0
     return folder
 
 
@@ -114,9 +115,9 @@ def test_it_verifies(records, capsys):
 
 def test_a_short_run_learns(run):
     figures = last_validation(run)
-    assert figures["step"] == 100
-    assert figures["val/kl_student"] < 0.75 * figures["val/kl_prior"]
-    assert figures["val/kl"] < 0.9 * figures["val/kl_prior"]
+    assert figures["step"] == 60
+    assert figures["val/kl_student"] < 0.7 * figures["val/kl_prior"]
+    assert figures["val/kl"] < 0.75 * figures["val/kl_prior"]
 
 
 def test_the_exported_backbone_is_the_runs_teacher(run, tmp_path):
