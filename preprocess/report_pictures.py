@@ -119,8 +119,7 @@ def keep_examples(folder: str, number: int, seed: int, rejected: Iterable[Reject
         }
         for place, (reason, tile_id, measures, grey) in best.values()
     ]
-    # no need to be whole: whoever reads it goes by without it
-    _path(folder, number).write_text(json.dumps(kept))
+    shards.write_whole(_path(folder, number), json.dumps(kept).encode())
 
 
 def examples(folder: Path) -> dict[str, list[Example]]:
