@@ -5,11 +5,12 @@
 
 The weights carry timm's keys for that backbone and nothing else: they load strictly into
 ``timm.create_model(name, num_classes=0, in_chans=...)``, a ResNet's into torchvision with ``fc=Identity()``, a VGG's
-into its features. What else there is to know stands in the card beside them, ``FILE.json``.
+into its features. What else there is to know stands in the cards beside them, ``FILE.json`` for programs and
+``FILE.md`` for people. ``--format onnx`` and ``torch-export`` write the computation with the weights.
 """
 
 import argparse
-import importlib.util
+import copy
 import json
 import os
 import sys
@@ -17,20 +18,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from geokr import checkpoint
+from geokr import checkpoint, export_formats, fold_backbone, model_card
 from geokr.checkpoint import Checkpoint, write_text
 from geokr.config import ConfigError, read_yaml
+from geokr.export_formats import DTYPES, GRAPHS, SUFFIXES
+from geokr.landcover import load_product
 from geokr.models import BackboneSpec, build_backbone
 from geokr.runfolder import read_run
-from geokr.weights import read_state
-
-SUFFIXES = {".safetensors": "safetensors", ".pth": "torch", ".pt": "torch", ".onnx": "onnx"}
-ONNX_MODULES = ("onnx", "onnxscript")
+from geokr.weights import fit_error, read_state
 
 
 def card_path(weights: str | Path) -> Path:
@@ -45,22 +44,25 @@ def _spec(card: dict[str, Any]) -> BackboneSpec:
 def load_backbone(path: str | Path) -> nn.Module:
     """The exported backbone, in eval mode on the CPU; its ``card`` attribute holds the card.
 
-    path: a .safetensors or .pth file that ``geokr.export`` wrote, with its card beside it.
-    Raises ConfigError if either is missing, damaged, or does not fit the other.
+    path: a .safetensors or .pth file that ``geokr.export`` wrote, with its card beside it. Weights that were stored in
+    half precision compute in float32. Raises ConfigError if either is missing, damaged, or does not fit the other.
     """
     beside = card_path(path)
     try:
         card = json.loads(beside.read_bytes())
-        spec = _spec(card)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        spec, kept = _spec(card), card.get("weights", {})
+        pairs = [(conv, norm) for conv, norm in kept.get("folded", ())]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"{beside}: expected the card that geokr.export writes beside the weights ({error})"
         ) from error
-    backbone = build_backbone(spec)
-    try:
-        backbone.load_state_dict(read_state(path))
-    except RuntimeError as error:
-        raise ConfigError(f"{path}: does not fit {spec.name} as its card describes it: {error}") from error
+    if kept.get("format") in GRAPHS:
+        raise ConfigError(f"{path}: holds a computation, not weights by name; {path}.md says how it is loaded")
+    backbone = fold_backbone.prepare(build_backbone(spec), pairs)
+    state = read_state(path)
+    if problems := fit_error(state, backbone.state_dict()):
+        raise ConfigError(f"{path}: does not fit {spec.name} as its card describes it: {problems}")
+    backbone.load_state_dict(state)
     backbone.card = card  # type: ignore[assignment]
     return backbone.eval()
 
@@ -77,6 +79,7 @@ def make_card(run: Path, found: Checkpoint, model: str) -> dict[str, Any]:
     return {
         "format": 1,
         **found.meta["card"],
+        "product": {**found.meta["card"]["product"], "licence": _licence(found.meta["card"]["product"]["name"])},
         "model": model,
         "trained": {"step": found.step, "samples": found.meta["samples"]},
         "metrics": figures,
@@ -96,54 +99,64 @@ def _recipe(run: Path) -> dict[str, Any]:
     return tree
 
 
-def _write_onnx(path: Path, spec: BackboneSpec, state: dict[str, Tensor]) -> None:
-    missing = [name for name in ONNX_MODULES if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ConfigError(f"--format onnx needs {' and '.join(missing)}: pip install 'geokr[onnx]'")
-    backbone = build_backbone(spec)
-    backbone.load_state_dict(state)
-    images = torch.zeros(2, spec.bands, spec.image_size, spec.image_size)
-    torch.onnx.export(
-        backbone.eval(),
-        (images,),
-        str(path),
-        input_names=["images"],
-        output_names=["features"],
-        dynamic_shapes=({0: torch.export.Dim("batch")},),
-        dynamo=True,
-        external_data=False,
-        verbose=False,
-    )
+def _licence(product: str) -> str | None:
+    """Of a product that comes with geokr; None for one of the user's own."""
+    try:
+        return load_product(product).licence
+    except ConfigError:
+        return None
 
 
-def export(run: str | Path, out: str | Path, form: str | None = None, model: str = "teacher") -> Path:
-    """Writes the backbone of a run's newest sound checkpoint to ``out`` and its card to ``out.json``.
+def export(
+    run: str | Path,
+    out: str | Path,
+    form: str | None = None,
+    model: str = "teacher",
+    *,
+    dtype: str = "float32",
+    fold_bn: bool = False,
+) -> Path:
+    """Writes the backbone of a run's newest sound checkpoint to ``out``, and its cards to ``out.json`` and ``out.md``.
 
-    form: ``safetensors``, ``torch`` or ``onnx``; None to go by the file's suffix. Returns the card's path.
-    Raises ConfigError if there is nothing to export or it cannot be written, CheckpointError if it is damaged.
+    form: ``safetensors``, ``torch``, ``onnx`` or ``torch-export``; None to go by the file's suffix. dtype: of the
+    weights, and of the computation where that is written. fold_bn: batch norms folded into the convolutions before
+    them. Returns the JSON card's path.
+
+    Raises ConfigError if there is nothing to export, it cannot be written or does not give the backbone's features,
+    CheckpointError if it is damaged.
     """
     run, out = Path(run), Path(out)
     form = form or SUFFIXES.get(out.suffix)
     if form is None:
         raise ConfigError(f"--out {out}: expected a name ending in {', '.join(SUFFIXES)}, or give --format")
+    export_formats.check(form, dtype)
     read_run(run)
     found = checkpoint.load_latest(run / "checkpoints")
     if found is None:
         raise ConfigError(f"{run}: no checkpoint yet; let the run go on until its first one")
-    card, state = make_card(run, found, model), backbone_state(found, model)
+    card = make_card(run, found, model)
     spec = _spec(card)
-    build_backbone(spec).load_state_dict(state)  # strictly: whoever loads it will do the same
+    backbone = build_backbone(spec)
+    backbone.load_state_dict(backbone_state(found, model))  # strictly: whoever loads it will do the same
+    images_NCHW = torch.randn(
+        2, spec.bands, spec.image_size, spec.image_size, generator=torch.Generator().manual_seed(0)
+    )
+    pairs: list[fold_backbone.Pair] = []
+    if fold_bn:
+        backbone, pairs = fold_backbone.fold(backbone, images_NCHW, spec.name)
+    card["weights"] = {"format": form, "dtype": dtype, "folded": pairs}
+    state = export_formats.rounded(backbone.state_dict(), dtype)
+    card["weights"] |= _difference(backbone.eval(), state, images_NCHW) if dtype != "float32" else {}
     temporary = out.with_name(f".tmp-{out.name}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        if form == "safetensors":
-            safetensors.torch.save_file(state, temporary, {"format": "pt"})
-        elif form == "torch":
-            torch.save(state, temporary)
+        if form in GRAPHS:
+            card["weights"] |= export_formats.write_graph(temporary, backbone, images_NCHW, form, dtype)
         else:
-            _write_onnx(temporary, spec, state)
+            export_formats.write_state(temporary, {k: v.contiguous() for k, v in state.items()}, form)
         temporary.replace(out)
         write_text(card_path(out), json.dumps(card, indent=1, ensure_ascii=False) + "\n")
+        write_text(Path(f"{out}.md"), model_card.markdown(card, out))
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"--out {out}: cannot be written ({error})") from error
     finally:
@@ -151,22 +164,36 @@ def export(run: str | Path, out: str | Path, form: str | None = None, model: str
     return card_path(out)
 
 
+def _difference(backbone: nn.Module, state: dict[str, Tensor], images_NCHW: Tensor) -> dict[str, float]:
+    """What rounding the weights does to the features of random images, all computed in float32."""
+    rounded = copy.deepcopy(backbone)
+    rounded.load_state_dict(state)
+    with torch.no_grad():
+        plain_ND, rounded_ND = backbone(images_NCHW), rounded(images_NCHW)
+    return {
+        "largest_difference": float((rounded_ND - plain_ND).abs().max()),
+        "largest_feature": float(plain_ND.abs().max()),
+    }
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m geokr.export", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--run", required=True, metavar="DIR", help="run.dir of a training run")
-    parser.add_argument("--out", required=True, metavar="FILE", help="weights file; the card goes to FILE.json")
+    parser.add_argument("--out", required=True, metavar="FILE", help="weights file; cards go to FILE.json and FILE.md")
     parser.add_argument("--format", choices=sorted(set(SUFFIXES.values())), help="default: by the file's suffix")
     parser.add_argument("--model", choices=("teacher", "student"), default="teacher")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="of the weights; default: float32")
+    parser.add_argument("--fold-bn", action="store_true", help="fold batch norms into the convolutions before them")
     parsed = parser.parse_args(arguments)
     try:
-        card = export(parsed.run, parsed.out, parsed.format, parsed.model)
+        card = export(parsed.run, parsed.out, parsed.format, parsed.model, dtype=parsed.dtype, fold_bn=parsed.fold_bn)
     except ValueError as error:
         if os.environ.get("GEOKR_TRACEBACK") == "1":
             raise
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"{parsed.out}: the {parsed.model}'s backbone; {card} says how to use it")
+    print(f"{parsed.out}: the {parsed.model}'s backbone; {card} and {parsed.out}.md say how to use it")
     return 0
 
 

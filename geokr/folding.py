@@ -78,7 +78,7 @@ def find_pairs(model: nn.Module, images_NCHW: Tensor) -> list[tuple[str, str]]:
     return [(conv, own[0]) for conv, own in norms.items() if len(own) == 1 and runs[conv] == runs[own[0]] == 1]
 
 
-def _without(norm: Any) -> nn.Module:
+def without(norm: Any) -> nn.Module:
     """What stays of a folded norm: nothing, or the activation that timm's norm carries."""
     if isinstance(norm, BatchNormAct2d):
         kept: list[Any] = [norm.drop, norm.act]
@@ -105,7 +105,7 @@ class FoldedTeacher(nn.Module):
             channels = folded.out_channels
             folded.bias = nn.Parameter(folded.weight.new_zeros(channels), requires_grad=False)
             self._pairs.append(_Pair(parts[conv], parts[norm], folded))
-            self.model.set_submodule(norm, _without(self.model.get_submodule(norm)))
+            self.model.set_submodule(norm, without(self.model.get_submodule(norm)))
         if can_fuse(teacher.backbone):
             folded_resnet.specialise(self.model.backbone)
         self.model.backbone.to(dtype)

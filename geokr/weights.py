@@ -63,6 +63,21 @@ def _head_keys(state: dict[str, Tensor], wanted: dict[str, Tensor]) -> set[str]:
     return {key for key in state if key not in wanted and key.startswith(heads)}
 
 
+def fit_error(state: dict[str, Tensor], wanted: dict[str, Tensor]) -> str:
+    """The first keys that differ between tensors that are given and those that are wanted; empty if they fit."""
+    problems = {
+        "missing": sorted(wanted.keys() - state.keys()),
+        "unknown": sorted(state.keys() - wanted.keys()),
+        "of another shape": [
+            f"{key} {tuple(state[key].shape)} instead of {tuple(wanted[key].shape)}"
+            for key in wanted
+            if key in state and state[key].shape != wanted[key].shape
+        ],
+    }
+    found = [f"{len(keys)} {what}: {', '.join(keys[:SHOWN])}" for what, keys in problems.items() if keys]
+    return f"keys {'; '.join(found)}" if found else ""
+
+
 def load_into(backbone: nn.Module, state: dict[str, Tensor], where: str) -> None:
     """Copies the tensors into the backbone; a classifier among them is left out.
 
@@ -80,16 +95,7 @@ def load_into(backbone: nn.Module, state: dict[str, Tensor], where: str) -> None
             log.warning("%s: its first convolution takes %d bands; adapted to %d", where, have, bands)
             state = {**state, first: adapt_bands(state[first].float(), bands)}
     left_out = _head_keys(state, wanted)
-    problems = {
-        "missing": sorted(wanted.keys() - state.keys()),
-        "unknown": sorted(state.keys() - wanted.keys() - left_out),
-        "of another shape": [
-            f"{key} {tuple(state[key].shape)} instead of {tuple(wanted[key].shape)}"
-            for key in wanted
-            if key in state and state[key].shape != wanted[key].shape
-        ],
-    }
-    found = [f"{len(keys)} {what}: {', '.join(keys[:SHOWN])}" for what, keys in problems.items() if keys]
-    if found:
-        raise ConfigError(f"{where}: does not fit the backbone; keys {'; '.join(found)}. Is model.backbone the same?")
+    given = {key: tensor for key, tensor in state.items() if key not in left_out}
+    if problems := fit_error(given, wanted):
+        raise ConfigError(f"{where}: does not fit the backbone; {problems}. Is model.backbone the same?")
     backbone.load_state_dict({key: state[key] for key in wanted})

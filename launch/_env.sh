@@ -101,8 +101,8 @@ check_modules() {
   for extra in "$@"; do
     case $extra in
       pack) modules="$modules rasterio numba google_crc32c simplejpeg lz4 pyarrow pystac tqdm" ;;
-      train) modules="$modules torch torchvision timm safetensors tensorboard matplotlib numba lz4 tqdm" ;;
-      dev) modules="$modules pytest hypothesis tfrecord distributed geopandas selenium" ;;
+      train) modules="$modules torch torchvision timm safetensors tensorboard matplotlib numba lz4 tqdm torchmetrics" ;;
+      dev) modules="$modules pytest hypothesis tfrecord distributed geopandas selenium onnxruntime" ;;
     esac
   done
   # shellcheck disable=SC2086  # a list of words

@@ -266,19 +266,6 @@ def test_exported_weights_give_the_runs_own_features(whole, tmp_path, name, mode
     )
 
 
-def test_a_resnet_goes_into_torchvision(records, tmp_path):
-    torchvision = pytest.importorskip("torchvision")
-    assert run(records, tmp_path / "r", "model.backbone=resnet18", "train.max_steps=1") == 0
-    export.export(tmp_path / "r", tmp_path / "b.safetensors")
-    theirs = torchvision.models.resnet18()
-    theirs.fc = torch.nn.Identity()
-    theirs.load_state_dict(safetensors.torch.load_file(tmp_path / "b.safetensors"))
-    images = torch.randn(2, 3, 64, 64)
-    with torch.no_grad():
-        ours = geokr.load_backbone(tmp_path / "b.safetensors")(images)
-        torch.testing.assert_close(theirs.eval()(images), ours)
-
-
 def test_exported_weights_start_another_run(records, whole, tmp_path):
     out = tmp_path / "b.safetensors"
     export.export(whole, out)
@@ -294,7 +281,7 @@ def test_export_explains_what_it_cannot_do(whole, tmp_path, capsys, monkeypatch)
         (["--run", str(whole), "--out", "x.bin"], "give --format"),
         (["--run", str(whole), "--out", "/proc/x.safetensors"], "cannot be written"),
     ]
-    monkeypatch.setattr(export, "ONNX_MODULES", ("onnx_that_is_not_there",))
+    monkeypatch.setattr(export.export_formats, "ONNX_MODULES", ("onnx_that_is_not_there",))
     cases.append((["--run", str(whole), "--out", str(tmp_path / "x.onnx")], r"pip install 'geokr[onnx]'"))
     for arguments, message in cases:
         assert export.main(arguments) == 1
@@ -302,15 +289,3 @@ def test_export_explains_what_it_cannot_do(whole, tmp_path, capsys, monkeypatch)
     (tmp_path / "lonely.safetensors").write_bytes(b"")
     with pytest.raises(ValueError, match="expected the card"):
         geokr.load_backbone(tmp_path / "lonely.safetensors")
-
-
-def test_onnx_gives_the_same_features(whole, tmp_path):
-    runtime = pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
-    export.export(whole, tmp_path / "b.onnx")
-    export.export(whole, tmp_path / "b.safetensors")
-    images = torch.randn(3, 3, 32, 32)
-    with torch.no_grad():
-        ours = geokr.load_backbone(tmp_path / "b.safetensors")(images).numpy()
-    (theirs,) = runtime.InferenceSession(str(tmp_path / "b.onnx")).run(None, {"images": images.numpy()})
-    np.testing.assert_allclose(theirs, ours, atol=1e-4)

@@ -396,6 +396,7 @@ def test_quickstart_goes_through_every_step_in_order(machine):
         "preprocess/verify_records.py",
         "geokr.pretrain",
         "geokr.export",
+        "geokr.evaluate",
     ]
     assert f"{out}/demo/landcover/*.tif" in machine.notes
     assert f"data.records={out}/records" in machine.notes
@@ -403,7 +404,9 @@ def test_quickstart_goes_through_every_step_in_order(machine):
     assert "metrics.jsonl: cannot be read" in done.stderr
 
 
-@pytest.mark.parametrize("step", ["make_demo", "pack_records", "verify_records", "geokr.pretrain", "geokr.export"])
+@pytest.mark.parametrize(
+    "step", ["make_demo", "pack_records", "verify_records", "geokr.pretrain", "geokr.export", "geokr.evaluate"]
+)
 def test_quickstart_stops_where_a_step_fails(machine, step):
     done = machine.run(ROOT / "launch" / "quickstart.sh", OUT=str(machine.folder / "out"), FAIL_AT=step)
     assert done.returncode == 7

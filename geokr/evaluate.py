@@ -1,0 +1,234 @@
+"""What a backbone is worth on someone's task: ``python -m geokr.evaluate --weights FILE --data DIR``.
+
+    --task knn linear      on fixed features (the default); finetune trains the backbone too
+    --labels 1 5 10 100    percent of the training labels that are used: how far few of them go
+    --baselines random imagenet colour FILE ...
+                           the same with random weights, timm's ImageNet weights, no backbone at all but the mean,
+                           deviation and percentiles of each band, or other weights of the same architecture
+
+Data is a folder a class, or records that geokr packed (see geokr.evaluate_data; then shares are predicted, and the
+figures are KL and errors of shares). Everything is run with ``--seeds`` draws of the labels; the table gives mean and
+deviation over them, and a 95 % bootstrap interval over test images.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+import geokr
+from geokr import card, evaluate_features, evaluate_metrics, evaluate_records, evaluate_report, finetune, probes
+from geokr.checkpoint import write_text
+from geokr.config import ConfigError
+from geokr.evaluate_data import Data, open_folders
+from geokr.evaluate_features import Preparation
+from geokr.models import BackboneSpec, build_backbone, seeded
+from geokr.records import MANIFEST
+from geokr.weights import load_into, read_state
+
+TASKS = ("knn", "linear", "finetune")
+COLOUR = "colour"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Entrant:
+    """Weights to compare. backbone: None for colours alone."""
+
+    name: str
+    backbone: nn.Module | None
+
+
+def entrants(weights: str, baselines: Sequence[str], data: Data, prepare: Preparation, device: Any) -> list[Entrant]:
+    """The weights and what they are compared with, all loaded before anything is computed."""
+    main = geokr.load_backbone(weights)
+    about: dict[str, Any] = main.card  # type: ignore[assignment]
+    spec = BackboneSpec(about["backbone"]["name"], len(about["bands"]), about["backbone"]["image_size"])
+    found = [Entrant(Path(weights).name, main)]
+    for name in baselines:
+        if name == COLOUR:
+            found.append(Entrant(COLOUR, None))
+        elif name == "random":
+            with seeded(0):
+                backbone = build_backbone(spec)
+            evaluate_features.calibrate(backbone, data.parts["train"], prepare, device)
+            found.append(Entrant("random", backbone))
+        elif name == "imagenet":
+            found.append(Entrant("imagenet", build_backbone(spec, pretrained=True)))
+        elif Path(f"{name}.json").exists():
+            found.append(Entrant(Path(name).name, geokr.load_backbone(name)))
+        else:
+            backbone = build_backbone(spec)
+            load_into(backbone, read_state(name), name)
+            found.append(Entrant(Path(name).name, backbone))
+    return found
+
+
+def preparation(weights: str, data: Data, bands: Sequence[int] | None) -> Preparation:
+    """How images become what the backbone takes. Raises ConfigError where they are not what its card describes."""
+    about: dict[str, Any] = geokr.load_backbone(weights).card  # type: ignore[assignment]
+    names = [band["name"] for band in about["bands"]]
+    if bands is None:
+        if data.bands != len(names):
+            raise ConfigError(
+                f"--data {data.path}: images of {data.bands} band(s), {weights} takes {len(names)} "
+                f"({', '.join(names)}); say which with --bands, from 1, in that order"
+            )
+        bands = range(1, len(names) + 1)
+    if len(bands) != len(names) or not all(1 <= band <= data.bands for band in bands):
+        raise ConfigError(
+            f"--bands {' '.join(map(str, bands))}: expected {len(names)} numbers from 1 to {data.bands}, for "
+            f"{', '.join(names)}"
+        )
+    if data.dtype != about["input"]["dtype"]:
+        raise ConfigError(
+            f"--data {data.path}: images of {data.dtype}, {weights} was trained on {about['input']['dtype']}; its mean "
+            "and deviation mean nothing for them: convert the images"
+        )
+    chosen = tuple(band - 1 for band in bands)
+    return Preparation(about["input"]["mean"], about["input"]["std"], about["backbone"]["image_size"], chosen)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Study:
+    """What all entrants go through alike."""
+
+    data: Data
+    prepare: Preparation
+    device: torch.device
+    labels: tuple[float, ...]
+    seeds: int
+    epochs: int
+    batch: int
+    say: Callable[[str], None]
+
+    def of(self, entrant: Entrant, tasks: Sequence[str]) -> list[dict[str, Any]]:
+        """A row for each task and share of labels."""
+        self.say(f"{entrant.name}: features")
+        known = {name: self._features(entrant, name) for name in ("train", "val", "test")}
+        rows = []
+        for task in tasks:
+            if entrant.backbone is None and task == "finetune":
+                continue  # nothing to train but the network on colours, which is there already
+            for percent in self.labels:
+                self.say(f"{entrant.name}: {task}, {percent:g} % of the labels")
+                rows.append({"weights": entrant.name, "task": task, **self._run(entrant, task, percent, known)})
+        return rows
+
+    def _features(self, entrant: Entrant, name: str) -> np.ndarray:
+        part = self.data.parts[name]
+        if entrant.backbone is None:
+            return evaluate_features.colours(part, tuple(self.prepare.bands))
+        return evaluate_features.features(entrant.backbone, part, self.prepare, self.device)
+
+    def _run(self, entrant: Entrant, task: str, percent: float, known: dict[str, np.ndarray]) -> dict[str, Any]:
+        train, val, test = (self.data.parts[name] for name in ("train", "val", "test"))
+        figures, extra, chosen, counts = [], [], [], []
+        # all labels are the same for every seed: where no weights are drawn either, one says it all
+        once = percent >= 100 and task != "finetune" and entrant.backbone is not None
+        for seed in range(1 if once else self.seeds):
+            some = evaluate_metrics.subset(train.labels, percent, seed)
+            held = evaluate_metrics.subset(val.labels, percent, seed)  # who has few labels has few to choose by
+            fit, choose = (known["train"][some], train.targets[some]), (known["val"][held], val.targets[held])
+            if task == "finetune":
+                assert entrant.backbone is not None
+                parts = train.some(some), val.some(held), test
+                how = {"epochs": self.epochs, "batch": self.batch, "seed": seed}
+                found, best = finetune.finetune(entrant.backbone, *parts, self.prepare, self.device, **how)
+            elif task == "knn":
+                found, best = probes.best_knn(fit, choose, known["test"])
+            elif entrant.backbone is None:
+                found, best = probes.best_network(fit, choose, known["test"], seed)
+            else:
+                found, best = probes.best_linear(fit, choose, known["test"])
+            figures.append(evaluate_metrics.per_image(test.targets, found, soft=self.data.soft))
+            extra.append(evaluate_metrics.by_class(test.targets, found))
+            chosen.append(best)
+            counts.append(len(some))
+        return {
+            "labels_percent": percent,
+            "labels": round(float(np.mean(counts))),
+            "seeds": len(figures),
+            "chosen": chosen,
+            "figures": evaluate_metrics.over_seeds(figures, extra),
+        }
+
+
+def evaluate(chosen: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
+    """The report as a tree. Raises ConfigError, before hours are spent, for what cannot be compared."""
+    device = torch.device(chosen.device)
+    is_packed = (Path(chosen.data) / MANIFEST).exists()
+    data = evaluate_records.open_records(chosen.data) if is_packed else open_folders(chosen.data)
+    prepare = preparation(chosen.weights, data, chosen.bands)
+    found = entrants(chosen.weights, chosen.baselines, data, prepare, device)
+    study = Study(data, prepare, device, tuple(chosen.labels), chosen.seeds, chosen.epochs, chosen.batch, say)
+    rows = [row for entrant in found for row in study.of(entrant, chosen.task)]
+    return {
+        "data": data.path,
+        "classes": list(data.classes),
+        "images": {name: len(part) for name, part in data.parts.items()},
+        "settings": {name: getattr(chosen, name) for name in ("labels", "seeds", "epochs", "batch")},
+        "versions": card.versions(),
+        "rows": rows,
+    }
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        prog="python -m geokr.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    made.add_argument("--weights", required=True, metavar="FILE", help="what geokr.export wrote")
+    made.add_argument("--data", required=True, metavar="DIR")
+    made.add_argument("--task", nargs="+", choices=TASKS, default=["knn", "linear"])
+    made.add_argument("--baselines", nargs="+", default=["random", COLOUR], metavar="NAME")
+    made.add_argument("--labels", nargs="+", type=float, default=[1, 5, 10, 100], metavar="PERCENT")
+    made.add_argument("--seeds", type=int, default=3)
+    made.add_argument("--bands", nargs="+", type=int, help="of the images, from 1, in the order of the card's")
+    made.add_argument("--epochs", type=int, default=30, help="of finetune")
+    made.add_argument("--batch", type=int, default=32, help="of finetune")
+    made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    made.add_argument("--json", type=Path, metavar="FILE", help="every figure")
+    made.add_argument("--picture", type=Path, metavar="FILE", help="PNG: figures over the share of labels")
+    return made
+
+
+def _check(chosen: argparse.Namespace) -> None:
+    if bad := [percent for percent in chosen.labels if not 0 < percent <= 100]:
+        raise ConfigError(f"--labels {bad[0]:g}: expected percent, above 0 and up to 100")
+    for name in ("seeds", "epochs", "batch"):
+        if getattr(chosen, name) < 1:
+            raise ConfigError(f"--{name} {getattr(chosen, name)}: expected 1 or more")
+    for path in (chosen.json, chosen.picture):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise ConfigError(f"{path}: there is no folder {path.absolute().parent} to write it to")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command. Returns the exit status."""
+    chosen = parser().parse_args(arguments)
+    chosen.labels = sorted(set(chosen.labels))
+    try:
+        _check(chosen)
+        report = evaluate(chosen, lambda text: print(text, file=sys.stderr, flush=True))
+        print(evaluate_report.table(report))
+        if chosen.json:
+            write_text(chosen.json, json.dumps(report, indent=1) + "\n")
+        if chosen.picture:
+            evaluate_report.picture(report, chosen.picture)
+    except ValueError as error:
+        if os.environ.get("GEOKR_TRACEBACK") == "1":
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,190 @@
+"""Labelled images to evaluate a backbone on, in a folder a class; see geokr.evaluate_records for packed ones.
+
+    DIR/CLASS/*.png                     split by a hash of the names: 60 % train, 20 % val, 20 % test of each class
+    DIR/{train,val,test}/CLASS/*.png    as they are; without val, a fifth of train
+
+N images, C bands, H x W pixels, K classes.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from geokr.config import ConfigError, suggestion
+
+PLAIN = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+GEO = (".tif", ".tiff", ".jp2")
+PARTS = ("train", "val", "test")
+LEAST = 3  # images of a class that is split by names: one for each part
+SHOWN = 5
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Part:
+    """Images and what they show. read: numbers of images to [H, W, C] each. targets: float64 [N, K], rows of sum 1.
+
+    names: one an image, for messages.
+    """
+
+    names: Sequence[str]
+    targets: np.ndarray
+    read: Callable[[Sequence[int]], list[np.ndarray]]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @property
+    def labels(self) -> np.ndarray:
+        """The class of each image, or the one with the largest share; int64 [N]."""
+        return self.targets.argmax(1)
+
+    def some(self, ids: np.ndarray) -> "Part":
+        """The images of these numbers, in that order."""
+        return Part([self.names[int(i)] for i in ids], self.targets[ids], lambda n: self.read([int(ids[i]) for i in n]))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Data:
+    """What there is to evaluate on. soft: whether targets are shares of several classes. dtype, bands: of images."""
+
+    path: str
+    classes: tuple[str, ...]
+    soft: bool
+    dtype: str
+    bands: int
+    parts: dict[str, Part] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in PARTS:
+            counts = np.bincount(self.parts[name].labels, minlength=len(self.classes))
+            if not self.soft and (counts == 0).any():
+                lacking = [self.classes[k] for k in np.flatnonzero(counts == 0)[:SHOWN].tolist()]
+                raise ConfigError(f"--data {self.path}: {name} has no image of {', '.join(lacking)}")
+            if not len(self.parts[name]):
+                raise ConfigError(f"--data {self.path}: {name} holds no image")
+
+
+def open_folders(path: str | Path) -> Data:
+    """Finds out which of the forms a folder has. Raises ConfigError saying what is wrong with it, before any pixel
+    is decoded."""
+    folder = Path(path)
+    if not folder.is_dir():
+        raise ConfigError(f"--data {folder}: there is no such folder")
+    if (folder / "train").is_dir() and (folder / "test").is_dir():
+        return _given(folder)
+    return _folders(folder)
+
+
+# ----------------------------------------------------------------------------------------------- folders a class
+
+
+def _given(folder: Path) -> Data:
+    files = {name: _files(folder / name) for name in PARTS if (folder / name).is_dir()}
+    classes = sorted(files["train"])
+    for name, found in files.items():
+        if unknown := sorted(set(found) - set(classes)):
+            raise ConfigError(
+                f"--data {folder}: {name} has a class {unknown[0]!r} that train lacks{suggestion(unknown[0], classes)}"
+            )
+    pairs = {name: [(p, k) for k, c in enumerate(classes) for p in found.get(c, [])] for name, found in files.items()}
+    if "val" not in pairs:
+        ordered = sorted(pairs["train"], key=lambda pair: _hash(pair[0], folder))
+        pairs["val"] = [pair for n, pair in enumerate(ordered) if n % 5 == 0]
+        pairs["train"] = [pair for n, pair in enumerate(ordered) if n % 5]
+    return _data(folder, classes, pairs)
+
+
+def _folders(folder: Path) -> Data:
+    files = _files(folder)
+    classes = sorted(files)
+    pairs: dict[str, list[tuple[Path, int]]] = {name: [] for name in PARTS}
+    for k, name in enumerate(classes):
+        ordered = sorted(files[name], key=lambda path: _hash(path, folder))
+        if len(ordered) < LEAST:
+            raise ConfigError(
+                f"--data {folder}: class {name!r} has {len(ordered)} image(s); at least {LEAST} are needed to split "
+                "them into train, val and test, or give those as folders above the classes"
+            )
+        fifth = max(1, round(len(ordered) / 5))
+        pairs["test"] += [(path, k) for path in ordered[:fifth]]
+        pairs["val"] += [(path, k) for path in ordered[fifth : 2 * fifth]]
+        pairs["train"] += [(path, k) for path in ordered[2 * fifth :]]
+    return _data(folder, classes, pairs)
+
+
+def _hash(path: Path, folder: Path) -> bytes:
+    return hashlib.blake2b(path.relative_to(folder).as_posix().encode()).digest()
+
+
+def _files(folder: Path) -> dict[str, list[Path]]:
+    """Class to its images."""
+    found = {
+        below.name: sorted(p for p in below.rglob("*") if p.suffix.lower() in PLAIN + GEO)
+        for below in sorted(folder.iterdir())
+        if below.is_dir() and not below.name.startswith(".")
+    }
+    if len(found) < 2:
+        raise ConfigError(f"{folder}: expected a folder for each of two classes or more, or records with manifest.json")
+    if empty := [name for name, files in found.items() if not files]:
+        raise ConfigError(f"{folder / empty[0]}: holds no image ({', '.join(PLAIN + GEO)})")
+    return found
+
+
+def _data(folder: Path, classes: Sequence[str], pairs: dict[str, list[tuple[Path, int]]]) -> Data:
+    paths = [path for some in pairs.values() for path, _ in some]
+    bands, dtype = _form(paths[0])
+    for path in paths[1:]:  # headers alone
+        if (form := _form(path)) != (bands, dtype):
+            raise ConfigError(f"{path}: {form[0]} band(s) of {form[1]}, {paths[0].name} has {bands} of {dtype}")
+    eye = np.eye(len(classes))
+    parts = {
+        name: Part([str(path) for path, _ in some], eye[[k for _, k in some]], _reader([path for path, _ in some]))
+        for name, some in pairs.items()
+    }
+    return Data(str(folder), tuple(classes), False, dtype, bands, parts)
+
+
+def _reader(paths: Sequence[Path]) -> Callable[[Sequence[int]], list[np.ndarray]]:
+    return lambda numbers: [_read(paths[n]) for n in numbers]
+
+
+MODES = {"L": (1, "uint8"), "RGB": (3, "uint8"), "RGBA": (4, "uint8"), "P": (3, "uint8"), "I;16": (1, "uint16")}
+
+
+def _form(path: Path) -> tuple[int, str]:
+    """(bands, dtype) by the file's header."""
+    if path.suffix.lower() in GEO:
+        with _rasterio(path).open(path) as file:
+            return file.count, file.dtypes[0]
+    try:
+        with Image.open(path) as image:
+            if image.mode not in MODES:
+                raise ConfigError(f"{path}: images of mode {image.mode} are not read; convert it to RGB")
+            return MODES[image.mode]
+    except OSError as error:
+        raise ConfigError(f"{path}: is no image that can be read ({error})") from error
+
+
+def _read(path: Path) -> np.ndarray:
+    try:
+        if path.suffix.lower() in GEO:
+            with _rasterio(path).open(path) as file:
+                return np.ascontiguousarray(file.read().transpose(1, 2, 0))
+        with Image.open(path) as image:
+            pixels = np.asarray(image.convert("RGB") if image.mode == "P" else image)
+    except (OSError, ValueError, SyntaxError) as error:
+        raise ConfigError(f"{path}: is damaged ({error})") from error
+    return pixels if pixels.ndim == 3 else pixels[..., None]
+
+
+def _rasterio(path: Path) -> Any:
+    try:
+        import rasterio
+    except ImportError as error:
+        raise ConfigError(f"{path}: GeoTIFF and JPEG 2000 need rasterio: pip install 'geokr[pack]'") from error
+    return rasterio

@@ -1,0 +1,82 @@
+"""Images to features: once for each backbone, kept in memory. And what colours alone say of an image."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from geokr.config import ConfigError
+from geokr.evaluate_data import Part
+
+PERCENTILES = (5, 25, 50, 75, 95)
+
+
+class Preparation:
+    """Images [H, W, C] to what a backbone takes: float32 [N, C, S, S], chosen bands, normalised, resized to a side S.
+
+    mean, std: one a band of the backbone. bands: which of an image's, from 0, in the backbone's order.
+    """
+
+    def __init__(self, mean: list[float], std: list[float], side: int, bands: tuple[int, ...]) -> None:
+        self.mean = torch.tensor(mean, dtype=torch.float32).view(1, -1, 1, 1)
+        self.std = torch.tensor(std, dtype=torch.float32).view(1, -1, 1, 1)
+        self.side, self.bands = side, list(bands)
+
+    def __call__(self, images: list[np.ndarray]) -> Tensor:
+        return torch.cat([self._one(image) for image in images])
+
+    def _one(self, image_HWC: np.ndarray) -> Tensor:
+        pixels = torch.from_numpy(np.ascontiguousarray(image_HWC[..., self.bands].transpose(2, 0, 1), np.float32))[None]
+        pixels = (pixels - self.mean) / self.std
+        if pixels.shape[2:] != (self.side, self.side):
+            pixels = interpolate(pixels, (self.side, self.side), mode="bilinear", antialias=True, align_corners=False)
+        return pixels
+
+
+def batches(part: Part, prepare: Preparation, size: int) -> Iterator[Tensor]:
+    for first in range(0, len(part), size):
+        images = part.read(range(first, min(first + size, len(part))))
+        yield prepare(images).contiguous(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def features(backbone: nn.Module, part: Part, prepare: Preparation, device: torch.device, size: int = 64) -> np.ndarray:
+    """Features float32 [N, D]. Raises ConfigError for NaN or infinity, naming the first such image."""
+    backbone = backbone.eval().to(device).to(memory_format=torch.channels_last)
+    found = [backbone(images.to(device)).float().cpu().numpy() for images in batches(part, prepare, size)]
+    features_ND = np.concatenate(found)
+    bad = np.flatnonzero(~np.isfinite(features_ND).all(1))
+    if len(bad):
+        raise ConfigError(
+            f"{part.names[bad[0]]}: the backbone gives NaN or infinity for it and {len(bad) - 1} more images; are the "
+            "weights sound, and the images in the range that the card says?"
+        )
+    return features_ND
+
+
+@torch.no_grad()
+def calibrate(backbone: nn.Module, part: Part, prepare: Preparation, device: torch.device, count: int = 512) -> None:
+    """Statistics of batch norms from images, for weights that have seen none: a cumulative mean over ``count``."""
+    norms = [module for module in backbone.modules() if isinstance(module, _BatchNorm)]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+    some = part.some(np.linspace(0, len(part) - 1, min(count, len(part))).astype(np.int64))
+    backbone.to(device).train()
+    for images in batches(some, prepare, 64) if norms else ():
+        if len(images) > 1:
+            backbone(images.to(device))
+    backbone.eval()
+
+
+def colours(part: Part, bands: tuple[int, ...]) -> np.ndarray:
+    """Mean, deviation and percentiles of each band, float32 [N, 7 * C]: what needs no backbone."""
+    found = []
+    for n in range(len(part)):
+        pixels = part.read([n])[0][..., list(bands)].reshape(-1, len(bands)).astype(np.float32)
+        parts = (pixels.mean(0)[None], pixels.std(0)[None], np.percentile(pixels, PERCENTILES, axis=0))
+        found.append(np.concatenate(parts).ravel())
+    return np.array(found, np.float32)

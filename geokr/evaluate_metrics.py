@@ -1,0 +1,63 @@
+"""How good probabilities are: figures, their spread over seeds, and what other test images might have given."""
+
+import numpy as np
+import torch
+from torchmetrics.functional.classification import multiclass_f1_score, multiclass_recall
+
+RESAMPLES = 1000
+Figures = dict[str, np.ndarray]  # name to a value of each test image, whose mean is the figure
+
+
+def per_image(targets_NK: np.ndarray, found_NK: np.ndarray, *, soft: bool) -> Figures:
+    """Of classes: accuracy. Of shares: KL(target || found) in nats, mean absolute error, whether the largest agrees."""
+    right = (targets_NK.argmax(1) == found_NK.argmax(1)).astype(np.float64)
+    if not soft:
+        return {"accuracy": right}
+    known = np.where(targets_NK > 0, targets_NK, 1.0)
+    log = np.log(np.maximum(found_NK, 1e-12))
+    kl = (targets_NK * (np.log(known) - log)).sum(1)
+    return {"kl": kl, "mae": np.abs(targets_NK - found_NK).mean(1), "top1": right}
+
+
+def by_class(targets_NK: np.ndarray, found_NK: np.ndarray) -> dict[str, float]:
+    """Mean over classes of recall and of F1, so that frequent ones do not hide the others."""
+    said, truth = torch.from_numpy(found_NK.argmax(1)), torch.from_numpy(targets_NK.argmax(1))
+    kind = {"num_classes": targets_NK.shape[1], "average": "macro"}
+    return {
+        "balanced_accuracy": float(multiclass_recall(said, truth, **kind)),
+        "f1": float(multiclass_f1_score(said, truth, **kind)),
+    }
+
+
+def interval(values_N: np.ndarray, seed: int = 0) -> tuple[float, float]:
+    """95 % bootstrap interval of a mean over test images."""
+    rng = np.random.default_rng(seed)
+    draws = [values_N[rng.integers(0, len(values_N), len(values_N))].mean() for _ in range(RESAMPLES)]
+    low, high = np.percentile(draws, (2.5, 97.5))
+    return float(low), float(high)
+
+
+def subset(labels_N: np.ndarray, percent: float, seed: int) -> np.ndarray:
+    """Numbers of so many percent of the images of each class, one at least; another draw for every seed."""
+    rng = np.random.default_rng(seed)
+    chosen = []
+    for label in np.unique(labels_N):
+        here = np.flatnonzero(labels_N == label)
+        chosen.append(rng.permutation(here)[: max(1, round(len(here) * percent / 100))])
+    return np.sort(np.concatenate(chosen))
+
+
+def over_seeds(runs: list[Figures], extra: list[dict[str, float]]) -> dict[str, dict[str, float | tuple[float, float]]]:
+    """name: mean and deviation over seeds, and the interval of the mean of all seeds over test images."""
+    found: dict[str, dict[str, float | tuple[float, float]]] = {}
+    for name in runs[0]:
+        means = [float(figures[name].mean()) for figures in runs]
+        together = np.mean([figures[name] for figures in runs], axis=0)
+        found[name] = {**_spread(means), "interval": interval(together)}
+    for name in extra[0]:
+        found[name] = _spread([figures[name] for figures in extra])
+    return found
+
+
+def _spread(values: list[float]) -> dict[str, float | tuple[float, float]]:
+    return {"mean": float(np.mean(values)), "std": float(np.std(values, ddof=1)) if len(values) > 1 else 0.0}

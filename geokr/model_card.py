@@ -1,0 +1,124 @@
+"""The card as a page: what an exported backbone is, how it loads, what it expects and what it was taught."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+Card = Mapping[str, Any]
+
+
+def markdown(card: Card, weights: Path) -> str:
+    """The page beside a weights file, ``FILE.md``. weights: that file."""
+    name = card["backbone"]["name"]
+    parts = [
+        f"# {weights.name}",
+        _summary(card),
+        "## Loading",
+        _loading(card, weights),
+        "## Input",
+        _input(card),
+        "## Classes it was taught",
+        _classes(card),
+        "## How it was trained",
+        _metrics(card),
+        f"<details><summary>Configuration of the run ({name})</summary>\n\n```yaml\n"
+        + yaml.safe_dump(dict(card["recipe"]), sort_keys=False, allow_unicode=True)
+        + "```\n\n</details>",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _summary(card: Card) -> str:
+    product, tiles = card["product"], card["tiles"]
+    years = f" of {', '.join(map(str, product['years']))}" if product["years"] else ""
+    text = (
+        f"The {card['model']}'s {card['backbone']['name']} of a geokr run: pretrained on {tiles['train']:,} tiles of "
+        f"{tiles['size']} px to predict the shares of {len(card['classes'])} classes of {product['title']}{years} "
+        f"under each; {card['trained']['step']:,} steps, {card['trained']['samples']:,} images."
+    )
+    licence = product.get("licence")
+    source = f"licence {licence}" if licence else "see its publisher"
+    return (
+        f"{text}\n\nLicence: the land cover's own terms ({product['title']}: {source}) and those of the imagery go "
+        "with what is made of them; the weights' own licence is for whoever publishes them to say."
+    )
+
+
+def _loading(card: Card, weights: Path) -> str:
+    kept, name = card["weights"], card["backbone"]["name"]
+    arguments = "".join(f", {key}={value!r}" for key, value in card["backbone"]["timm_arguments"].items())
+    lines = [f"File: {kept['format']}, {kept['dtype']}" + (", batch norms folded" if kept["folded"] else "") + "."]
+    if "largest_difference" in kept:
+        lines[0] += (
+            f" Its features differ from those in float32 by at most {kept['largest_difference']:.2g}, where they reach "
+            f"{kept['largest_feature']:.3g} (random images)."
+        )
+    if kept["format"] == "onnx":
+        code = (
+            "import onnxruntime\n"
+            f'session = onnxruntime.InferenceSession("{weights.name}")\n'
+            '(features,) = session.run(None, {"images": images})   # float32 [N, C, H, W], any N'
+        )
+    elif kept["format"] == "torch-export":
+        code = f'import torch\nbackbone = torch.export.load("{weights.name}").module()\nfeatures = backbone(images)'
+    else:
+        code = f'import geokr\nbackbone = geokr.load_backbone("{weights.name}")   # with {weights.name}.json beside it'
+        if not kept["folded"]:
+            code += "\n\n" + _by_timm(name, arguments, weights.name)
+    lines.append(f"```python\n{code}\n```")
+    if kept["folded"] and kept["format"] not in ("onnx", "torch-export"):
+        lines.append("Its keys are no longer timm's: convolutions have biases in place of norms.")
+    return "\n\n".join(lines)
+
+
+def _by_timm(name: str, arguments: str, file: str) -> str:
+    if not name.startswith("vgg"):
+        return f'import timm\nbackbone = timm.create_model("{name}"{arguments}, checkpoint_path="{file}").eval()'
+    # without the two fully connected layers, which timm has even where there is no classifier
+    read = "safetensors.torch.load_file" if file.endswith(".safetensors") else "torch.load"
+    return (
+        f"import timm, torch, safetensors.torch\n"
+        f'backbone = timm.create_model("{name}"{arguments}).eval()\n'
+        "backbone.pre_logits = torch.nn.Identity()\n"
+        f'backbone.load_state_dict({read}("{file}"))'
+    )
+
+
+def _input(card: Card) -> str:
+    given, side = card["input"], card["backbone"]["image_size"]
+    bands = list(zip(card["bands"], given["mean"], given["std"], strict=True))
+    rows = [
+        [str(number), band["name"], _nanometres(band["wavelength_nm"]), f"{mean:.6g}", f"{std:.6g}"]
+        for number, (band, mean, std) in enumerate(bands, 1)
+    ]
+    values = f", {given['value_range'][0]} to {given['value_range'][1]}" if given["value_range"] else ""
+    return (
+        f"Images of {side} px, {given['layout']}; values as the tiles hold them: {given['dtype']}{values}.\n\n"
+        + _table(["channel", "band", "wavelength", "mean", "std"], rows)
+    )
+
+
+def _nanometres(value: float | None) -> str:
+    return "not known" if value is None else f"{value:g} nm"
+
+
+def _classes(card: Card) -> str:
+    rows = [
+        [entry["name"], ", ".join(map(str, entry["codes"])), "#{:02x}{:02x}{:02x}".format(*entry["rgb"])]
+        for entry in card["classes"]
+    ]
+    return _table(["class", "codes", "colour"], rows)
+
+
+def _metrics(card: Card) -> str:
+    if not card["metrics"]:
+        return "No tiles were held out."
+    rows = [[key, f"{value:.6g}"] for key, value in card["metrics"].items() if isinstance(value, int | float)]
+    return "On held-out blocks:\n\n" + _table(["metric", "value"], rows)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)

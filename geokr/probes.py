@@ -1,0 +1,108 @@
+"""Classifiers on fixed features: nearest neighbours, a linear probe, and a small network for colours.
+
+X: features float [N, D]. T: targets float64 [N, K], rows of sum 1: one class, or shares of several. All give
+probabilities float64 [N, K] of test images.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+PENALTIES = tuple(10.0**power for power in range(-6, 2))
+NEIGHBOURS = (1, 5, 20, 50)
+TEMPERATURE = 0.07  # of similarities, as instance discrimination has it (Wu et al., 2018)
+HIDDEN = 64
+DECAYS = (1e-4, 1e-2, 1e-1)
+EPOCHS = 300
+
+
+def _divergence(targets_NK: np.ndarray, found_NK: np.ndarray) -> float:
+    """Mean cross entropy, which chooses among settings on val."""
+    return float(-(targets_NK * np.log(np.maximum(found_NK, 1e-12))).sum(1).mean())
+
+
+def knn(train_ND: np.ndarray, targets_NK: np.ndarray, test_ND: np.ndarray, neighbours: int) -> np.ndarray:
+    """Targets of the nearest by cosine, weighted by exp(similarity / TEMPERATURE)."""
+    similar = _unit(test_ND) @ _unit(train_ND).T
+    k = min(neighbours, len(train_ND))
+    nearest = np.argpartition(-similar, k - 1, axis=1)[:, :k]
+    weights = np.exp((np.take_along_axis(similar, nearest, 1) - similar.max(1, keepdims=True)) / TEMPERATURE)
+    votes = (weights[..., None] * targets_NK[nearest]).sum(1)
+    return votes / votes.sum(1, keepdims=True)
+
+
+def _unit(x_ND: np.ndarray) -> np.ndarray:
+    x_ND = x_ND.astype(np.float64)
+    return x_ND / np.maximum(np.linalg.norm(x_ND, axis=1, keepdims=True), 1e-12)
+
+
+def best_knn(
+    train: tuple[np.ndarray, np.ndarray], val: tuple[np.ndarray, np.ndarray], test_ND: np.ndarray
+) -> tuple[np.ndarray, dict[str, float]]:
+    """With the number of neighbours that does best on val. Returns (probabilities, what was chosen)."""
+    chosen = min(NEIGHBOURS, key=lambda k: _divergence(val[1], knn(*train, val[0], k)))
+    return knn(*train, test_ND, chosen), {"neighbours": chosen}
+
+
+def linear(train_ND: np.ndarray, targets_NK: np.ndarray, penalty: float) -> Callable[[np.ndarray], np.ndarray]:
+    """Softmax regression: the minimum of mean cross entropy + penalty / 2 * |W|^2, by L-BFGS in float64.
+
+    Features are standardised by their own mean and deviation; biases are not penalised.
+    """
+    mean, deviation = train_ND.mean(0, dtype=np.float64), train_ND.std(0, dtype=np.float64)
+    scale = 1 / np.where(deviation > 1e-8, deviation, 1.0)
+
+    def standardised(x_ND: np.ndarray) -> Tensor:
+        return torch.from_numpy((x_ND.astype(np.float64) - mean) * scale)
+
+    inputs, targets = standardised(train_ND), torch.from_numpy(targets_NK)
+    weight = torch.zeros(inputs.shape[1], targets.shape[1], dtype=torch.float64, requires_grad=True)
+    bias = torch.zeros(targets.shape[1], dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=500, tolerance_grad=1e-7, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        log = (inputs @ weight + bias).log_softmax(1)
+        loss = -(targets * log).sum(1).mean() + penalty / 2 * weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)  # pyright: ignore[reportArgumentType] - torch asks for a float where it takes a tensor
+    with torch.no_grad():
+        return lambda x_ND: (standardised(x_ND) @ weight.detach() + bias.detach()).softmax(1).numpy()
+
+
+def best_linear(
+    train: tuple[np.ndarray, np.ndarray], val: tuple[np.ndarray, np.ndarray], test_ND: np.ndarray
+) -> tuple[np.ndarray, dict[str, float]]:
+    """With the penalty that does best on val. Returns (probabilities, what was chosen)."""
+    fitted = {penalty: linear(*train, penalty) for penalty in PENALTIES}
+    chosen = min(PENALTIES, key=lambda penalty: _divergence(val[1], fitted[penalty](val[0])))
+    return fitted[chosen](test_ND), {"penalty": chosen}
+
+
+def best_network(
+    train: tuple[np.ndarray, np.ndarray], val: tuple[np.ndarray, np.ndarray], test_ND: np.ndarray, seed: int
+) -> tuple[np.ndarray, dict[str, float]]:
+    """A network with one hidden layer, its weight decay and its length chosen on val."""
+    mean, deviation = train[0].mean(0), np.maximum(train[0].std(0), 1e-6)
+    inputs, held, test = (torch.from_numpy((x - mean) / deviation).float() for x in (train[0], val[0], test_ND))
+    targets = torch.from_numpy(train[1]).float()
+    best = (np.inf, np.zeros(0), {"decay": 0.0, "epochs": 0})
+    for decay in DECAYS:
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(inputs.shape[1], HIDDEN), nn.GELU(), nn.Linear(HIDDEN, targets.shape[1]))
+        optimizer = torch.optim.AdamW(model.parameters(), 3e-3, weight_decay=decay)
+        for epoch in range(1, EPOCHS + 1):
+            optimizer.zero_grad()
+            (-(targets * model(inputs).log_softmax(1)).sum(1).mean()).backward()
+            optimizer.step()
+            if epoch % 10 == 0:
+                with torch.no_grad():
+                    loss = _divergence(val[1], model(held).softmax(1).double().numpy())
+                    if loss < best[0]:
+                        found = model(test).softmax(1).double().numpy()
+                        best = loss, found, {"decay": decay, "epochs": epoch}
+    return best[1], best[2]

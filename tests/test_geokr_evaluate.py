@@ -1,0 +1,353 @@
+"""What weights are worth: probes against other computations, planted signals, and what is refused before hours go."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import rasterio
+import safetensors.torch
+import torch
+from PIL import Image
+from scipy.optimize import minimize
+
+from geokr import evaluate, evaluate_data, evaluate_metrics, evaluate_records, export, finetune, pretrain, probes
+from geokr.config import ConfigError
+from geokr.evaluate_features import Preparation, calibrate, colours, features
+from geokr.models import BackboneSpec, build_backbone
+from tests.datasets import make_dataset
+from tests.test_geokr_pretrain import keys
+
+SIZE = 32
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory):
+    return make_dataset(tmp_path_factory.mktemp("records") / "d", tiles=60, val=20)
+
+
+@pytest.fixture(scope="module")
+def weights(records, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("weights")
+    assert pretrain.main(keys(records, folder / "run", "train.max_steps=2")) == 0
+    export.export(folder / "run", folder / "b.safetensors")
+    return folder / "b.safetensors"
+
+
+def images_of(kind: int, count: int, seed: int, bands: int = 3) -> np.ndarray:
+    """uint8 [count, SIZE, SIZE, bands] of one mean colour: stripes down, stripes across, or noise."""
+    rng = np.random.default_rng([kind, seed])
+    noise = rng.normal(128, 40, (count, SIZE, SIZE, bands))
+    wave = 60 * np.sign(np.sin(np.arange(SIZE) * 0.8))
+    noise += (wave[None, :, None, None], wave[None, None, :, None], np.zeros(1))[kind]
+    return noise.clip(0, 255).astype(np.uint8)
+
+
+def write_folders(folder, names=("across", "down", "noise"), count=15):
+    for kind, name in enumerate(names):
+        (folder / name).mkdir(parents=True)
+        for n, image in enumerate(images_of(kind, count, 0)):
+            Image.fromarray(image).save(folder / name / f"{n:03}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return write_folders(tmp_path_factory.mktemp("folders") / "d")
+
+
+def command(weights, data, *more) -> int:
+    return evaluate.main(["--weights", str(weights), "--data", str(data), *map(str, more)])
+
+
+# ------------------------------------------------------------------------------------------------- the command
+
+
+def test_every_figure_of_records(weights, records, tmp_path, capsys):
+    out = tmp_path / "e.json"
+    arguments = ("--baselines", "random", "colour", "--labels", 20, 100, "--seeds", 2)
+    assert command(weights, records, *arguments, "--json", out, "--picture", tmp_path / "e.png") == 0
+    report = json.loads(out.read_text())
+    rows = {(row["weights"], row["task"], row["labels_percent"]): row for row in report["rows"]}
+    assert set(rows) == {
+        (name, task, percent)
+        for name in ("b.safetensors", "random", "colour") for task in ("knn", "linear") for percent in (20, 100)
+    }  # fmt: skip
+    assert report["images"] == {"train": 48, "val": 12, "test": 20}
+    for row in rows.values():
+        figures = row["figures"]
+        assert set(figures) == {"kl", "mae", "top1", "balanced_accuracy", "f1"}
+        low, high = figures["kl"]["interval"]
+        assert 0 < low <= figures["kl"]["mean"] <= high
+        assert row["labels"] == (48 if row["labels_percent"] == 100 else pytest.approx(10, abs=2))
+    # tiles of cells in colours of their classes: colours alone say it all, the more of them the better
+    colour = [rows["colour", "linear", percent]["figures"]["kl"]["mean"] for percent in (20, 100)]
+    assert colour[1] < 0.6 * rows["random", "knn", 100]["figures"]["kl"]["mean"]
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 + len(rows)
+    assert lines[2].startswith("| b.safetensors | knn | 20 %")
+    width, height = Image.open(tmp_path / "e.png").size
+    assert width > 1000 > height > 300
+
+
+def test_all_tasks_on_folders(weights, folders, tmp_path):
+    """Mean colours are equal, so only who looks at patterns can tell the classes apart."""
+    arguments = ("--task", "knn", "linear", "finetune", "--labels", 100, "--seeds", 1, "--epochs", 8, "--batch", 8)
+    assert command(weights, folders, *arguments, "--baselines", "colour", "--json", tmp_path / "e.json") == 0
+    report = json.loads((tmp_path / "e.json").read_text())
+    found = {(row["weights"], row["task"]): row["figures"]["accuracy"]["mean"] for row in report["rows"]}
+    assert report["classes"] == ["across", "down", "noise"]
+    assert report["images"] == {"train": 27, "val": 9, "test": 9}
+    assert set(found) == {("b.safetensors", task) for task in ("knn", "linear", "finetune")} | {
+        ("colour", "knn"), ("colour", "linear"),
+    }  # fmt: skip
+    assert found["b.safetensors", "linear"] >= 0.85
+
+
+def test_other_weights_beside(weights, folders, tmp_path):
+    """A plain state dict of the architecture gives the same figures as the export it came from."""
+    state = safetensors.torch.load_file(weights)
+    torch.save({"state_dict": state}, tmp_path / "plain.pth")
+    arguments = ("--task", "linear", "--labels", 100, "--json", tmp_path / "e.json")
+    assert command(weights, folders, *arguments, "--baselines", tmp_path / "plain.pth") == 0
+    ours, theirs = json.loads((tmp_path / "e.json").read_text())["rows"]
+    assert (theirs["weights"], theirs["figures"]) == ("plain.pth", ours["figures"])
+
+
+# ----------------------------------------------------------------------------------------------------- probes
+
+
+def clusters(count, classes=4, width=10, noise=0.7, seed=0):
+    rng = np.random.default_rng(seed)
+    middles = np.random.default_rng(99).normal(size=(classes, width))
+    labels = rng.integers(0, classes, count)
+    return (middles[labels] + noise * rng.normal(size=(count, width))).astype(np.float32), np.eye(classes)[labels]
+
+
+@pytest.mark.parametrize("penalty", [1e-3, 1e-1])
+@pytest.mark.parametrize("soft", [False, True])
+def test_the_linear_probe_is_the_minimum(penalty, soft):
+    """Against SciPy's minimum of the same function, written down once more."""
+    x_ND, targets_NK = clusters(120)
+    if soft:
+        targets_NK = np.random.default_rng(1).dirichlet(np.ones(4), 120)
+    z = (x_ND - x_ND.mean(0)) / x_ND.std(0)
+
+    def loss(flat):
+        weight, bias = flat[:40].reshape(10, 4), flat[40:]
+        logits = z @ weight + bias
+        log = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+        return -(targets_NK * log).sum(1).mean() + penalty / 2 * (weight**2).sum()
+
+    best = minimize(loss, np.zeros(44), method="L-BFGS-B", options={"maxfun": 10**6, "maxiter": 5000, "ftol": 1e-14})
+    logits = z @ best.x[:40].reshape(10, 4) + best.x[40:]
+    expected = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    np.testing.assert_allclose(probes.linear(x_ND, targets_NK, penalty)(x_ND), expected, atol=2e-3)
+
+
+def test_neighbours_vote_by_their_similarity():
+    train, test = np.array([[1, 0], [0, 2], [1, 1]], np.float64), np.array([[3, 0.1]], np.float64)
+    targets = np.eye(3)
+    found = probes.knn(train, targets, test, 2)
+    similar = (train / np.linalg.norm(train, axis=1)[:, None]) @ (test[0] / np.linalg.norm(test))
+    votes = np.exp(similar / probes.TEMPERATURE) * [1, 0, 1]
+    np.testing.assert_allclose(found[0], votes / votes.sum(), rtol=1e-9)
+    np.testing.assert_array_equal(probes.knn(train, targets, test, 99).argmax(1), [0])
+
+
+def test_settings_are_chosen_on_val_and_never_on_test():
+    train, val, (test_ND, test_NK) = clusters(60), clusters(60, seed=1), clusters(200, seed=2)
+    for best in (probes.best_knn, probes.best_linear):
+        found, chosen = best(train, val, test_ND)
+        assert (found.argmax(1) == test_NK.argmax(1)).mean() > 0.9
+        assert best(train, val, test_ND[::-1])[1] == chosen
+        shuffled = val[0], np.roll(val[1], 1, axis=1)
+        assert best(train, shuffled, test_ND)[1] != chosen
+    found, chosen = probes.best_network(train, val, test_ND, seed=0)
+    assert (found.argmax(1) == test_NK.argmax(1)).mean() > 0.9
+
+
+# ---------------------------------------------------------------------------------------------------- figures
+
+
+def test_figures_by_hand():
+    targets, found = np.eye(3)[[0, 0, 0, 1]], np.eye(3)[[0, 0, 1, 1]] * 0.9 + 0.1 / 3
+    assert evaluate_metrics.per_image(targets, found, soft=False)["accuracy"].tolist() == [1, 1, 0, 1]
+    figures = evaluate_metrics.by_class(targets, found)
+    assert figures["balanced_accuracy"] == pytest.approx((2 / 3 + 1) / 2)
+    assert figures["f1"] == pytest.approx((2 * 2 / 5 + 2 * 1 / 3) / 2)
+    shares, said = np.array([[0.5, 0.5, 0]]), np.array([[0.25, 0.5, 0.25]])
+    soft = evaluate_metrics.per_image(shares, said, soft=True)
+    assert soft["kl"][0] == pytest.approx(0.5 * np.log(2))
+    assert soft["mae"][0] == pytest.approx(0.5 / 3)
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say():
+    rng = np.random.default_rng(0)
+    hits = 0
+    for n in range(200):
+        low, high = evaluate_metrics.interval((rng.random(60) < 0.7).astype(float), seed=n)
+        hits += low <= 0.7 <= high
+    assert 0.89 <= hits / 200 <= 0.99
+
+
+def test_few_labels_are_drawn_from_every_class():
+    labels = np.repeat([0, 1, 2], [500, 40, 3])
+    one, other = evaluate_metrics.subset(labels, 5, 0), evaluate_metrics.subset(labels, 5, 1)
+    assert np.bincount(labels[one]).tolist() == [25, 2, 1]
+    assert not np.array_equal(one, other)
+    assert evaluate_metrics.subset(labels, 100, 3).tolist() == list(range(543))
+
+
+def test_spread_over_seeds():
+    figures = [{"accuracy": np.array([1.0, 0.0])}, {"accuracy": np.array([1.0, 1.0])}]
+    found = evaluate_metrics.over_seeds(figures, [{"f1": 0.5}, {"f1": 0.7}])
+    assert found["accuracy"]["mean"] == 0.75
+    assert found["accuracy"]["std"] == pytest.approx(np.std([0.5, 1.0], ddof=1))
+    assert found["f1"]["mean"] == pytest.approx(0.6)
+
+
+# --------------------------------------------------------------------------------------------------- features
+
+
+def prepared(side=SIZE, bands=(0, 1, 2)):
+    return Preparation([100.0, 110.0, 120.0], [10.0, 20.0, 30.0], side, bands)
+
+
+def test_images_are_normalised_reordered_and_resized():
+    image = images_of(2, 1, 0, 4)[0]
+    found = prepared(bands=(2, 0, 3))([image])[0].numpy()
+    expected = (image[..., [2, 0, 3]].astype(np.float64) - [100, 110, 120]) / [10, 20, 30]
+    np.testing.assert_allclose(found, expected.transpose(2, 0, 1), rtol=1e-5, atol=1e-5)
+    flat = np.full((50, 40, 3), 110, np.uint8)
+    assert prepared()([flat]).shape == (1, 3, SIZE, SIZE)
+    assert prepared()([flat])[0, 1].abs().max() == 0
+
+
+def test_features_of_batches_are_those_of_single_images(folders):
+    part = evaluate_data.open_folders(folders).parts["test"]
+    backbone = build_backbone(BackboneSpec("test_resnet", 3, SIZE)).eval()
+    together = features(backbone, part, prepared(), torch.device("cpu"), size=4)
+    with torch.no_grad():
+        for n in (0, 5, len(part) - 1):
+            alone = backbone(prepared()(part.read([n])))[0].numpy()
+            np.testing.assert_allclose(together[n], alone, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        backbone.conv1[0].weight.fill_(float("nan"))
+    with pytest.raises(ConfigError, match=r"\.png: the backbone gives NaN or infinity for it and 8 more images"):
+        features(backbone, part, prepared(), torch.device("cpu"))
+
+
+def test_statistics_of_random_weights_come_from_the_images(folders):
+    """After it the first norm's output has mean 0 and deviation 1 over the images."""
+    part = evaluate_data.open_folders(folders).parts["train"]
+    backbone = build_backbone(BackboneSpec("resnet18", 3, SIZE))
+    calibrate(backbone, part, prepared(), torch.device("cpu"))
+    seen = []
+    backbone.bn1.register_forward_hook(lambda module, inputs, output: seen.append(output.clone()))
+    with torch.no_grad():
+        backbone.bn1.act = torch.nn.Identity()
+        backbone(prepared()(part.read(range(len(part)))))
+    assert seen[0].mean((0, 2, 3)).abs().max() < 0.01
+    assert (seen[0].std((0, 2, 3)) - 1).abs().max() < 0.02
+
+
+def test_colours_of_an_image(folders):
+    part = evaluate_data.open_folders(folders).parts["test"]
+    pixels = part.read([3])[0][..., [2, 0]].reshape(-1, 2).astype(np.float64)
+    expected = [*pixels.mean(0), *pixels.std(0), *np.percentile(pixels, (5, 25, 50, 75, 95), axis=0).ravel()]
+    np.testing.assert_allclose(colours(part, (2, 0))[3], expected, rtol=1e-5)
+
+
+def test_records_are_split_by_their_blocks(records):
+    data = evaluate_records.open_records(records)
+    assert {name: len(part) for name, part in data.parts.items()} == {"train": 48, "val": 12, "test": 20}
+    names = [name for part in data.parts.values() for name in part.names]
+    assert len(set(names)) == 80
+    assert all("val-" in name for name in data.parts["test"].names)
+    np.testing.assert_allclose(data.parts["train"].targets.sum(1), 1)
+    assert data.parts["val"].read([1])[0].shape == (SIZE, SIZE, 3)
+
+
+def test_finetuning_moves_the_copy_alone(folders):
+    data = evaluate_data.open_folders(folders)
+    backbone = build_backbone(BackboneSpec("test_resnet", 3, SIZE))
+    before = {key: value.clone() for key, value in backbone.state_dict().items()}
+    how = {"epochs": 2, "batch": 8, "seed": 0}
+    runs = [
+        finetune.finetune(backbone, *data.parts.values(), prepared(), torch.device("cpu"), **how)[0] for _ in range(2)
+    ]
+    np.testing.assert_array_equal(*runs)
+    assert runs[0].shape == (9, 3)
+    np.testing.assert_allclose(runs[0].sum(1), 1)
+    assert all(torch.equal(before[key], value) for key, value in backbone.state_dict().items())
+
+
+# ------------------------------------------------------------------------------------------------- other data
+
+
+def test_folders_that_are_split_already_and_geotiffs_of_any_bands(tmp_path):
+    for part, count in (("train", 10), ("test", 2)):
+        for kind, name in enumerate(("a", "b")):
+            (tmp_path / part / name).mkdir(parents=True)
+            for n, image in enumerate(images_of(kind, count, 1, 5)):
+                with rasterio.open(
+                    tmp_path / part / name / f"{n}.tif", "w", driver="GTiff", width=SIZE, height=SIZE, count=5,
+                    dtype="uint8", crs="EPSG:32631", transform=rasterio.Affine(10, 0, 4e5, 0, -10, 5e6),
+                ) as file:  # fmt: skip
+                    file.write(image.transpose(2, 0, 1))
+    data = evaluate_data.open_folders(tmp_path)
+    assert {name: len(part) for name, part in data.parts.items()} == {"train": 16, "val": 4, "test": 4}
+    assert (data.bands, data.dtype, data.soft) == (5, "uint8", False)
+    np.testing.assert_array_equal(data.parts["test"].read([2])[0], images_of(1, 2, 1, 5)[0])
+    assert not set(data.parts["train"].names) & set(data.parts["val"].names)
+
+
+def test_what_is_refused_before_anything_is_computed(weights, folders, tmp_path, capsys):
+    def refused(message, *more, data=folders):
+        assert command(weights, data, *more) == 1
+        said = capsys.readouterr().err
+        assert message in said, said
+        assert "features" not in said
+
+    refused("there is no such folder", data=tmp_path / "nothing")
+    refused("expected a folder for each of two classes or more", data=tmp_path)
+    copy = tmp_path / "copy"
+    shutil.copytree(folders, copy)
+    (copy / "empty").mkdir()
+    refused(f"{copy / 'empty'}: holds no image", data=copy)
+    (copy / "empty/one.png").write_bytes(b"no image")
+    refused("class 'empty' has 1 image(s); at least 3 are needed", data=copy)
+    for name in ("two", "three"):
+        (copy / f"empty/{name}.png").write_bytes(b"no image")
+    refused("is no image that can be read", data=copy)
+    for name in ("one", "two", "three"):
+        Image.fromarray(np.zeros((8, 8), np.uint8)).save(copy / f"empty/{name}.png")
+    refused("1 band(s) of uint8, ", data=copy)
+    shutil.rmtree(copy / "empty")
+    for part in ("train", "test"):
+        shutil.copytree(folders, tmp_path / "given" / part)
+    shutil.rmtree(tmp_path / "given/test/noise")
+    refused("test has no image of noise", data=tmp_path / "given")
+    (tmp_path / "given/test/down").rename(tmp_path / "given/test/dwon")
+    refused("test has a class 'dwon' that train lacks", data=tmp_path / "given")
+    refused("expected 3 numbers from 1 to 3, for red, green, blue", "--bands", 1, 2, 4)
+    refused("--labels 0: expected percent", "--labels", 0)
+    refused("--seeds 0: expected 1 or more", "--seeds", 0)
+    refused("there is no folder", "--json", tmp_path / "no/where.json")
+    state = safetensors.torch.load_file(weights)
+    state.pop("conv1.0.weight")
+    safetensors.torch.save_file(state, tmp_path / "part.safetensors")
+    refused("part.safetensors: does not fit the backbone; keys 1 missing: conv1.0.weight",
+            "--baselines", tmp_path / "part.safetensors")  # fmt: skip
+
+
+def test_images_of_another_depth_or_with_other_bands(weights, tmp_path, capsys):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for n in range(3):
+            Image.fromarray(np.full((8, 8), 1000 + n, np.uint16)).save(tmp_path / name / f"{n}.png")
+    assert command(weights, tmp_path) == 1
+    assert "images of 1 band(s), " in capsys.readouterr().err
+    assert command(weights, tmp_path, "--bands", 1, 1, 1) == 1
+    assert "images of uint16, " in capsys.readouterr().err

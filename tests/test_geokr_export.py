@@ -1,0 +1,296 @@
+"""Backbones as files: every family of the recipes through every way in which users load them."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from torch.nn.modules.batchnorm import _BatchNorm
+
+import geokr
+from geokr import checkpoint, export, export_formats, pretrain
+from geokr.checkpoint import Checkpoint
+from geokr.config import ConfigError
+from geokr.models import BackboneSpec, build_backbone
+from tests.datasets import make_dataset
+from tests.test_geokr_pretrain import keys
+
+FAMILIES = {"resnet18": 64, "resnet50": 64, "vgg16_bn": 32, "convnext_tiny": 64, "vit_small_patch16_224": 64}
+FOLDABLE = ("resnet18", "vgg16_bn")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    """A run of two steps."""
+    folder = tmp_path_factory.mktemp("tiny")
+    records = make_dataset(folder / "d", tiles=24, val=8)
+    assert pretrain.main(keys(records, folder / "run", "train.max_steps=2")) == 0
+    return folder / "run"
+
+
+def filled(spec: BackboneSpec) -> torch.nn.Module:
+    """A backbone whose weights and statistics are all unlike those that it begins with."""
+    torch.manual_seed(1)
+    backbone = build_backbone(spec).eval()
+    for module in backbone.modules():
+        if isinstance(module, _BatchNorm):
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+            torch.nn.init.normal_(module.bias, 0, 0.1)
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+    return backbone
+
+
+@pytest.fixture(scope="module")
+def runs(tiny, tmp_path_factory):
+    """name: (run folder of a backbone of that name, the backbone), made when asked for."""
+    folder, made = tmp_path_factory.mktemp("runs"), {}
+
+    def of(name: str) -> tuple[Path, torch.nn.Module]:
+        if name not in made:
+            spec = BackboneSpec(name, 3, FAMILIES[name])
+            backbone, run = filled(spec), folder / name
+            run.mkdir()
+            for file in ("run.json", "config.yaml"):
+                shutil.copy(tiny / file, run / file)
+            found = checkpoint.load_latest(tiny / "checkpoints")
+            about = {"name": name, "image_size": spec.image_size, "timm_arguments": spec.arguments()}
+            card = {**found.meta["card"], "backbone": about}
+            tensors = {f"teacher/backbone.{key}": value for key, value in backbone.state_dict().items()}
+            (run / "checkpoints").mkdir()
+            checkpoint.save(run / "checkpoints", Checkpoint(tensors, {**found.meta, "card": card}), 1)
+            made[name] = run, backbone
+        return made[name]
+
+    return of
+
+
+def images_for(name: str, count: int = 2) -> torch.Tensor:
+    return torch.randn(count, 3, FAMILIES[name], FAMILIES[name], generator=torch.Generator().manual_seed(2))
+
+
+def features(backbone, images) -> np.ndarray:
+    with torch.no_grad():
+        return backbone(images).numpy()
+
+
+def code_of(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", page, re.S)
+
+
+# ------------------------------------------------------------------------------------------------- weights
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_weights_of_every_family_load_as_the_card_says(name, runs, tmp_path, monkeypatch):
+    """geokr's way and timm's, run as they stand on the page."""
+    run, backbone = runs(name)
+    images = images_for(name)
+    expected = features(backbone, images)
+    for file in ("b.safetensors", "b.pth")[: 2 if name == "resnet18" else 1]:
+        assert export.main(["--run", str(run), "--out", str(tmp_path / file)]) == 0
+        (code,) = code_of((tmp_path / f"{file}.md").read_text())
+        monkeypatch.chdir(tmp_path)
+        for part in code.split("\n\n"):
+            space = {}
+            exec(part, space)
+            np.testing.assert_array_equal(features(space["backbone"], images), expected, err_msg=part)
+    assert len(code.split("\n\n")) == 2
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "vgg16_bn"])
+def test_torchvision_takes_resnets_and_the_convolutions_of_a_vgg(name, runs, tmp_path):
+    models = pytest.importorskip("torchvision").models
+    run, backbone = runs(name)
+    export.export(run, tmp_path / "b.safetensors")
+    state = safetensors.torch.load_file(tmp_path / "b.safetensors")
+    images = images_for(name)
+    if name == "vgg16_bn":
+        theirs = models.vgg16_bn().features.eval()
+        theirs.load_state_dict({key.removeprefix("features."): value for key, value in state.items()})
+        found = theirs(images).mean((2, 3)).detach().numpy()
+    else:
+        theirs = getattr(models, name)()
+        theirs.fc = torch.nn.Identity()
+        theirs.load_state_dict(state)
+        found = features(theirs.eval(), images)
+    np.testing.assert_allclose(found, features(backbone, images), rtol=1e-4, atol=1e-5)
+
+
+def test_segmentation_models_take_the_weights_as_their_encoder(runs, tmp_path):
+    smp = pytest.importorskip("segmentation_models_pytorch")
+    run, backbone = runs("resnet18")
+    export.export(run, tmp_path / "b.safetensors")
+    model = smp.Unet("tu-resnet18", encoder_weights=None, in_channels=3, classes=2).eval()
+    lost = model.encoder.model.load_state_dict(safetensors.torch.load_file(tmp_path / "b.safetensors"), strict=False)
+    assert not lost.missing_keys
+    images = images_for("resnet18")
+    np.testing.assert_allclose(
+        model.encoder(images)[-1].mean((2, 3)).detach(), features(backbone, images), rtol=1e-4, atol=1e-5
+    )
+
+
+# ------------------------------------------------------------------------------------- folded, in half precision
+
+
+@pytest.mark.parametrize("name", FOLDABLE)
+def test_folded_norms_give_the_same_features(name, runs, tmp_path):
+    run, backbone = runs(name)
+    assert export.main(["--run", str(run), "--out", str(tmp_path / "b.safetensors"), "--fold-bn"]) == 0
+    folded, images = geokr.load_backbone(tmp_path / "b.safetensors"), images_for(name)
+    np.testing.assert_allclose(features(folded, images), features(backbone, images), rtol=1e-4, atol=1e-5)
+    assert not any(isinstance(module, _BatchNorm) for module in folded.modules())
+    norms = sum(isinstance(module, _BatchNorm) for module in backbone.modules())
+    assert len(folded.card["weights"]["folded"]) == norms > 0
+    assert not [key for key in safetensors.torch.load_file(tmp_path / "b.safetensors") if "running_mean" in key]
+    page = (tmp_path / "b.safetensors.md").read_text()
+    assert "timm.create_model" not in page
+    assert "no longer timm's" in page
+
+
+def test_folding_undone_by_hand(runs, tmp_path):
+    """The first convolution's weights against NumPy in float64."""
+    run, backbone = runs("resnet18")
+    export.export(run, tmp_path / "b.safetensors", fold_bn=True)
+    state = safetensors.torch.load_file(tmp_path / "b.safetensors")
+    norm = {key: getattr(backbone.bn1, key).detach().double().numpy() for key in
+            ("weight", "bias", "running_mean", "running_var")}  # fmt: skip
+    scale = norm["weight"] / np.sqrt(norm["running_var"] + backbone.bn1.eps)
+    np.testing.assert_allclose(
+        state["conv1.weight"], backbone.conv1.weight.detach().double().numpy() * scale[:, None, None, None], rtol=1e-6
+    )
+    np.testing.assert_allclose(state["conv1.bias"], norm["bias"] - norm["running_mean"] * scale, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["convnext_tiny", "vit_small_patch16_224"])
+def test_where_there_is_nothing_to_fold(name, runs, tmp_path, capsys):
+    assert export.main(["--run", str(runs(name)[0]), "--out", str(tmp_path / "b.pth"), "--fold-bn"]) == 1
+    assert f"--fold-bn: {name} has no batch norm to fold; leave the option out" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_and_what_it_costs(dtype, runs, tmp_path):
+    run, backbone = runs("resnet18")
+    export.export(run, tmp_path / "b.safetensors", dtype=dtype)
+    export.export(run, tmp_path / "whole.safetensors")
+    size = (tmp_path / "b.safetensors").stat().st_size / (tmp_path / "whole.safetensors").stat().st_size
+    assert 0.49 < size < 0.52
+    loaded = geokr.load_backbone(tmp_path / "b.safetensors")
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))  # as the exporter draws them
+    difference = np.abs(features(loaded, images) - features(backbone, images)).max()
+    kept = loaded.card["weights"]
+    assert kept["largest_difference"] == pytest.approx(difference, rel=1e-3)
+    assert 0 < difference < 0.1 * kept["largest_feature"]
+    assert loaded.conv1.weight.dtype == torch.float32
+    assert f"{kept['largest_difference']:.2g}" in (tmp_path / "b.safetensors.md").read_text()
+
+
+def test_what_float16_cannot_hold(tiny, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(tiny, run)
+    found = checkpoint.load_latest(run / "checkpoints")
+    key = next(key for key in found.tensors if key.startswith("teacher/backbone.") and key.endswith("weight"))
+    tensors = {**found.tensors, key: found.tensors[key] * 0 + 1e6}
+    checkpoint.save(run / "checkpoints", Checkpoint(tensors, found.meta), 1)
+    assert export.main(["--run", str(run), "--out", str(tmp_path / "b.pth"), "--dtype", "float16"]) == 1
+    assert re.search(r"--dtype float16: \S+weight holds 1e\+06, beyond it; take bfloat16", capsys.readouterr().err)
+    assert export.main(["--run", str(run), "--out", str(tmp_path / "b.pth"), "--dtype", "bfloat16"]) == 0
+
+
+# ---------------------------------------------------------------------------------------------- computations
+
+
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("resnet18", ()),
+        ("resnet18", ("--fold-bn", "--dtype", "bfloat16")),
+        *(pytest.param(name, (), marks=pytest.mark.slow) for name in FAMILIES if name != "resnet18"),
+    ],
+)
+@pytest.mark.parametrize("form", ["torch-export", "onnx"])
+def test_computations_run_as_the_card_says(name, more, form, runs, tmp_path, monkeypatch):
+    if form == "onnx":
+        pytest.importorskip("onnxruntime")
+        pytest.importorskip("onnxscript")
+        more = tuple("float16" if item == "bfloat16" else item for item in more)
+    run, backbone = runs(name)
+    file = tmp_path / ("b.onnx" if form == "onnx" else "b.pt2")
+    assert export.main(["--run", str(run), "--out", str(file), *more]) == 0
+    (code,) = code_of(Path(f"{file}.md").read_text())
+    monkeypatch.chdir(tmp_path)
+    for count in (1, 5):
+        images = images_for(name, count)
+        space = {"images": images.numpy() if form == "onnx" else images}
+        with torch.no_grad():
+            exec(code, space)
+        found, expected = np.asarray(space["features"]), features(backbone, images)
+        assert found.dtype == np.float32
+        tolerance = 0.05 if more else 1e-3
+        np.testing.assert_allclose(found, expected, atol=tolerance * np.abs(expected).max())
+    card = json.loads(Path(f"{file}.json").read_text())
+    assert card["weights"]["tried"].split()[0] == ("onnxruntime" if form == "onnx" else "torch")
+    with pytest.raises(ConfigError, match=r"holds a computation, not weights by name; .*\.md says how it is loaded"):
+        geokr.load_backbone(file)
+
+
+def test_a_computation_that_is_not_the_backbones_is_not_left_behind(runs, tmp_path, monkeypatch, capsys):
+    real = export_formats._run_torch
+    monkeypatch.setattr(export_formats, "_run_torch", lambda path: ("torch", lambda x: real(path)[1](x) * 1.1))
+    assert export.main(["--run", str(runs("resnet18")[0]), "--out", str(tmp_path / "b.pt2")]) == 1
+    assert "gives features that are off by" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_half_precision_that_onnx_cannot_take(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(export_formats, "ONNX_MODULES", ())
+    assert export.main(["--run", str(tiny), "--out", str(tmp_path / "b.onnx"), "--dtype", "bfloat16"]) == 1
+    assert "--dtype bfloat16: ONNX Runtime does not compute in it" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------- cards
+
+
+def test_the_page_says_what_a_user_must_know(tiny, tmp_path):
+    export.export(tiny, tmp_path / "b.safetensors", model="student")
+    card, page = (tmp_path / "b.safetensors.json").read_text(), (tmp_path / "b.safetensors.md").read_text()
+    card = json.loads(card)
+    for band, mean in zip(card["bands"], card["input"]["mean"], strict=True):
+        assert re.search(rf"\| {band['name']} \| [^|]+ \| {mean:.6g} ", page)
+    for entry in card["classes"]:
+        assert f"| {entry['name']} |" in page
+    assert f"| val/kl | {card['metrics']['val/kl']:.6g} |" in page
+    assert "The student's test_resnet" in page
+    assert "backbone: test_resnet" in page  # of the configuration
+    assert "Licence:" in page
+
+
+def test_licences_come_from_the_product():
+    assert export._licence("worldcover") == "CC-BY 4.0"
+    assert export._licence("a product of my own") is None
+
+
+def test_weights_that_do_not_fit_their_card(runs, tmp_path):
+    """The first keys that differ are named, whichever way they do."""
+    out = tmp_path / "b.safetensors"
+    export.export(runs("resnet18")[0], out)
+    state = safetensors.torch.load_file(out)
+    wrong = {
+        "missing": {k: v for k, v in state.items() if k != "conv1.weight"},
+        "unknown": {**state, "x": state["conv1.weight"].clone()},
+    }
+    wrong["of another shape"] = {**state, "conv1.weight": state["conv1.weight"][:, :1].contiguous()}
+    for what, tensors in wrong.items():
+        safetensors.torch.save_file(tensors, out)
+        with pytest.raises(ConfigError, match=rf"b\.safetensors: does not fit resnet18 .* 1 {what}: (conv1\.weight|x)"):
+            geokr.load_backbone(out)
+    card = json.loads((tmp_path / "b.safetensors.json").read_text())
+    card["weights"]["folded"] = [["conv1", "no_such_norm"]]
+    (tmp_path / "b.safetensors.json").write_text(json.dumps(card))
+    with pytest.raises(ConfigError, match="lists a folded norm that the backbone does not have"):
+        geokr.load_backbone(out)
