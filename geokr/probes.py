@@ -4,8 +4,6 @@ X: features float [N, D]. T: targets float64 [N, K], rows of sum 1: one class, o
 probabilities float64 [N, K] of test images.
 """
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -46,41 +44,52 @@ def best_knn(
     return knn(*train, test_ND, chosen), {"neighbours": chosen}
 
 
-def linear(train_ND: np.ndarray, targets_NK: np.ndarray, penalty: float) -> Callable[[np.ndarray], np.ndarray]:
-    """Softmax regression: the minimum of mean cross entropy + penalty / 2 * |W|^2, by L-BFGS in float64.
+class Linear:
+    """Softmax regression on features that are standardised by their own mean and deviation; biases are not penalised."""
 
-    Features are standardised by their own mean and deviation; biases are not penalised.
-    """
-    mean, deviation = train_ND.mean(0, dtype=np.float64), train_ND.std(0, dtype=np.float64)
-    scale = 1 / np.where(deviation > 1e-8, deviation, 1.0)
+    def __init__(self, train_ND: np.ndarray, targets_NK: np.ndarray) -> None:
+        self._mean, deviation = train_ND.mean(0, dtype=np.float64), train_ND.std(0, dtype=np.float64)
+        self._scale = 1 / np.where(deviation > 1e-8, deviation, 1.0)
+        self._inputs, self._targets = self._standardised(train_ND), torch.from_numpy(targets_NK)
+        shape = self._inputs.shape[1], targets_NK.shape[1]
+        self.weight = torch.zeros(shape, dtype=torch.float64, requires_grad=True)
+        self.bias = torch.zeros(shape[1], dtype=torch.float64, requires_grad=True)
 
-    def standardised(x_ND: np.ndarray) -> Tensor:
-        return torch.from_numpy((x_ND.astype(np.float64) - mean) * scale)
+    def _standardised(self, x_ND: np.ndarray) -> Tensor:
+        return torch.from_numpy((x_ND.astype(np.float64) - self._mean) * self._scale)
 
-    inputs, targets = standardised(train_ND), torch.from_numpy(targets_NK)
-    weight = torch.zeros(inputs.shape[1], targets.shape[1], dtype=torch.float64, requires_grad=True)
-    bias = torch.zeros(targets.shape[1], dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weight, bias], max_iter=500, tolerance_grad=1e-7, line_search_fn="strong_wolfe")
+    def fit(self, penalty: float) -> "Linear":
+        """Goes from where it is to the minimum of mean cross entropy + penalty / 2 * |W|^2, by L-BFGS in float64."""
+        optimizer = torch.optim.LBFGS(
+            [self.weight, self.bias], max_iter=500, tolerance_grad=1e-6, line_search_fn="strong_wolfe"
+        )
 
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        log = (inputs @ weight + bias).log_softmax(1)
-        loss = -(targets * log).sum(1).mean() + penalty / 2 * weight.square().sum()
-        loss.backward()
-        return loss
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            log = (self._inputs @ self.weight + self.bias).log_softmax(1)
+            loss = -(self._targets * log).sum(1).mean() + penalty / 2 * self.weight.square().sum()
+            loss.backward()
+            return loss
 
-    optimizer.step(closure)  # pyright: ignore[reportArgumentType] - torch asks for a float where it takes a tensor
-    with torch.no_grad():
-        return lambda x_ND: (standardised(x_ND) @ weight.detach() + bias.detach()).softmax(1).numpy()
+        optimizer.step(closure)  # pyright: ignore[reportArgumentType] - torch asks for a float where it takes a tensor
+        return self
+
+    @torch.no_grad()
+    def __call__(self, x_ND: np.ndarray) -> np.ndarray:
+        return (self._standardised(x_ND) @ self.weight + self.bias).softmax(1).numpy()
 
 
 def best_linear(
     train: tuple[np.ndarray, np.ndarray], val: tuple[np.ndarray, np.ndarray], test_ND: np.ndarray
 ) -> tuple[np.ndarray, dict[str, float]]:
     """With the penalty that does best on val. Returns (probabilities, what was chosen)."""
-    fitted = {penalty: linear(*train, penalty) for penalty in PENALTIES}
-    chosen = min(PENALTIES, key=lambda penalty: _divergence(val[1], fitted[penalty](val[0])))
-    return fitted[chosen](test_ND), {"penalty": chosen}
+    model, best = Linear(*train), (np.inf, np.zeros(0), 0.0)
+    for penalty in sorted(PENALTIES, reverse=True):  # each from the one before, which is near
+        model.fit(penalty)
+        loss = _divergence(val[1], model(val[0]))
+        if loss < best[0]:
+            best = loss, model(test_ND), penalty
+    return best[1], {"penalty": best[2]}
 
 
 def best_network(

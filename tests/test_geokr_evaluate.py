@@ -142,7 +142,7 @@ def test_the_linear_probe_is_the_minimum(penalty, soft):
     best = minimize(loss, np.zeros(44), method="L-BFGS-B", options={"maxfun": 10**6, "maxiter": 5000, "ftol": 1e-14})
     logits = z @ best.x[:40].reshape(10, 4) + best.x[40:]
     expected = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
-    np.testing.assert_allclose(probes.linear(x_ND, targets_NK, penalty)(x_ND), expected, atol=2e-3)
+    np.testing.assert_allclose(probes.Linear(x_ND, targets_NK).fit(penalty)(x_ND), expected, atol=2e-3)
 
 
 def test_neighbours_vote_by_their_similarity():
