@@ -45,7 +45,7 @@ def best_knn(
 
 
 class Linear:
-    """Softmax regression on features that are standardised by their own mean and deviation; biases are not penalised."""
+    """Softmax regression on features standardised by their own mean and deviation; biases are not penalised."""
 
     def __init__(self, train_ND: np.ndarray, targets_NK: np.ndarray) -> None:
         self._mean, deviation = train_ND.mean(0, dtype=np.float64), train_ND.std(0, dtype=np.float64)
