@@ -11,10 +11,10 @@ from geokr.models import BackboneSpec
 from geokr.records import Band, Manifest
 
 
-def versions() -> dict[str, str]:
-    """Versions of what computed the weights."""
+def versions(*more: str) -> dict[str, str]:
+    """Versions of what computed the weights, and of more packages that took part."""
     found = {"geokr": __version__, "python": platform.python_version(), "torch": torch.__version__}
-    for name in ("timm", "torchvision", "safetensors", "numpy"):
+    for name in ("timm", "torchvision", "safetensors", "numpy", *more):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

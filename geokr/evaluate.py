@@ -1,19 +1,23 @@
 """What a backbone is worth on someone's task: ``python -m geokr.evaluate --weights FILE --data DIR``.
 
-    --task knn linear      on fixed features (the default); finetune trains the backbone too
+    --task knn linear      on fixed features (the default); finetune trains the backbone too; segment trains it with a
+                           decoder on images with masks, detect as a detector on images with boxes
     --labels 1 5 10 100    percent of the training labels that are used: how far few of them go
     --baselines random imagenet colour FILE ...
                            the same with random weights, timm's ImageNet weights, no backbone at all but the mean,
                            deviation and percentiles of each band, or other weights of the same architecture
 
-Data is a folder a class, or records that geokr packed (see geokr.evaluate_data; then shares are predicted, and the
-figures are KL and errors of shares). Everything is run with ``--seeds`` draws of the labels; the table gives mean and
-deviation over them, and a 95 % bootstrap interval over test images.
+Data is a folder a class (geokr.evaluate_data), or records that geokr packed (then shares are predicted, and the
+figures are KL and errors of shares); for segment pairs of images and masks (geokr.evaluate_pairs), for detect images
+with COCO's JSON (geokr.evaluate_coco). Everything is run with ``--seeds`` draws of the labels; the table gives mean and
+deviation over them, and a 95 % bootstrap interval over test images. docs/evaluation.md has more of it.
 """
 
 import argparse
+import dataclasses
 import json
 import os
+import platform
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,7 +29,20 @@ import torch
 from torch import nn
 
 import geokr
-from geokr import card, evaluate_features, evaluate_metrics, evaluate_records, evaluate_report, finetune, probes
+from geokr import (
+    card,
+    evaluate_coco,
+    evaluate_dense,
+    evaluate_detect,
+    evaluate_features,
+    evaluate_metrics,
+    evaluate_pairs,
+    evaluate_records,
+    evaluate_report,
+    evaluate_segment,
+    finetune,
+    probes,
+)
 from geokr.checkpoint import write_text
 from geokr.config import ConfigError
 from geokr.evaluate_data import Data, open_folders
@@ -35,6 +52,8 @@ from geokr.records import MANIFEST
 from geokr.weights import load_into, read_state
 
 TASKS = ("knn", "linear", "finetune")
+DENSE = ("segment", "detect")  # with data of their own
+BATCH = {"finetune": 32, "segment": 16, "detect": 4}
 COLOUR = "colour"
 
 
@@ -49,8 +68,7 @@ class Entrant:
 def entrants(weights: str, baselines: Sequence[str], data: Data, prepare: Preparation, device: Any) -> list[Entrant]:
     """The weights and what they are compared with, all loaded before anything is computed."""
     main = geokr.load_backbone(weights)
-    about: dict[str, Any] = main.card  # type: ignore[assignment]
-    spec = BackboneSpec(about["backbone"]["name"], len(about["bands"]), about["backbone"]["image_size"])
+    spec = _spec(main)
     found = [Entrant(Path(weights).name, main)]
     for name in baselines:
         if name == COLOUR:
@@ -69,6 +87,11 @@ def entrants(weights: str, baselines: Sequence[str], data: Data, prepare: Prepar
             load_into(backbone, read_state(name), name)
             found.append(Entrant(Path(name).name, backbone))
     return found
+
+
+def _spec(backbone: nn.Module) -> BackboneSpec:
+    about: dict[str, Any] = backbone.card  # type: ignore[assignment]
+    return BackboneSpec(about["backbone"]["name"], len(about["bands"]), about["backbone"]["image_size"])
 
 
 def preparation(weights: str, data: Data, bands: Sequence[int] | None) -> Preparation:
@@ -165,19 +188,58 @@ def evaluate(chosen: argparse.Namespace, say: Callable[[str], None]) -> dict[str
     """The report as a tree. Raises ConfigError, before hours are spent, for what cannot be compared."""
     device = torch.device(chosen.device)
     is_packed = (Path(chosen.data) / MANIFEST).exists()
+    if chosen.task[0] in DENSE:
+        if is_packed:
+            raise ConfigError(f"--data {chosen.data}: records hold shares of classes, for the tasks {', '.join(TASKS)}")
+        return _dense(chosen, device, say)
     data = evaluate_records.open_records(chosen.data) if is_packed else open_folders(chosen.data)
     prepare = preparation(chosen.weights, data, chosen.bands)
     found = entrants(chosen.weights, chosen.baselines, data, prepare, device)
-    study = Study(data, prepare, device, tuple(chosen.labels), chosen.seeds, chosen.epochs, chosen.batch, say)
+    batch = chosen.batch or BATCH["finetune"]
+    study = Study(data, prepare, device, tuple(chosen.labels), chosen.seeds, chosen.epochs, batch, say)
     rows = [row for entrant in found for row in study.of(entrant, chosen.task)]
+    return _report(chosen, data, rows)
+
+
+def _dense(chosen: argparse.Namespace, device: torch.device, say: Callable[[str], None]) -> dict[str, Any]:
+    kind = chosen.task[0]
+    spec = _spec(geokr.load_backbone(chosen.weights))
+    shared = {"spec": spec, "device": device, "epochs": chosen.epochs, "batch": chosen.batch or BATCH[kind]}
+    say(f"{chosen.data}: every file is checked")
+    if kind == "segment":
+        pairs = evaluate_pairs.open_pairs(chosen.data, chosen.ignore)
+        prepare = preparation(chosen.weights, pairs.data, chosen.bands).as_large()
+        crop = evaluate_segment.crop_side(chosen.crop or spec.image_size)
+        task = evaluate_segment.Segment(pairs, prepare=prepare, decoder=chosen.decoder, crop=crop, **shared)
+    else:
+        found = evaluate_coco.open_coco(chosen.data)
+        prepare = preparation(chosen.weights, found.data, chosen.bands).as_large()
+        task = evaluate_detect.Detect(found, prepare=prepare, kind=chosen.detector, **shared)
+    baselines = [name for name in chosen.baselines if kind == "segment" or name != COLOUR]
+    middles = {name: evaluate_dense.middle(part, spec.image_size) for name, part in task.data.parts.items()}
+    data = dataclasses.replace(task.data, parts=middles)
+    compared = entrants(chosen.weights, baselines, data, prepare, device)
+    return _report(chosen, task.data, evaluate_dense.rows(task, kind, compared, chosen.labels, chosen.seeds, say))
+
+
+def _report(chosen: argparse.Namespace, data: Data, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    kind = chosen.task[-1]
+    settings = {name: getattr(chosen, name) for name in ("baselines", "labels", "seeds", "epochs", "bands", "device")}
+    settings["batch"] = chosen.batch or BATCH.get(kind)
+    own = {"segment": ("decoder", "crop", "ignore"), "detect": ("detector",)}.get(kind, ())
     return {
         "data": data.path,
         "classes": list(data.classes),
         "images": {name: len(part) for name, part in data.parts.items()},
-        "settings": {name: getattr(chosen, name) for name in ("labels", "seeds", "epochs", "batch")},
-        "versions": card.versions(),
+        "settings": settings | {name: getattr(chosen, name) for name in own},
+        "machine": {"device": _device_name(chosen.device), "platform": platform.platform(), "cores": os.cpu_count()},
+        "versions": card.versions("torchmetrics", "segmentation-models-pytorch", "pycocotools"),
         "rows": rows,
     }
+
+
+def _device_name(device: str) -> str:
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else device
 
 
 def parser() -> argparse.ArgumentParser:
@@ -186,13 +248,17 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--weights", required=True, metavar="FILE", help="what geokr.export wrote")
     made.add_argument("--data", required=True, metavar="DIR")
-    made.add_argument("--task", nargs="+", choices=TASKS, default=["knn", "linear"])
+    made.add_argument("--task", nargs="+", choices=TASKS + DENSE, default=["knn", "linear"])
     made.add_argument("--baselines", nargs="+", default=["random", COLOUR], metavar="NAME")
     made.add_argument("--labels", nargs="+", type=float, default=[1, 5, 10, 100], metavar="PERCENT")
     made.add_argument("--seeds", type=int, default=3)
     made.add_argument("--bands", nargs="+", type=int, help="of the images, from 1, in the order of the card's")
-    made.add_argument("--epochs", type=int, default=30, help="of finetune")
-    made.add_argument("--batch", type=int, default=32, help="of finetune")
+    made.add_argument("--epochs", type=int, default=30, help="of finetune, segment and detect")
+    made.add_argument("--batch", type=int, help="of finetune (default 32), segment (16) or detect (4)")
+    made.add_argument("--decoder", default="unet", help="of segment: any that segmentation-models-pytorch has")
+    made.add_argument("--crop", type=int, help="of segment: side in pixels; default: of the images of pretraining")
+    made.add_argument("--ignore", type=int, default=255, help="of segment: a value in masks that counts nowhere")
+    made.add_argument("--detector", choices=evaluate_detect.DETECTORS, default=evaluate_detect.DETECTORS[0])
     made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     made.add_argument("--json", type=Path, metavar="FILE", help="every figure")
     made.add_argument("--picture", type=Path, metavar="FILE", help="PNG: figures over the share of labels")
@@ -202,9 +268,11 @@ def parser() -> argparse.ArgumentParser:
 def _check(chosen: argparse.Namespace) -> None:
     if bad := [percent for percent in chosen.labels if not 0 < percent <= 100]:
         raise ConfigError(f"--labels {bad[0]:g}: expected percent, above 0 and up to 100")
-    for name in ("seeds", "epochs", "batch"):
-        if getattr(chosen, name) < 1:
-            raise ConfigError(f"--{name} {getattr(chosen, name)}: expected 1 or more")
+    for name in ("seeds", "epochs", "batch", "crop"):
+        if (value := getattr(chosen, name)) is not None and value < 1:
+            raise ConfigError(f"--{name} {value}: expected 1 or more")
+    if len(chosen.task) > 1 and (alone := [task for task in chosen.task if task in DENSE]):
+        raise ConfigError(f"--task {alone[0]} has data of its own: ask for it alone")
     for path in (chosen.json, chosen.picture):
         if path is not None and not path.absolute().parent.is_dir():
             raise ConfigError(f"{path}: there is no folder {path.absolute().parent} to write it to")

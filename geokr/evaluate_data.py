@@ -6,19 +6,15 @@
 N images, C bands, H x W pixels, K classes.
 """
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from geokr.config import ConfigError, suggestion
+from geokr.evaluate_images import GEO, PLAIN, hash_of, read, same_form
 
-PLAIN = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
-GEO = (".tif", ".tiff", ".jp2")
 PARTS = ("train", "val", "test")
 LEAST = 3  # images of a class that is split by names: one for each part
 SHOWN = 5
@@ -93,7 +89,7 @@ def _given(folder: Path) -> Data:
             )
     pairs = {name: [(p, k) for k, c in enumerate(classes) for p in found.get(c, [])] for name, found in files.items()}
     if "val" not in pairs:
-        ordered = sorted(pairs["train"], key=lambda pair: _hash(pair[0], folder))
+        ordered = sorted(pairs["train"], key=lambda pair: hash_of(pair[0], folder))
         pairs["val"] = [pair for n, pair in enumerate(ordered) if n % 5 == 0]
         pairs["train"] = [pair for n, pair in enumerate(ordered) if n % 5]
     return _data(folder, classes, pairs)
@@ -104,7 +100,7 @@ def _folders(folder: Path) -> Data:
     classes = sorted(files)
     pairs: dict[str, list[tuple[Path, int]]] = {name: [] for name in PARTS}
     for k, name in enumerate(classes):
-        ordered = sorted(files[name], key=lambda path: _hash(path, folder))
+        ordered = sorted(files[name], key=lambda path: hash_of(path, folder))
         if len(ordered) < LEAST:
             raise ConfigError(
                 f"--data {folder}: class {name!r} has {len(ordered)} image(s); at least {LEAST} are needed to split "
@@ -115,10 +111,6 @@ def _folders(folder: Path) -> Data:
         pairs["val"] += [(path, k) for path in ordered[fifth : 2 * fifth]]
         pairs["train"] += [(path, k) for path in ordered[2 * fifth :]]
     return _data(folder, classes, pairs)
-
-
-def _hash(path: Path, folder: Path) -> bytes:
-    return hashlib.blake2b(path.relative_to(folder).as_posix().encode()).digest()
 
 
 def _files(folder: Path) -> dict[str, list[Path]]:
@@ -137,10 +129,7 @@ def _files(folder: Path) -> dict[str, list[Path]]:
 
 def _data(folder: Path, classes: Sequence[str], pairs: dict[str, list[tuple[Path, int]]]) -> Data:
     paths = [path for some in pairs.values() for path, _ in some]
-    bands, dtype = _form(paths[0])
-    for path in paths[1:]:  # headers alone
-        if (form := _form(path)) != (bands, dtype):
-            raise ConfigError(f"{path}: {form[0]} band(s) of {form[1]}, {paths[0].name} has {bands} of {dtype}")
+    bands, dtype = same_form(paths)
     eye = np.eye(len(classes))
     parts = {
         name: Part([str(path) for path, _ in some], eye[[k for _, k in some]], _reader([path for path, _ in some]))
@@ -150,41 +139,4 @@ def _data(folder: Path, classes: Sequence[str], pairs: dict[str, list[tuple[Path
 
 
 def _reader(paths: Sequence[Path]) -> Callable[[Sequence[int]], list[np.ndarray]]:
-    return lambda numbers: [_read(paths[n]) for n in numbers]
-
-
-MODES = {"L": (1, "uint8"), "RGB": (3, "uint8"), "RGBA": (4, "uint8"), "P": (3, "uint8"), "I;16": (1, "uint16")}
-
-
-def _form(path: Path) -> tuple[int, str]:
-    """(bands, dtype) by the file's header."""
-    if path.suffix.lower() in GEO:
-        with _rasterio(path).open(path) as file:
-            return file.count, file.dtypes[0]
-    try:
-        with Image.open(path) as image:
-            if image.mode not in MODES:
-                raise ConfigError(f"{path}: images of mode {image.mode} are not read; convert it to RGB")
-            return MODES[image.mode]
-    except OSError as error:
-        raise ConfigError(f"{path}: is no image that can be read ({error})") from error
-
-
-def _read(path: Path) -> np.ndarray:
-    try:
-        if path.suffix.lower() in GEO:
-            with _rasterio(path).open(path) as file:
-                return np.ascontiguousarray(file.read().transpose(1, 2, 0))
-        with Image.open(path) as image:
-            pixels = np.asarray(image.convert("RGB") if image.mode == "P" else image)
-    except (OSError, ValueError, SyntaxError) as error:
-        raise ConfigError(f"{path}: is damaged ({error})") from error
-    return pixels if pixels.ndim == 3 else pixels[..., None]
-
-
-def _rasterio(path: Path) -> Any:
-    try:
-        import rasterio
-    except ImportError as error:
-        raise ConfigError(f"{path}: GeoTIFF and JPEG 2000 need rasterio: pip install 'geokr[pack]'") from error
-    return rasterio
+    return lambda numbers: [read(paths[n]) for n in numbers]

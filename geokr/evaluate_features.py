@@ -17,13 +17,20 @@ PERCENTILES = (5, 25, 50, 75, 95)
 class Preparation:
     """Images [H, W, C] to what a backbone takes: float32 [N, C, S, S], chosen bands, normalised, resized to a side S.
 
-    mean, std: one a band of the backbone. bands: which of an image's, from 0, in the backbone's order.
+    mean, std: one a band of the backbone. side: 0 to leave images as large as they are. bands: which of an image's,
+    from 0, in the backbone's order.
     """
 
     def __init__(self, mean: list[float], std: list[float], side: int, bands: tuple[int, ...]) -> None:
+        self._plain = mean, std, bands
         self.mean = torch.tensor(mean, dtype=torch.float32).view(1, -1, 1, 1)
         self.std = torch.tensor(std, dtype=torch.float32).view(1, -1, 1, 1)
         self.side, self.bands = side, list(bands)
+
+    def as_large(self) -> "Preparation":
+        """The same without resizing: where pixels are what is asked about."""
+        mean, std, bands = self._plain
+        return Preparation(mean, std, 0, bands)
 
     def __call__(self, images: list[np.ndarray]) -> Tensor:
         return torch.cat([self._one(image) for image in images])
@@ -31,7 +38,7 @@ class Preparation:
     def _one(self, image_HWC: np.ndarray) -> Tensor:
         pixels = torch.from_numpy(np.ascontiguousarray(image_HWC[..., self.bands].transpose(2, 0, 1), np.float32))[None]
         pixels = (pixels - self.mean) / self.std
-        if pixels.shape[2:] != (self.side, self.side):
+        if self.side and pixels.shape[2:] != (self.side, self.side):
             pixels = interpolate(pixels, (self.side, self.side), mode="bilinear", antialias=True, align_corners=False)
         return pixels
 

@@ -53,11 +53,11 @@ def over_seeds(runs: list[Figures], extra: list[dict[str, float]]) -> dict[str, 
     for name in runs[0]:
         means = [float(figures[name].mean()) for figures in runs]
         together = np.mean([figures[name] for figures in runs], axis=0)
-        found[name] = {**_spread(means), "interval": interval(together)}
+        found[name] = {**spread(means), "interval": interval(together)}
     for name in extra[0]:
-        found[name] = _spread([figures[name] for figures in extra])
+        found[name] = spread([figures[name] for figures in extra])
     return found
 
 
-def _spread(values: list[float]) -> dict[str, float | tuple[float, float]]:
+def spread(values: list[float]) -> dict[str, float | tuple[float, float]]:
     return {"mean": float(np.mean(values)), "std": float(np.std(values, ddof=1)) if len(values) > 1 else 0.0}

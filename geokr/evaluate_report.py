@@ -10,11 +10,18 @@ SHOWN = {
     "kl": "{:.4f}",
     "mae": "{:.4f}",
     "top1": "{:.1%}",
+    "miou": "{:.3f}",
+    "pixel_accuracy": "{:.1%}",
+    "ap": "{:.3f}",
+    "ap50": "{:.3f}",
+    "ap75": "{:.3f}",
     "balanced_accuracy": "{:.1%}",
     "f1": "{:.3f}",
 }
 TITLES = {
     "accuracy": "accuracy on test images",
+    "miou": "mean IoU on test images",
+    "ap": "average precision (IoU 0.5 to 0.95) on test images",
     "kl": "KL(target || predicted) on held-out tiles, nats; lower is better",
 }
 

@@ -16,7 +16,7 @@ GDAL_MODULES = {
     *("coordinates.py", "geolocation.py", "demo_raster.py"),
 }
 COMPOSITION = {"pretrain.py", "evaluate.py", "evaluate_records.py", "doctor.py"}
-WITH_GDAL = {"evaluate_data.py"}  # where it is installed, for GeoTIFF images of someone else's
+WITH_GDAL = {"evaluate_images.py"}  # where it is installed, for GeoTIFF images of someone else's
 
 
 def imported(path: Path) -> set[str]:

@@ -1,0 +1,205 @@
+"""What segmentation and detection share: training to the best weights on val, figures over seeds, intervals.
+
+Images keep their own resolution here. N images, C bands, H x W pixels.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from geokr import evaluate_metrics
+from geokr.config import ConfigError
+from geokr.evaluate_data import Data, Part
+
+RATE, HEAD_RATE, DECAY = 1e-4, 5e-4, 0.05  # of the backbone, of the new layers, weight decay of both
+WARMUP = 0.1  # of the steps
+LEAST_STEPS = 200  # of a training: with few labels an epoch is a step, and thirty steps teach no decoder
+CHECKS = 8  # looks at val on the way
+CLIP = 5.0  # norm of the gradient: detectors' first steps are steep
+MEMORY = 4 << 30  # bytes of decoded images that are kept
+
+
+class Outcome(Protocol):
+    """What one training gave on the test images."""
+
+    def values(self, ids: np.ndarray | None = None) -> dict[str, float]:
+        """Figures over the images of these numbers, which may repeat; of all images without."""
+        ...
+
+    def by_class(self) -> dict[str, np.ndarray]:
+        """Figures of each class, NaN where there is none."""
+        ...
+
+
+class Task(Protocol):
+    """A dense task."""
+
+    @property
+    def data(self) -> Data:
+        """Its images; targets are the shares of classes in each, which labels are drawn by."""
+        ...
+
+    @property
+    def resamples(self) -> int:
+        """Draws of a bootstrap."""
+        ...
+
+    def run(self, name: str, backbone: nn.Module | None, train: np.ndarray, val: np.ndarray, seed: int) -> Outcome:
+        """Trained on these images of train, chosen by these of val. Without a backbone: colours alone."""
+        ...
+
+
+def rows(
+    task: Task, kind: str, entrants: Sequence[Any], labels: Sequence[float], seeds: int, say: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """A row of the report for every entrant and share of labels."""
+    found = []
+    for entrant in entrants:
+        for percent in labels:
+            outcomes, counts = [], []
+            for seed in range(seeds):
+                say(f"{entrant.name}: {kind}, {percent:g} % of the labels, seed {seed}")
+                some = [evaluate_metrics.subset(task.data.parts[p].labels, percent, seed) for p in ("train", "val")]
+                outcomes.append(task.run(entrant.name, entrant.backbone, some[0], some[1], seed))
+                counts.append(len(some[0]))
+            found.append(
+                {
+                    "weights": entrant.name,
+                    "task": kind,
+                    "labels_percent": percent,
+                    "labels": round(float(np.mean(counts))),
+                    "seeds": seeds,
+                    "figures": over_seeds(outcomes, len(task.data.parts["test"]), task.resamples),
+                    "classes": _by_class(outcomes, task.data.classes),
+                }
+            )
+    return found
+
+
+def over_seeds(outcomes: Sequence[Outcome], count: int, resamples: int) -> dict[str, dict[str, Any]]:
+    """name: mean and deviation over seeds, and a 95 % bootstrap interval of that mean over test images."""
+    plain = [outcome.values() for outcome in outcomes]
+    rng = np.random.default_rng(0)
+    draws: dict[str, list[float]] = {name: [] for name in plain[0]}
+    for _ in range(resamples):
+        ids = rng.integers(0, count, count)
+        drawn = [outcome.values(ids) for outcome in outcomes]
+        for name, values in draws.items():
+            values.append(float(np.mean([one[name] for one in drawn])))
+    found: dict[str, dict[str, Any]] = {}
+    for name, values in draws.items():
+        low, high = np.nanpercentile(values, (2.5, 97.5))
+        spread = evaluate_metrics.spread([one[name] for one in plain])
+        found[name] = {**spread, "interval": (float(low), float(high))}
+    return found
+
+
+def _by_class(outcomes: Sequence[Outcome], classes: Sequence[str]) -> dict[str, dict[str, float | None]]:
+    found = [outcome.by_class() for outcome in outcomes]
+    means = {name: np.mean([one[name] for one in found], axis=0) for name in found[0]}
+    return {
+        label: {name: float(values[k]) if np.isfinite(values[k]) else None for name, values in means.items()}
+        for k, label in enumerate(classes)
+    }
+
+
+def steps_of(images: int, batch: int, epochs: int) -> int:
+    return max(LEAST_STEPS, epochs * math.ceil(images / batch))
+
+
+def fit(
+    model: nn.Module,
+    backbone: nn.Module,
+    steps: int,
+    loss_of: Callable[[int], Tensor],
+    score: Callable[[], float],
+    name: str,
+) -> None:
+    """Trains to the weights with the best score, by AdamW with a cosine schedule.
+
+    backbone: the part of the model that has weights already and moves more slowly. loss_of: a step's number to its
+    loss. Raises ConfigError where the loss is no number.
+    """
+    old = {id(parameter) for parameter in backbone.parameters()}
+    new = [parameter for parameter in model.parameters() if id(parameter) not in old]
+    groups = [{"params": list(backbone.parameters()), "lr": RATE}, {"params": new, "lr": HEAD_RATE}]
+    optimizer = torch.optim.AdamW(groups, weight_decay=DECAY)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step / steps))
+    looks = {round(steps * (look + 1) / CHECKS) for look in range(CHECKS)}
+    best: tuple[float, Mapping[str, Tensor]] = (-math.inf, {})
+    for step in range(steps):
+        loss = loss_of(step)
+        if not math.isfinite(float(loss.detach())):
+            raise ConfigError(f"{name}: the loss became {float(loss.detach())} in step {step}; are the weights sound?")
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        schedule.step()
+        if step + 1 in looks:
+            model.eval()
+            if (found := score()) > best[0]:
+                best = found, {key: value.detach().clone() for key, value in model.state_dict().items()}
+            model.train()
+    model.load_state_dict(best[1])
+    model.eval()
+
+
+def rate(share: float) -> float:
+    """Share of the learning rate at a share of the steps."""
+    return share / WARMUP if share < WARMUP else 0.5 * (1 + math.cos(math.pi * (share - WARMUP) / (1 - WARMUP)))
+
+
+def kept(read: Callable[[Sequence[int]], list[np.ndarray]]) -> Callable[[Sequence[int]], list[np.ndarray]]:
+    """The same reader, with what it read kept in memory up to MEMORY."""
+    memory: dict[int, np.ndarray] = {}
+
+    def read_kept(numbers: Sequence[int]) -> list[np.ndarray]:
+        found = []
+        for n in numbers:
+            image = memory[n] if n in memory else read([n])[0]
+            if n not in memory and sum(one.nbytes for one in memory.values()) + image.nbytes < MEMORY:
+                memory[n] = image
+            found.append(image)
+        return found
+
+    return read_kept
+
+
+def check_finite(part: Part) -> None:
+    """Raises ConfigError naming an image with NaN or infinity; reads every one."""
+    for n, name in enumerate(part.names):
+        image = part.read([n])[0]
+        if not np.isfinite(image).all():
+            bad = int((~np.isfinite(image)).sum())
+            raise ConfigError(f"{name}: NaN or infinity in {bad} values; fill them, or take the image out")
+
+
+def middle(part: Part, side: int) -> Part:
+    """The same images, only their middles up to this side: what batch norms are calibrated with."""
+
+    def read(numbers: Sequence[int]) -> list[np.ndarray]:
+        return [_middle(image, side) for image in part.read(numbers)]
+
+    return Part(part.names, part.targets, read)
+
+
+def _middle(image_HWC: np.ndarray, side: int) -> np.ndarray:
+    top, left = (max(0, (length - side) // 2) for length in image_HWC.shape[:2])
+    return image_HWC[top : top + side, left : left + side]
+
+
+def turns(rng: np.random.Generator) -> tuple[bool, bool, bool]:
+    """One of the eight turns and reflections: (transposed, then flipped left to right, then upside down)."""
+    transposed, flipped, upside = rng.integers(2, size=3).astype(bool).tolist()
+    return transposed, flipped, upside
+
+
+def turned(image: Tensor, turn: tuple[bool, bool, bool]) -> Tensor:
+    """[..., H, W] so turned."""
+    image = image.transpose(-1, -2) if turn[0] else image
+    return image.flip([dim for dim, flip in ((-1, turn[1]), (-2, turn[2])) if flip])

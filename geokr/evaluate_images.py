@@ -1,0 +1,85 @@
+"""Image files to arrays: what Pillow reads, and GeoTIFF and JPEG 2000 where rasterio is installed."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from geokr.config import ConfigError
+
+PLAIN = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+GEO = (".tif", ".tiff", ".jp2")
+# Pillow's modes that are read: bands and depth. Of a palette the colours count in images, its numbers in masks.
+MODES = {
+    "1": (1, "uint8"), "L": (1, "uint8"), "RGB": (3, "uint8"), "RGBA": (4, "uint8"), "P": (3, "uint8"),
+    "I;16": (1, "uint16"),
+}  # fmt: skip
+
+
+class Form(NamedTuple):
+    """What a file's header says of its pixels."""
+
+    bands: int
+    dtype: str
+    height: int
+    width: int
+
+
+def form(path: Path, *, mask: bool = False) -> Form:
+    """By the header alone. Raises ConfigError for what is no image, or of a kind that is not read."""
+    if path.suffix.lower() in GEO:
+        rasterio = _rasterio(path)
+        try:
+            with rasterio.open(path) as file:
+                return Form(file.count, file.dtypes[0], file.height, file.width)
+        except rasterio.errors.RasterioIOError as error:
+            raise ConfigError(f"{path}: is no image that can be read ({error})") from error
+    try:
+        with Image.open(path) as image:
+            if image.mode not in MODES:
+                raise ConfigError(f"{path}: images of mode {image.mode} are not read; convert it to RGB")
+            bands, dtype = (1, "uint8") if mask and image.mode == "P" else MODES[image.mode]
+            return Form(bands, dtype, image.height, image.width)
+    except (OSError, Image.DecompressionBombError) as error:
+        raise ConfigError(f"{path}: is no image that can be read ({error})") from error
+
+
+def read(path: Path, *, mask: bool = False) -> np.ndarray:
+    """Pixels [H, W, C]. Raises ConfigError for a damaged file."""
+    try:
+        if path.suffix.lower() in GEO:
+            with _rasterio(path).open(path) as file:
+                return np.ascontiguousarray(file.read().transpose(1, 2, 0))
+        with Image.open(path) as image:
+            pixels = np.asarray(image.convert("RGB") if image.mode == "P" and not mask else image)
+    except (OSError, ValueError, SyntaxError) as error:
+        raise ConfigError(f"{path}: is damaged ({error})") from error
+    if pixels.dtype == bool:
+        pixels = pixels.astype(np.uint8)
+    return pixels if pixels.ndim == 3 else pixels[..., None]
+
+
+def same_form(paths: Sequence[Path]) -> tuple[int, str]:
+    """(bands, dtype) of all of them. Raises ConfigError naming the first that differs."""
+    bands, dtype = form(paths[0])[:2]
+    for path in paths[1:]:
+        if (other := form(path)[:2]) != (bands, dtype):
+            raise ConfigError(f"{path}: {other[0]} band(s) of {other[1]}, {paths[0].name} has {bands} of {dtype}")
+    return bands, dtype
+
+
+def hash_of(path: Path, folder: Path) -> bytes:
+    """What files are ordered by before they are split: their name below a folder, on any machine."""
+    name = path.relative_to(folder).as_posix() if path.is_relative_to(folder) else path.name
+    return hashlib.blake2b(name.encode()).digest()
+
+
+def _rasterio(path: Path) -> Any:
+    try:
+        import rasterio
+    except ImportError as error:
+        raise ConfigError(f"{path}: GeoTIFF and JPEG 2000 need rasterio: pip install 'geokr[pack]'") from error
+    return rasterio
