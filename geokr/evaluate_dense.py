@@ -103,7 +103,7 @@ def _by_class(outcomes: Sequence[Outcome], classes: Sequence[str]) -> dict[str, 
     means = {name: np.mean([one[name] for one in found], axis=0) for name in found[0]}
     return {
         label: {name: float(values[k]) if np.isfinite(values[k]) else None for name, values in means.items()}
-        for k, label in enumerate(classes)
+        for k, label in enumerate(classes[: len(next(iter(means.values())))])  # not detection's class for empty images
     }
 
 
