@@ -157,15 +157,20 @@ def rate(share: float) -> float:
 def kept(read: Callable[[Sequence[int]], list[np.ndarray]]) -> Callable[[Sequence[int]], list[np.ndarray]]:
     """The same reader, with what it read kept in memory up to MEMORY."""
     memory: dict[int, np.ndarray] = {}
+    free = MEMORY
+
+    def one(n: int) -> np.ndarray:
+        nonlocal free
+        if n in memory:
+            return memory[n]
+        image = read([n])[0]
+        if image.nbytes <= free:
+            memory[n] = image
+            free -= image.nbytes
+        return image
 
     def read_kept(numbers: Sequence[int]) -> list[np.ndarray]:
-        found = []
-        for n in numbers:
-            image = memory[n] if n in memory else read([n])[0]
-            if n not in memory and sum(one.nbytes for one in memory.values()) + image.nbytes < MEMORY:
-                memory[n] = image
-            found.append(image)
-        return found
+        return [one(n) for n in numbers]
 
     return read_kept
 

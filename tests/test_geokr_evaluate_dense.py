@@ -232,6 +232,20 @@ def test_boxes_turn_with_their_images():
         assert after[int(y0) : int(y1), int(x0) : int(x1)].sum() == after.sum() == 80
 
 
+def test_what_was_read_is_kept_up_to_a_limit(monkeypatch):
+    monkeypatch.setattr(evaluate_dense, "MEMORY", 25)
+    asked = []
+
+    def read(numbers):
+        asked.extend(numbers)
+        return [np.full(10, n, np.uint8) for n in numbers]
+
+    kept = evaluate_dense.kept(read)
+    for _ in range(2):
+        assert [one[0] for one in kept([3, 1, 2])] == [3, 1, 2]
+    assert asked == [3, 1, 2, 2]
+
+
 def test_spread_and_intervals_over_seeds():
     class Fixed:
         def __init__(self, values):
