@@ -176,12 +176,7 @@ class Segment:
     def _colours(self, train: np.ndarray, val: np.ndarray, seed: int) -> Confusion:
         rng = np.random.default_rng(seed)
         fit_on, choose_by = (self._pixels(*where, rng) for where in (("train", train), ("val", val)))
-        fitted = {penalty: probes.linear(*fit_on, penalty) for penalty in probes.PENALTIES}
-
-        def loss(penalty: float) -> float:
-            return float(-(choose_by[1] * np.log(np.maximum(fitted[penalty](choose_by[0]), 1e-12))).sum(1).mean())
-
-        chosen, counts = fitted[min(fitted, key=loss)], []
+        chosen, counts = probes.chosen_linear(fit_on, choose_by)[0], []
         for n in range(len(self.data.parts["test"])):
             mask = self._masks["test"]([n])[0]
             found = chosen(colours(self.prepare(self._images["test"]([n]))[0])).argmax(1).reshape(mask.shape)

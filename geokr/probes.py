@@ -74,22 +74,41 @@ class Linear:
         optimizer.step(closure)  # pyright: ignore[reportArgumentType] - torch asks for a float where it takes a tensor
         return self
 
+    def state(self) -> tuple[np.ndarray, np.ndarray]:
+        """Weights and biases as they are now."""
+        return self.weight.detach().numpy().copy(), self.bias.detach().numpy().copy()
+
+    @torch.no_grad()
+    def restored(self, state: tuple[np.ndarray, np.ndarray]) -> "Linear":
+        """With weights and biases that :meth:`state` gave."""
+        for tensor, values in zip((self.weight, self.bias), state, strict=True):
+            tensor.copy_(torch.from_numpy(values))
+        return self
+
     @torch.no_grad()
     def __call__(self, x_ND: np.ndarray) -> np.ndarray:
         return (self._standardised(x_ND) @ self.weight + self.bias).softmax(1).numpy()
 
 
-def best_linear(
-    train: tuple[np.ndarray, np.ndarray], val: tuple[np.ndarray, np.ndarray], test_ND: np.ndarray
-) -> tuple[np.ndarray, dict[str, float]]:
-    """With the penalty that does best on val. Returns (probabilities, what was chosen)."""
-    model, best = Linear(*train), (np.inf, np.zeros(0), 0.0)
+def chosen_linear(
+    train: tuple[np.ndarray, np.ndarray], val: tuple[np.ndarray, np.ndarray]
+) -> tuple[Linear, dict[str, float]]:
+    """With the penalty that does best on val. Returns (the regression, what was chosen)."""
+    model, best = Linear(*train), (np.inf, 0.0, (np.zeros(0), np.zeros(0)))
     for penalty in sorted(PENALTIES, reverse=True):  # each from the one before, which is near
         model.fit(penalty)
         loss = _divergence(val[1], model(val[0]))
         if loss < best[0]:
-            best = loss, model(test_ND), penalty
-    return best[1], {"penalty": best[2]}
+            best = loss, penalty, model.state()
+    return model.restored(best[2]), {"penalty": best[1]}
+
+
+def best_linear(
+    train: tuple[np.ndarray, np.ndarray], val: tuple[np.ndarray, np.ndarray], test_ND: np.ndarray
+) -> tuple[np.ndarray, dict[str, float]]:
+    """Of that regression (probabilities of test images, what was chosen)."""
+    model, chosen = chosen_linear(train, val)
+    return model(test_ND), chosen
 
 
 def best_network(
