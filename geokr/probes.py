@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-PENALTIES = tuple(10.0**power for power in range(-6, 2))
+PENALTIES = tuple(10.0**power for power in range(-4, 2))
 NEIGHBOURS = (1, 5, 20, 50)
 TEMPERATURE = 0.07  # of similarities, as instance discrimination has it (Wu et al., 2018)
 HIDDEN = 64
@@ -61,7 +61,7 @@ class Linear:
     def fit(self, penalty: float) -> "Linear":
         """Goes from where it is to the minimum of mean cross entropy + penalty / 2 * |W|^2, by L-BFGS in float64."""
         optimizer = torch.optim.LBFGS(
-            [self.weight, self.bias], max_iter=500, tolerance_grad=1e-6, line_search_fn="strong_wolfe"
+            [self.weight, self.bias], max_iter=200, tolerance_grad=1e-5, line_search_fn="strong_wolfe"
         )
 
         def closure() -> Tensor:

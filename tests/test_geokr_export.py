@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.torch
+import timm
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -294,3 +295,19 @@ def test_weights_that_do_not_fit_their_card(runs, tmp_path):
     (tmp_path / "b.safetensors.json").write_text(json.dumps(card))
     with pytest.raises(ConfigError, match="lists a folded norm that the backbone does not have"):
         geokr.load_backbone(out)
+
+
+@pytest.mark.parametrize("name", ["resnet50", "convnext_tiny"])
+def test_timm_takes_them_under_a_classifier_and_as_a_pyramid(name, runs, tmp_path):
+    """The way that segmentation-models-pytorch and terratorch go, too."""
+    run, backbone = runs(name)
+    export.export(run, tmp_path / "b.safetensors")
+    how = {"in_chans": 3, "pretrained": True, "pretrained_cfg_overlay": {"file": str(tmp_path / "b.safetensors")}}
+    images = images_for(name)
+    classifier = timm.create_model(name, num_classes=10, **how).eval()
+    pooled = classifier.forward_head(classifier.forward_features(images), pre_logits=True).detach()
+    np.testing.assert_allclose(pooled, features(backbone, images), rtol=1e-4, atol=1e-5)
+    pyramid = timm.create_model(name, features_only=True, **how).eval()
+    with torch.no_grad():
+        deepest, expected = pyramid(images)[-1], backbone.forward_features(images)
+    np.testing.assert_allclose(deepest, expected, rtol=1e-4, atol=1e-5)

@@ -33,7 +33,7 @@ class Job:
     changes: int = 0
 
     def run(self, out: Path, inject: str = "", *more: str) -> Child:
-        arguments = [*self.arguments, "--out", str(out), "workers=0", *more]
+        arguments = [*self.arguments, "--out", str(out), *(more or ("workers=0",))]
         return self.zygote.start("tests.faults.pack_injections:pack", arguments, inject)
 
     def fresh(self, out: Path) -> Path:

@@ -21,9 +21,10 @@ KEYS = (
 )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def cluster(tmp_path_factory):
-    """A scheduler and two workers under nannies, which start a dead one again."""
+    """A scheduler and two workers under nannies, which start a dead one again. One for each test: a plugin of Dask's
+    goes on killing, and nannies do not follow a worker that ended by itself."""
     made = Cluster(tmp_path_factory.mktemp("cluster"))
     try:
         made.client().close()
