@@ -54,7 +54,7 @@ step "5/7 export"
 "$PY" -m geokr.export --run "$OUT/run" --out "$OUT/backbone.safetensors"
 
 step "6/7 what the weights are worth: shares of classes on held-out tiles, from few labels"
-"$PY" -m geokr.evaluate --weights "$OUT/backbone.safetensors" --data "$OUT/records" --task linear --labels 5 100 \
+"$PY" -m geokr.evaluate --weights "$OUT/backbone.safetensors" --data "$OUT/records" --task knn --labels 5 100 \
   --seeds 2 --json "$OUT/evaluation.json" --picture "$OUT/evaluation.png"
 
 step "7/7 what came out"
