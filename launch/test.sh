@@ -19,7 +19,7 @@ for argument in "$@"; do
     -s | --capture=no | --pdb) beside=(-n0) ;;
   esac
 done
-if [ "$cores" -gt 1 ] && [ "${beside[*]}" != -n0 ]; then
+if [ "$cores" -gt 1 ] && [[ " ${beside[*]} $* " != *" -n0 "* ]]; then
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 fi
 exec "$PY" -m pytest ${beside[@]+"${beside[@]}"} --dist loadfile --no-loadscope-reorder "$@"

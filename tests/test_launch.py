@@ -281,11 +281,13 @@ def test_the_test_launcher_hands_arguments_and_status_to_pytest(machine):
 
 @pytest.mark.parametrize(
     ("given", "expected"),
-    [(["-n3"], []), (["-n", "0"], []), (["--pdb"], ["-n0"]), (["-s"], ["-n0"]), (["--dist", "load"], [])],
+    [(["-n3"], []), (["-n0"], []), (["--pdb"], ["-n0"]), (["-s"], ["-n0"]), (["--dist", "load"], [])],
 )
 def test_the_test_launcher_leaves_processes_to_whoever_names_them(machine, given, expected):
     assert machine.run(ROOT / "launch" / "test.sh", *given).returncode == 0
     assert machine.notes[3:] == [*expected, "--dist", "loadfile", "--no-loadscope-reorder", *given]
+    alone = {"-n0"} & {*given, *expected} or len(os.sched_getaffinity(0)) == 1
+    assert machine.notes[0] == ("OMP=" if alone else "OMP=1")
 
 
 # ---------------------------------------------------------------------------------------- the environment
