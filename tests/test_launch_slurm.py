@@ -87,7 +87,7 @@ class Cluster:
 
     def run(self, *arguments: str, **variables: str) -> tuple[int, str]:
         job = self.submit(f"data.records={self.folder}/records", *arguments, **variables)
-        said, _ = job.communicate(timeout=60)
+        said, _ = job.communicate(timeout=180)
         return job.returncode, said
 
     @property
@@ -150,7 +150,7 @@ def test_a_warning_ends_in_the_queue_and_the_next_start_meets_elsewhere(cluster)
     job = cluster.submit(f"data.records={cluster.folder}/records", KIND="long")
     cluster.wait_for(job, cluster.running)
     cluster.signal_job(signal.SIGUSR1)
-    said, _ = job.communicate(timeout=60)
+    said, _ = job.communicate(timeout=180)
     assert job.returncode == 0, said
     assert [line for line in cluster.log if not line.startswith("srun")] == [
         "scontrol requeue 4242",
@@ -168,7 +168,7 @@ def test_a_cancelled_job_does_not_come_back(cluster):
     job = cluster.submit(f"data.records={cluster.folder}/records", KIND="long")
     cluster.wait_for(job, cluster.running)
     cluster.signal_job(signal.SIGTERM)
-    said, _ = job.communicate(timeout=60)
+    said, _ = job.communicate(timeout=180)
     assert job.returncode == 143, said
     assert not (cluster.folder / "requeued").exists()
 
@@ -180,7 +180,7 @@ def test_tasks_told_to_stop_without_the_script(cluster, state, status, comes_bac
     job = cluster.submit(f"data.records={cluster.folder}/records", KIND="long")
     cluster.wait_for(job, cluster.running)
     os.kill(int((cluster.folder / "srun.pid").read_text()), signal.SIGUSR1)
-    said, _ = job.communicate(timeout=60)
+    said, _ = job.communicate(timeout=180)
     assert job.returncode == status, said
     assert ("scontrol requeue 4242" in cluster.log) == comes_back
 

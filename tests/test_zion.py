@@ -31,6 +31,7 @@ pytestmark = pytest.mark.skipif(not SCENE.exists(), reason="the real scene is no
 
 PACK = ["tile.size=64", "tile.step=32", "split.val_fraction=0.25", "split.block_m=7680"]
 TRAIN = ["--config", str(ROOT / "configs/smoke.yaml"), "model.backbone=resnet18", "data.image_size=64"]
+BESIDE = ["train.threads=1", "data.threads=1"]  # another file of tests may have the other core
 BATCH = "data.global_batch=64"
 
 
@@ -55,7 +56,7 @@ def run(records, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("zion-run") / "run"
     keys = [f"data.records={records}", f"run.dir={folder}", "run.seed=0", "train.max_steps=60", "log.panels=2"]
     # a memory of 10 steps: the teacher of so short a run would still be what it began as
-    assert pretrain.main([*TRAIN, "data.global_batch=32", "method.teacher_alpha=0.9", *keys]) == 0
+    assert pretrain.main([*TRAIN, *BESIDE, "data.global_batch=32", "method.teacher_alpha=0.9", *keys]) == 0
     return folder
 
 
@@ -149,7 +150,7 @@ def test_four_bands_as_they_are(tmp_path):
             tile = np.frombuffer(record.image, "<u2").reshape(record.shape)
             np.testing.assert_array_equal(tile, pixels[:, top : top + 64, left : left + 64].transpose(1, 2, 0))
     keys = [f"data.records={records}", f"run.dir={tmp_path / 'run'}", "train.max_steps=4", "log.panels=2"]
-    assert pretrain.main([*TRAIN, "data.global_batch=32", *keys]) == 0
+    assert pretrain.main([*TRAIN, *BESIDE, "data.global_batch=32", *keys]) == 0
     assert np.isfinite(last_validation(tmp_path / "run")["val/kl"])
 
 
