@@ -10,6 +10,7 @@ silence means a cut link or a dead machine. The first machine passes a failure o
 
 import contextlib
 import socket
+import time
 from dataclasses import dataclass, field
 
 BEAT_S = 1.0
@@ -58,7 +59,7 @@ class Lifeline:
     """This machine's ties to the others. rank 0 is the first machine, at ``host:port`` for the rest.
 
     join_s: how long the others may take to come up. silence_s: seconds without a sign after which a machine counts as
-    out of reach.
+    out of reach. tell_s: how long a machine that failed waits for those that are not up yet, to tell them.
     """
 
     def __init__(
@@ -71,12 +72,14 @@ class Lifeline:
         *,
         join_s: float = 600.0,
         silence_s: float = 60.0,
+        tell_s: float = 30.0,
     ) -> None:
         self._rank, self._count, self._address, self._name = rank, count, (host, port), name
-        self._join_s, self._silence_s = join_s, silence_s
+        self._join_s, self._silence_s, self._tell_s = join_s, silence_s, tell_s
         self._begin: float | None = None
         self._last_beat = 0.0
         self._lost: str | None = None
+        self._gave_up = False  # on machines that did not come up
         self._links: dict[int, _Link] = {}
         self._strangers: list[_Link] = []
         self._listener = self._listen(port) if rank == 0 and count > 1 else None
@@ -102,7 +105,9 @@ class Lifeline:
         return self._lost
 
     def close(self, *, ok: bool) -> None:
-        """Tells the others how it ended here."""
+        """Tells the others how it ended here; after a failure also those that come up within ``tell_s``."""
+        if not ok and not self._gave_up:
+            self._await_the_missing()
         self._tell(DONE if ok else FAILED)
         for link in [*self._links.values(), *self._strangers]:
             with contextlib.suppress(OSError):
@@ -121,13 +126,24 @@ class Lifeline:
                 return f"{link.who} has ended with an error"
             if not link.done and now - link.heard > self._silence_s:
                 return f"{link.who} has not been heard of for {self._silence_s:g} s"
-        missing = (self._count - 1 if self._rank == 0 else 1) - len(self._links)
         assert self._begin is not None
-        if missing and now - self._begin > self._join_s:
+        if (missing := self._missing()) and now - self._begin > self._join_s:
+            self._gave_up = True
             return f"{missing} machine(s) have not come up within {self._join_s:g} s"
         return None
 
     # ---------------------------------------------------------------------------------------- coming up
+
+    def _missing(self) -> int:
+        """How many of the machines that this one is tied to have not come up."""
+        return (self._count - 1 if self._rank == 0 else 1) - len(self._links)
+
+    def _await_the_missing(self) -> None:
+        """A command may fail before another machine is up, which would then wait ``join_s`` for this one."""
+        end = time.monotonic() + self._tell_s
+        while self._missing() and (now := time.monotonic()) < end:
+            self._join(now)
+            time.sleep(0.1)
 
     def _join(self, now: float) -> None:
         if self._rank == 0:

@@ -185,9 +185,11 @@ def test_tasks_told_to_stop_without_the_script(cluster, state, status, comes_bac
     assert ("scontrol requeue 4242" in cluster.log) == comes_back
 
 
-def test_an_error_on_one_node_ends_the_other_and_training_starts_again_once(cluster):
+@pytest.mark.parametrize("late", [None, 0, 1], ids=["together", "first-node-late", "second-node-late"])
+def test_an_error_on_one_node_ends_the_other_and_training_starts_again_once(cluster, late):
     begin = time.monotonic()
-    status, said = cluster.run(KIND="fails")
+    slow = {} if late is None else {f"FAKE_PREFIX_{late}": """sh -c 'sleep 2; exec "$@"' --"""}
+    status, said = cluster.run(KIND="fails", **slow)
     assert status == 1
     assert time.monotonic() - begin < 50
     assert "starting again from the last checkpoint" in said
