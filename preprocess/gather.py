@@ -77,9 +77,8 @@ def _frames(job: ShardJob, folder: Path, facts: list[bytes]) -> Iterator[bytes]:
                 opened[chunk] = os.open(path, os.O_RDONLY), path
             opened.move_to_end(chunk)
             descriptor, path = opened[chunk]
-            both = os.pread(descriptor, length + behind, offset)
-            data = both[:length]
-            facts.append(both[length:])
+            data = os.pread(descriptor, length, offset)
+            facts.append(os.pread(descriptor, behind, offset + length))
             try:
                 records.unframe(data, shards.crc32c, f"byte {offset}")
             except RecordError as error:

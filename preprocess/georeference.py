@@ -11,7 +11,7 @@ from preprocess.coordinates import WGS84, transform_points
 from preprocess.errors import RasterError
 from preprocess.geolocation import GcpMethod, RpcModel, gcp_model
 from preprocess.grid import Grid
-from preprocess.place import AffinePlace, Place, SensorPlace, image_frame
+from preprocess.place import AffinePlace, ScenePlace, SensorPlace, image_frame
 from preprocess.rpc import Rpc
 
 # A 10 m raster around the whole Earth has 4 million columns. Beyond this a header is damaged or made to harm.
@@ -70,7 +70,7 @@ def check_size(dataset: Any, path: str) -> None:
         )
 
 
-def place_of(dataset: Any, path: str, placement: Placement) -> tuple[Place, tuple[Any, ...]]:
+def place_of(dataset: Any, path: str, placement: Placement) -> tuple[ScenePlace, tuple[Any, ...]]:
     """A scene's place, and what identifies it apart from paths. Raises RasterError."""
     if dataset.crs is not None and not dataset.transform.is_identity:
         crs, grid = crs_of(dataset, path), grid_of(dataset, path)
@@ -99,7 +99,7 @@ def _rpcs(dataset: Any, path: str) -> Rpc | None:
     return rpc.from_tags(tags, f"{path} (RPC tags)") if tags else None
 
 
-def _by_rpcs(found: Rpc, dataset: Any, path: str, placement: Placement) -> tuple[Place, tuple[Any, ...]]:
+def _by_rpcs(found: Rpc, dataset: Any, path: str, placement: Placement) -> tuple[ScenePlace, tuple[Any, ...]]:
     frame = image_frame(dataset.width, dataset.height)
     _check_range(found, frame, path)
     dem = placement.dem
@@ -128,7 +128,7 @@ def _check_range(found: Rpc, frame: Grid, path: str) -> None:
 
 def _by_points(
     points: Sequence[Any], crs: Any, dataset: Any, path: str, placement: Placement
-) -> tuple[Place, tuple[Any, ...]]:
+) -> tuple[ScenePlace, tuple[Any, ...]]:
     if crs is None:
         raise RasterError(f"{path}: its ground control points name no CRS; georeference it first", "no_crs")
     plain = [(point.col, point.row, point.x, point.y) for point in points]

@@ -44,6 +44,10 @@ class Place(Protocol):
         """
         ...
 
+
+class ScenePlace(Place, Protocol):
+    """Ground of an image's pixels, which become records."""
+
     def georeference(self) -> tuple[Transform, str]:
         """(transform, WKT) for the record: x = a*column + b*row + c, y = d*column + e*row + f in that CRS."""
         ...

@@ -12,10 +12,9 @@ from rasterio.windows import Window
 
 from preprocess.alignment import Alignment
 from preprocess.errors import RasterError
-from preprocess.gdal_files import environment as environment  # for who reads pixels in a loop
 from preprocess.gdal_files import kept_open, opened
 from preprocess.grid import Grid
-from preprocess.place import AffinePlace, Place
+from preprocess.place import AffinePlace, ScenePlace
 from preprocess.remote_reads import persistent
 
 SCENE_DTYPES = ("uint8", "uint16", "int16", "float32")
@@ -47,7 +46,7 @@ class Scene:
 
     path: str
     scene_id: str
-    place: Place
+    place: ScenePlace
     dtype: str
     band_names: tuple[str, ...]
     wavelengths_nm: tuple[float | None, ...]

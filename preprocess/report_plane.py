@@ -12,7 +12,7 @@ import numpy as np
 
 from preprocess.blocks import EARTH_RADIUS_M
 from preprocess.coordinates import WGS84, transform_points
-from preprocess.grid import Grid, Transform
+from preprocess.grid import Grid
 from preprocess.ground import on_sphere
 from preprocess.place import Place
 
@@ -96,6 +96,3 @@ class MapPlace(Place):
     def points(self, target: str, columns: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         lon, lat = self.plane.inverse(*self.grid.xy(columns, rows))
         return transform_points(WGS84, target, lon, lat)
-
-    def georeference(self) -> tuple[Transform, str]:
-        raise NotImplementedError("a map's pixels never become a record")

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from preprocess import kernels, masks, raster
+from preprocess import gdal_files, kernels, masks, raster
 from preprocess.errors import RasterError
 from preprocess.options import MaskOptions, PackOptions
 from preprocess.pixels import read_valid
@@ -43,7 +43,7 @@ def limits_over(
     if options.stretch.limits is not None or not scenes:
         return limits_from([], len(bands), "uint8", options)
     dtype = scenes[0].dtype
-    with raster.environment():
+    with gdal_files.environment():
         found = _counted(_parts_over(scenes, bands, options.mask, pass_over), len(bands), dtype, options)
     return limits_from([found], len(bands), dtype, options)
 
@@ -66,7 +66,7 @@ def shares_of(scene: Scene, scenes: int, options: PackOptions) -> int:
 
 def sample(scene: Scene, bands: tuple[int, ...], options: PackOptions, share: int, shares: int) -> np.ndarray:
     """Part number ``share`` of ``shares`` of a scene's sample, for :func:`limits_from`."""
-    with raster.environment():
+    with gdal_files.environment():
         return _counted(_parts(scene, bands, options.mask, share, shares), len(bands), scene.dtype, options)
 
 

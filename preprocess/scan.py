@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from geokr.records import FurtherLabels, Record
-from preprocess import blocks, cell_kernels, kernels, masks, quality, raster
+from preprocess import blocks, cell_kernels, gdal_files, kernels, masks, quality
 from preprocess.cells import Cells
 from preprocess.coordinates import WGS84
 from preprocess.covers import SceneCover, tile_labels
@@ -24,7 +24,7 @@ from preprocess.grid import Chunk
 from preprocess.labels import TileLabels
 from preprocess.options import PackOptions
 from preprocess.pixels import Room, read_valid, strips
-from preprocess.place import Place
+from preprocess.place import Place, ScenePlace
 from preprocess.precut import Files
 from preprocess.raster import Scene
 from preprocess.report_pictures import Rejected, keep_examples
@@ -76,7 +76,7 @@ class View:
     """
 
     job: Job
-    place: Place
+    place: ScenePlace
     cells: Cells
     image: np.ndarray
     grey: np.ndarray
@@ -91,7 +91,7 @@ def scan_chunk(job: Job) -> dict[str, Any]:
 
     Raises RasterError for a damaged scene or sheet, LabelError for unknown codes.
     """
-    with raster.environment():
+    with gdal_files.environment():
         return _scan_chunk(job, Clock())
 
 
@@ -246,7 +246,7 @@ def _record(
     job: Job,
     pixels_HWC: np.ndarray,
     found: Sequence[tuple[np.ndarray, float]],
-    place: Place,
+    place: ScenePlace,
     lonlat: tuple[float, float],
     origin: tuple[int, int],
 ) -> Record:

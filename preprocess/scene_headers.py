@@ -12,7 +12,7 @@ from preprocess.errors import RasterError
 from preprocess.fingerprints import digest, digest_of, fingerprint
 from preprocess.gdal_files import kept_open, opened
 from preprocess.georeference import PLAIN, Dem, Placement, crs_of, grid_of, place_of
-from preprocess.place import Place
+from preprocess.place import ScenePlace
 from preprocess.remote_reads import persistent
 
 _DATE_TAGS = ("ACQUISITIONDATETIME", "ACQUISITION_DATE", "DATE_ACQUIRED", "datetime")
@@ -30,7 +30,7 @@ class Header:
     """
 
     path: str
-    place: Place
+    place: ScenePlace
     placed: tuple[Any, ...]
     dtypes: tuple[str, ...]
     descriptions: tuple[str, ...]

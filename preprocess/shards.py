@@ -67,8 +67,10 @@ class EarlyWriter:
         self.at += len(data)
         if self.at - self._begun >= EARLY_BYTES and hasattr(os, "posix_fadvise"):
             self.file.flush()
-            # of pages not yet on disk Linux drops none at this advice, but begins to write them
-            os.posix_fadvise(self.file.fileno(), self._begun, self.at - self._begun, os.POSIX_FADV_DONTNEED)
+            # of pages not yet on disk Linux drops none at this advice, but begins to write them; where a file system
+            # takes no advice, the sync at the end waits for all of it
+            with suppress(OSError):
+                os.posix_fadvise(self.file.fileno(), self._begun, self.at - self._begun, os.POSIX_FADV_DONTNEED)
             self._begun = self.at
 
 

@@ -18,7 +18,7 @@ import rasterio
 import simplejpeg
 
 from geokr import config, records
-from preprocess import blocks, phases, raster, sampling, shards, spill, workfolder
+from preprocess import blocks, grid, phases, raster, sampling, shards, spill, workfolder
 from preprocess.grid import Grid
 from preprocess.inputs import PlanError
 from preprocess.options import PackOptions
@@ -155,6 +155,22 @@ def test_a_finished_dataset_that_lost_a_shard_is_not_called_finished(inputs, tmp
 
 class PowerCut(BaseException):
     """Nothing in the code under test catches it."""
+
+
+def test_chunks_of_another_cut_are_not_gone_on_with(inputs, tmp_path, monkeypatch):
+    """A run of a version that cut scenes otherwise: its chunk of a number holds other tiles."""
+
+    def stop(*arguments):
+        raise PowerCut
+
+    monkeypatch.setattr(phases.Run, "gather_shards", stop)
+    monkeypatch.setattr(grid, "MAX_CHUNK_TILES", 3)
+    with pytest.raises(PowerCut):
+        inputs.pack(tmp_path / "out")
+    monkeypatch.undo()
+    monkeypatch.setattr(grid, "LAYOUT", grid.LAYOUT + 1)
+    inputs.pack(tmp_path / "out")
+    assert contents(tmp_path / "out") == inputs.bytes
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])
