@@ -65,11 +65,13 @@ class Entrant:
     backbone: nn.Module | None
 
 
-def entrants(weights: str, baselines: Sequence[str], data: Data, prepare: Preparation, device: Any) -> list[Entrant]:
+def entrants(
+    main: Entrant, baselines: Sequence[str], data: Data, prepare: Preparation, device: torch.device
+) -> list[Entrant]:
     """The weights and what they are compared with, all loaded before anything is computed."""
-    main = geokr.load_backbone(weights)
-    spec = _spec(main)
-    found = [Entrant(Path(weights).name, main)]
+    assert main.backbone is not None
+    spec = _spec(main.backbone)
+    found = [main]
     for name in baselines:
         if name == COLOUR:
             found.append(Entrant(COLOUR, None))
@@ -79,7 +81,7 @@ def entrants(weights: str, baselines: Sequence[str], data: Data, prepare: Prepar
             evaluate_features.calibrate(backbone, data.parts["train"], prepare, device)
             found.append(Entrant("random", backbone))
         elif name == "imagenet":
-            found.append(Entrant("imagenet", build_backbone(spec, pretrained=True)))
+            found.append(Entrant("imagenet", _imagenet(spec)))
         elif Path(f"{name}.json").exists():
             found.append(Entrant(Path(name).name, geokr.load_backbone(name)))
         else:
@@ -89,19 +91,29 @@ def entrants(weights: str, baselines: Sequence[str], data: Data, prepare: Prepar
     return found
 
 
+def _imagenet(spec: BackboneSpec) -> nn.Module:
+    try:
+        return build_backbone(spec, pretrained=True)
+    except ConfigError as error:
+        raise ConfigError(
+            f"--baselines imagenet: timm's weights for {spec.name!r} cannot be had ({error.__cause__ or error}). Fetch "
+            "them elsewhere and give their file in place of the word, or leave it out"
+        ) from error
+
+
 def _spec(backbone: nn.Module) -> BackboneSpec:
     about: dict[str, Any] = backbone.card  # type: ignore[assignment]
     return BackboneSpec(about["backbone"]["name"], len(about["bands"]), about["backbone"]["image_size"])
 
 
-def preparation(weights: str, data: Data, bands: Sequence[int] | None) -> Preparation:
+def preparation(main: Entrant, data: Data, bands: Sequence[int] | None) -> Preparation:
     """How images become what the backbone takes. Raises ConfigError where they are not what its card describes."""
-    about: dict[str, Any] = geokr.load_backbone(weights).card  # type: ignore[assignment]
+    about: dict[str, Any] = main.backbone.card  # type: ignore[union-attr,assignment]
     names = [band["name"] for band in about["bands"]]
     if bands is None:
         if data.bands != len(names):
             raise ConfigError(
-                f"--data {data.path}: images of {data.bands} band(s), {weights} takes {len(names)} "
+                f"--data {data.path}: images of {data.bands} band(s), {main.name} takes {len(names)} "
                 f"({', '.join(names)}); say which with --bands, from 1, in that order"
             )
         bands = range(1, len(names) + 1)
@@ -112,8 +124,8 @@ def preparation(weights: str, data: Data, bands: Sequence[int] | None) -> Prepar
         )
     if data.dtype != about["input"]["dtype"]:
         raise ConfigError(
-            f"--data {data.path}: images of {data.dtype}, {weights} was trained on {about['input']['dtype']}; its mean "
-            "and deviation mean nothing for them: convert the images"
+            f"--data {data.path}: images of {data.dtype}, {main.name} was trained on {about['input']['dtype']}; its "
+            "mean and deviation mean nothing for them: convert the images"
         )
     chosen = tuple(band - 1 for band in bands)
     return Preparation(about["input"]["mean"], about["input"]["std"], about["backbone"]["image_size"], chosen)
@@ -136,6 +148,9 @@ class Study:
         """A row for each task and share of labels."""
         self.say(f"{entrant.name}: features")
         known = {name: self._features(entrant, name) for name in ("train", "val", "test")}
+        if entrant.backbone is None:  # means, deviations and percentiles have scales of their own
+            mean, deviation = known["train"].mean(0), np.maximum(known["train"].std(0), 1e-6)
+            known = {name: (features - mean) / deviation for name, features in known.items()}
         rows = []
         for task in tasks:
             if entrant.backbone is None and task == "finetune":
@@ -163,8 +178,8 @@ class Study:
             if task == "finetune":
                 assert entrant.backbone is not None
                 parts = train.some(some), val.some(held), test
-                how = {"epochs": self.epochs, "batch": self.batch, "seed": seed}
-                found, best = finetune.finetune(entrant.backbone, *parts, self.prepare, self.device, **how)
+                how = {"epochs": self.epochs, "batch": self.batch, "seed": seed, "name": entrant.name}
+                found, best = finetune.finetune(entrant.backbone, *parts, self.prepare, self.device, **how), {}
             elif task == "knn":
                 found, best = probes.best_knn(fit, choose, known["test"])
             elif entrant.backbone is None:
@@ -186,39 +201,53 @@ class Study:
 
 def evaluate(chosen: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
     """The report as a tree. Raises ConfigError, before hours are spent, for what cannot be compared."""
-    device = torch.device(chosen.device)
+    device = _device(chosen.device)
+    main = Entrant(Path(chosen.weights).name, geokr.load_backbone(chosen.weights))
     is_packed = (Path(chosen.data) / MANIFEST).exists()
     if chosen.task[0] in DENSE:
         if is_packed:
             raise ConfigError(f"--data {chosen.data}: records hold shares of classes, for the tasks {', '.join(TASKS)}")
-        return _dense(chosen, device, say)
+        return _dense(chosen, main, device, say)
     data = evaluate_records.open_records(chosen.data) if is_packed else open_folders(chosen.data)
-    prepare = preparation(chosen.weights, data, chosen.bands)
-    found = entrants(chosen.weights, chosen.baselines, data, prepare, device)
+    prepare = preparation(main, data, chosen.bands)
+    found = entrants(main, chosen.baselines, data, prepare, device)
     batch = chosen.batch or BATCH["finetune"]
     study = Study(data, prepare, device, tuple(chosen.labels), chosen.seeds, chosen.epochs, batch, say)
     rows = [row for entrant in found for row in study.of(entrant, chosen.task)]
     return _report(chosen, data, rows)
 
 
-def _dense(chosen: argparse.Namespace, device: torch.device, say: Callable[[str], None]) -> dict[str, Any]:
+def _device(text: str) -> torch.device:
+    try:
+        device = torch.device(text)
+    except RuntimeError as error:
+        raise ConfigError(f"--device {text}: is none that torch knows; expected cpu, cuda or cuda:1") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"--device {text}: this machine has {torch.cuda.device_count()} GPU(s) that torch can use")
+    return device
+
+
+def _dense(
+    chosen: argparse.Namespace, main: Entrant, device: torch.device, say: Callable[[str], None]
+) -> dict[str, Any]:
     kind = chosen.task[0]
-    spec = _spec(geokr.load_backbone(chosen.weights))
+    assert main.backbone is not None
+    spec = _spec(main.backbone)
     shared = {"spec": spec, "device": device, "epochs": chosen.epochs, "batch": chosen.batch or BATCH[kind]}
     say(f"{chosen.data}: every file is checked")
     if kind == "segment":
         pairs = evaluate_pairs.open_pairs(chosen.data, chosen.ignore)
-        prepare = preparation(chosen.weights, pairs.data, chosen.bands).as_large()
+        prepare = preparation(main, pairs.data, chosen.bands).as_large()
         crop = evaluate_segment.crop_side(chosen.crop or spec.image_size)
         task = evaluate_segment.Segment(pairs, prepare=prepare, decoder=chosen.decoder, crop=crop, **shared)
     else:
         found = evaluate_coco.open_coco(chosen.data)
-        prepare = preparation(chosen.weights, found.data, chosen.bands).as_large()
+        prepare = preparation(main, found.data, chosen.bands).as_large()
         task = evaluate_detect.Detect(found, prepare=prepare, kind=chosen.detector, **shared)
     baselines = [name for name in chosen.baselines if kind == "segment" or name != COLOUR]
     middles = {name: evaluate_dense.middle(part, spec.image_size) for name, part in task.data.parts.items()}
     data = dataclasses.replace(task.data, parts=middles)
-    compared = entrants(chosen.weights, baselines, data, prepare, device)
+    compared = entrants(main, baselines, data, prepare, device)
     return _report(chosen, task.data, evaluate_dense.rows(task, kind, compared, chosen.labels, chosen.seeds, say))
 
 

@@ -24,8 +24,9 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP
 from geokr.config import ConfigError
 from geokr.evaluate_coco import Boxes, Detections
 from geokr.evaluate_data import Data
-from geokr.evaluate_dense import check_finite, fit, kept, steps_of, turned, turns
+from geokr.evaluate_dense import check_finite, kept
 from geokr.evaluate_features import Preparation
+from geokr.evaluate_training import fit, steps_of, turned, turns
 from geokr.feature_maps import check_scales, load_maps, map_network
 from geokr.models import BackboneSpec, seeded
 

@@ -16,9 +16,10 @@ from torch.nn.functional import avg_pool2d, cross_entropy, pad
 from geokr import probes
 from geokr.config import ConfigError
 from geokr.evaluate_data import Data
-from geokr.evaluate_dense import check_finite, fit, kept, steps_of, turned, turns
+from geokr.evaluate_dense import check_finite, kept
 from geokr.evaluate_features import Preparation
 from geokr.evaluate_pairs import OUTSIDE, Pairs
+from geokr.evaluate_training import fit, steps_of, turned, turns
 from geokr.feature_maps import check_scales, load_maps
 from geokr.models import BackboneSpec, seeded
 

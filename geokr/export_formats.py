@@ -76,7 +76,14 @@ def write_graph(path: Path, backbone: nn.Module, images_NCHW: Tensor, form: str,
     write = _write_onnx if form == "onnx" else _write_torch
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # exporters speak of their own future
-        write(path, model.eval(), images_NCHW[:2])
+        try:
+            write(path, model.eval(), images_NCHW[:2])
+        except Exception as error:  # of many kinds, for what an exporter does not know
+            first = (str(error).splitlines() or [""])[0]
+            raise ConfigError(
+                f"--format {form}: torch cannot write this backbone so ({type(error).__name__}: {first}); "
+                "take safetensors, or another precision"
+            ) from error
         written = _run_onnx(path) if form == "onnx" else _run_torch(path)
         if written is None:
             return {"tried": "no: onnxruntime is not installed here"}

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 PENALTIES = tuple(10.0**power for power in range(-4, 2))
 NEIGHBOURS = (1, 5, 20, 50)
+BLOCK = 1024  # test images whose similarities are in memory together
 TEMPERATURE = 0.07  # of similarities, as instance discrimination has it (Wu et al., 2018)
 HIDDEN = 64
 DECAYS = (1e-4, 1e-2, 1e-1)
@@ -21,14 +22,20 @@ def _divergence(targets_NK: np.ndarray, found_NK: np.ndarray) -> float:
     return float(-(targets_NK * np.log(np.maximum(found_NK, 1e-12))).sum(1).mean())
 
 
-def knn(train_ND: np.ndarray, targets_NK: np.ndarray, test_ND: np.ndarray, neighbours: int) -> np.ndarray:
-    """Targets of the nearest by cosine, weighted by exp(similarity / TEMPERATURE)."""
-    similar = _unit(test_ND) @ _unit(train_ND).T
-    k = min(neighbours, len(train_ND))
-    nearest = np.argpartition(-similar, k - 1, axis=1)[:, :k]
-    weights = np.exp((np.take_along_axis(similar, nearest, 1) - similar.max(1, keepdims=True)) / TEMPERATURE)
-    votes = (weights[..., None] * targets_NK[nearest]).sum(1)
-    return votes / votes.sum(1, keepdims=True)
+def neighbours(train_ND: np.ndarray, test_ND: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """(numbers of the nearest by cosine, their similarities), [N, most or all], the nearest first.
+
+    Test images in blocks, for all similarities at once would be the product of both counts in memory.
+    """
+    train, most = _unit(train_ND).T, min(most, len(train_ND))
+    numbers, similarities = [], []
+    for first in range(0, len(test_ND), BLOCK):
+        similar = _unit(test_ND[first : first + BLOCK]) @ train
+        nearest = np.argpartition(-similar, most - 1, axis=1)[:, :most]
+        order = np.argsort(-np.take_along_axis(similar, nearest, 1), axis=1, kind="stable")
+        numbers.append(np.take_along_axis(nearest, order, 1))
+        similarities.append(np.take_along_axis(similar, numbers[-1], 1))
+    return np.concatenate(numbers), np.concatenate(similarities)
 
 
 def _unit(x_ND: np.ndarray) -> np.ndarray:
@@ -36,12 +43,21 @@ def _unit(x_ND: np.ndarray) -> np.ndarray:
     return x_ND / np.maximum(np.linalg.norm(x_ND, axis=1, keepdims=True), 1e-12)
 
 
+def votes(targets_NK: np.ndarray, found: tuple[np.ndarray, np.ndarray], count: int) -> np.ndarray:
+    """Targets of the ``count`` nearest that :func:`neighbours` found, weighted by exp(similarity / TEMPERATURE)."""
+    numbers, similarities = (part[:, :count] for part in found)
+    weights = np.exp((similarities - similarities[:, :1]) / TEMPERATURE)
+    said = (weights[..., None] * targets_NK[numbers]).sum(1)
+    return said / said.sum(1, keepdims=True)
+
+
 def best_knn(
     train: tuple[np.ndarray, np.ndarray], val: tuple[np.ndarray, np.ndarray], test_ND: np.ndarray
 ) -> tuple[np.ndarray, dict[str, float]]:
     """With the number of neighbours that does best on val. Returns (probabilities, what was chosen)."""
-    chosen = min(NEIGHBOURS, key=lambda k: _divergence(val[1], knn(*train, val[0], k)))
-    return knn(*train, test_ND, chosen), {"neighbours": chosen}
+    near = neighbours(train[0], val[0], max(NEIGHBOURS))
+    chosen = min(NEIGHBOURS, key=lambda count: _divergence(val[1], votes(train[1], near, count)))
+    return votes(train[1], neighbours(train[0], test_ND, chosen), chosen), {"neighbours": chosen}
 
 
 class Linear:

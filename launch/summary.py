@@ -61,7 +61,8 @@ def rows(folder: Path, manifest: Manifest, metrics: Sequence[dict[str, Any]], se
         ("run", run),
         ("TensorBoard", f"{run / 'tensorboard'}  ({python} -m tensorboard.main --logdir {run / 'tensorboard'})"),
         ("weights", folder / "backbone.safetensors"),
-        ("card", folder / "backbone.safetensors.json"),
+        ("card", f"{folder / 'backbone.safetensors.md'}  (for programs: .json)"),
+        ("worth", f"{folder / 'evaluation.png'}  (figures: evaluation.json)"),
     ]
     if seconds is not None:
         found.insert(4, ("took", f"{seconds} s without the install"))

@@ -11,27 +11,33 @@ import torch
 from PIL import Image
 from scipy.optimize import minimize
 
-from geokr import evaluate, evaluate_data, evaluate_metrics, evaluate_records, export, finetune, pretrain, probes
+from geokr import evaluate, evaluate_data, evaluate_metrics, evaluate_records, evaluate_training, finetune, probes
 from geokr.config import ConfigError
 from geokr.evaluate_features import Preparation, calibrate, colours, features
 from geokr.models import BackboneSpec, build_backbone
-from tests.datasets import make_dataset
-from tests.test_geokr_pretrain import keys
+from tests.exports import short_export
 
 SIZE = 32
 
 
 @pytest.fixture(scope="module")
-def records(tmp_path_factory):
-    return make_dataset(tmp_path_factory.mktemp("records") / "d", tiles=60, val=20)
+def made(tmp_path_factory):
+    return short_export(tmp_path_factory.mktemp("made"), tiles=60, val=20)
 
 
 @pytest.fixture(scope="module")
-def weights(records, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("weights")
-    assert pretrain.main(keys(records, folder / "run", "train.max_steps=2")) == 0
-    export.export(folder / "run", folder / "b.safetensors")
-    return folder / "b.safetensors"
+def records(made):
+    return made[0]
+
+
+@pytest.fixture(scope="module")
+def weights(made):
+    return made[1]
+
+
+@pytest.fixture(autouse=True)
+def few_steps(monkeypatch):
+    monkeypatch.setattr(evaluate_training, "LEAST_STEPS", 1)
 
 
 def images_of(kind: int, count: int, seed: int, bands: int = 3) -> np.ndarray:
@@ -148,11 +154,23 @@ def test_the_linear_probe_is_the_minimum(penalty, soft):
 def test_neighbours_vote_by_their_similarity():
     train, test = np.array([[1, 0], [0, 2], [1, 1]], np.float64), np.array([[3, 0.1]], np.float64)
     targets = np.eye(3)
-    found = probes.knn(train, targets, test, 2)
+    near = probes.neighbours(train, test, 3)
+    found = probes.votes(targets, near, 2)
     similar = (train / np.linalg.norm(train, axis=1)[:, None]) @ (test[0] / np.linalg.norm(test))
     votes = np.exp(similar / probes.TEMPERATURE) * [1, 0, 1]
     np.testing.assert_allclose(found[0], votes / votes.sum(), rtol=1e-9)
-    np.testing.assert_array_equal(probes.knn(train, targets, test, 99).argmax(1), [0])
+    np.testing.assert_array_equal(near[0], [[0, 2, 1]])
+    np.testing.assert_array_equal(probes.votes(targets, probes.neighbours(train, test, 99), 99).argmax(1), [0])
+
+
+def test_neighbours_of_blocks_are_those_of_all(monkeypatch):
+    train, test = clusters(80)[0], clusters(30, seed=1)[0]
+    whole = probes.neighbours(train, test, 7)
+    monkeypatch.setattr(probes, "BLOCK", 4)
+    for one, other in zip(whole, probes.neighbours(train, test, 7), strict=True):
+        np.testing.assert_allclose(one, other)
+    similar = (train / np.linalg.norm(train, axis=1)[:, None]) @ (test / np.linalg.norm(test, axis=1)[:, None]).T
+    np.testing.assert_array_equal(whole[0], np.argsort(-similar.T, axis=1)[:, :7])
 
 
 def test_settings_are_chosen_on_val_and_never_on_test():
@@ -273,14 +291,41 @@ def test_finetuning_moves_the_copy_alone(folders):
     data = evaluate_data.open_folders(folders)
     backbone = build_backbone(BackboneSpec("test_resnet", 3, SIZE))
     before = {key: value.clone() for key, value in backbone.state_dict().items()}
-    how = {"epochs": 2, "batch": 8, "seed": 0}
-    runs = [
-        finetune.finetune(backbone, *data.parts.values(), prepared(), torch.device("cpu"), **how)[0] for _ in range(2)
-    ]
+    how = {"epochs": 2, "batch": 8, "seed": 0, "name": "b"}
+    runs = [finetune.finetune(backbone, *data.parts.values(), prepared(), torch.device("cpu"), **how) for _ in range(2)]
     np.testing.assert_array_equal(*runs)
     assert runs[0].shape == (9, 3)
     np.testing.assert_allclose(runs[0].sum(1), 1)
     assert all(torch.equal(before[key], value) for key, value in backbone.state_dict().items())
+
+
+def test_a_training_whose_val_says_nothing_ends_with_its_last_weights(monkeypatch):
+    """Average precision is no number where no image of val has a box."""
+    model = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Linear(1, 1))
+    seen = []
+
+    def loss_of(step):
+        seen.append([parameter.detach().clone() for parameter in model.parameters()])
+        return model(torch.ones(1, 1)).square().sum()
+
+    evaluate_training.fit(model, model[0], 8, loss_of, lambda: float("nan"), "b")
+    assert len(seen) == 8
+    assert not any(torch.equal(a, b) for a, b in zip(seen[-1], model.parameters(), strict=True))
+    with pytest.raises(ConfigError, match="b: the loss became nan in step 0"):
+        evaluate_training.fit(model, model[0], 8, lambda step: loss_of(step) * float("nan"), lambda: 0.0, "b")
+
+
+def test_the_best_weights_on_val_are_kept():
+    model = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Linear(1, 1))
+    scores, states = iter([0.1, 0.9, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0]), []
+
+    def score():
+        states.append({key: value.clone() for key, value in model.state_dict().items()})
+        return next(scores)
+
+    evaluate_training.fit(model, model[0], 16, lambda step: model(torch.ones(1, 1)).square().sum(), score, "b")
+    assert len(states) == evaluate_training.CHECKS
+    assert all(torch.equal(value, states[1][key]) for key, value in model.state_dict().items())
 
 
 # ------------------------------------------------------------------------------------------------- other data
@@ -334,12 +379,27 @@ def test_what_is_refused_before_anything_is_computed(weights, folders, tmp_path,
     refused("expected 3 numbers from 1 to 3, for red, green, blue", "--bands", 1, 2, 4)
     refused("--labels 0: expected percent", "--labels", 0)
     refused("--seeds 0: expected 1 or more", "--seeds", 0)
+    refused("--device mars: is none that torch knows", "--device", "mars")
+    refused("--device cuda:7: this machine has", "--device", "cuda:7")
     refused("there is no folder", "--json", tmp_path / "no/where.json")
     state = safetensors.torch.load_file(weights)
     state.pop("conv1.0.weight")
     safetensors.torch.save_file(state, tmp_path / "part.safetensors")
     refused("part.safetensors: does not fit the backbone; keys 1 missing: conv1.0.weight",
             "--baselines", tmp_path / "part.safetensors")  # fmt: skip
+
+
+def test_imagenet_weights_that_cannot_be_had(weights, folders, capsys, monkeypatch):
+    def nothing(spec, *, pretrained=False):
+        if pretrained:
+            raise ConfigError("model.init=imagenet: ...") from OSError("no network")
+        return build_backbone(spec)
+
+    monkeypatch.setattr(evaluate, "build_backbone", nothing)
+    assert command(weights, folders, "--baselines", "imagenet") == 1
+    said = capsys.readouterr().err
+    assert "--baselines imagenet: timm's weights for 'test_resnet' cannot be had (no network)" in said
+    assert "model.init" not in said
 
 
 def test_images_of_another_depth_or_with_other_bands(weights, tmp_path, capsys):

@@ -16,8 +16,7 @@ from geokr import (
     evaluate_detect,
     evaluate_pairs,
     evaluate_segment,
-    export,
-    pretrain,
+    evaluate_training,
 )  # fmt: skip
 from geokr.config import ConfigError
 from geokr.evaluate_coco import Boxes
@@ -25,29 +24,30 @@ from geokr.evaluate_features import Preparation
 from geokr.evaluate_pairs import OUTSIDE
 from geokr.feature_maps import load_maps, map_network
 from geokr.models import BackboneSpec, build_backbone
-from tests.datasets import make_dataset
-from tests.test_geokr_pretrain import keys
+from tests.exports import short_export
 
 SIZE = 64
 
 
 @pytest.fixture(scope="module")
-def records(tmp_path_factory):
-    return make_dataset(tmp_path_factory.mktemp("records") / "d", tiles=24, val=8)
+def made(tmp_path_factory):
+    return short_export(tmp_path_factory.mktemp("made"))
 
 
 @pytest.fixture(scope="module")
-def weights(records, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("weights")
-    assert pretrain.main(keys(records, folder / "run", "train.max_steps=2")) == 0
-    export.export(folder / "run", folder / "b.safetensors")
-    return folder / "b.safetensors"
+def records(made):
+    return made[0]
+
+
+@pytest.fixture(scope="module")
+def weights(made):
+    return made[1]
 
 
 @pytest.fixture(autouse=True)
 def few_steps(monkeypatch):
-    monkeypatch.setattr(evaluate_dense, "LEAST_STEPS", 1)
-    monkeypatch.setattr(evaluate_dense, "CHECKS", 2)
+    monkeypatch.setattr(evaluate_training, "LEAST_STEPS", 1)
+    monkeypatch.setattr(evaluate_training, "CHECKS", 2)
     monkeypatch.setattr(evaluate_detect, "WIDTH", 16)
 
 
@@ -115,7 +115,7 @@ def boxes(tmp_path_factory):
 
 
 def test_segmentation_learns_a_pattern_that_colours_do_not_show(weights, pairs, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(evaluate_dense, "LEAST_STEPS", 50)
+    monkeypatch.setattr(evaluate_training, "LEAST_STEPS", 50)
     out, drawn = tmp_path / "e.json", tmp_path / "e.png"
     more = ("--baselines", "colour", "--epochs", 1, "--batch", 4, "--json", out, "--picture", drawn)
     assert command(weights, pairs, "segment", *more) == 0
@@ -153,7 +153,7 @@ def test_detection_runs_and_reports(weights, boxes, tmp_path, detector):
 @pytest.mark.slow
 @pytest.mark.parametrize(("detector", "steps"), [("retinanet", 300), ("fasterrcnn", 60)])
 def test_detection_learns_bright_boxes(weights, tmp_path, detector, steps, monkeypatch):
-    monkeypatch.setattr(evaluate_dense, "LEAST_STEPS", steps)
+    monkeypatch.setattr(evaluate_training, "LEAST_STEPS", steps)
     monkeypatch.setattr(evaluate_detect, "WIDTH", 64)
     out = tmp_path / "e.json"
     data = write_coco(tmp_path / "d", 40)
@@ -224,11 +224,11 @@ def test_average_precision_by_hand():
 def test_boxes_turn_with_their_images():
     rng = np.random.default_rng(0)
     for _ in range(20):
-        turn = evaluate_dense.turns(rng)
+        turn = evaluate_training.turns(rng)
         image = torch.zeros(1, 20, 30)
         image[0, 4:9, 11:27] = 1
         (x0, y0, x1, y1) = evaluate_detect.turned_boxes(np.array([[11, 4, 27, 9]], np.float32), (20, 30), turn)[0]
-        after = evaluate_dense.turned(image, turn)[0]
+        after = evaluate_training.turned(image, turn)[0]
         assert after[int(y0) : int(y1), int(x0) : int(x1)].sum() == after.sum() == 80
 
 
@@ -486,7 +486,7 @@ def test_infinite_pixels_records_and_backbones_without_maps(tmp_path, records, w
 def test_a_loss_that_is_no_number_stops(weights):
     model = torch.nn.Linear(2, 2)
     with pytest.raises(ConfigError, match="w: the loss became nan in step 0"):
-        evaluate_dense.fit(model, torch.nn.Identity(), 3, lambda step: model.weight.sum() * np.nan, lambda: 0.0, "w")
+        evaluate_training.fit(model, torch.nn.Identity(), 3, lambda step: model.weight.sum() * np.nan, lambda: 0.0, "w")
 
 
 @pytest.mark.parametrize(("task", "package"), [("segment", "segmentation_models_pytorch"), ("detect", "pycocotools")])

@@ -13,12 +13,11 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import geokr
-from geokr import checkpoint, export, export_formats, pretrain
+from geokr import checkpoint, export, export_formats
 from geokr.checkpoint import Checkpoint
 from geokr.config import ConfigError
 from geokr.models import BackboneSpec, build_backbone
-from tests.datasets import make_dataset
-from tests.test_geokr_pretrain import keys
+from tests.exports import short_run
 
 FAMILIES = {"resnet18": 64, "resnet50": 64, "vgg16_bn": 32, "convnext_tiny": 64, "vit_small_patch16_224": 64}
 FOLDABLE = ("resnet18", "vgg16_bn")
@@ -27,10 +26,7 @@ FOLDABLE = ("resnet18", "vgg16_bn")
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> Path:
     """A run of two steps."""
-    folder = tmp_path_factory.mktemp("tiny")
-    records = make_dataset(folder / "d", tiles=24, val=8)
-    assert pretrain.main(keys(records, folder / "run", "train.max_steps=2")) == 0
-    return folder / "run"
+    return short_run(tmp_path_factory.mktemp("tiny"))[1]
 
 
 def filled(spec: BackboneSpec) -> torch.nn.Module:
@@ -245,6 +241,17 @@ def test_a_computation_that_is_not_the_backbones_is_not_left_behind(runs, tmp_pa
     monkeypatch.setattr(export_formats, "_run_torch", lambda path: ("torch", lambda x: real(path)[1](x) * 1.1))
     assert export.main(["--run", str(runs("resnet18")[0]), "--out", str(tmp_path / "b.pt2")]) == 1
     assert "gives features that are off by" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_an_exporter_cannot_write(runs, tmp_path, monkeypatch, capsys):
+    def fails(*arguments):
+        raise NotImplementedError("no such operator\nand a page of more")
+
+    monkeypatch.setattr(export_formats, "_write_torch", fails)
+    assert export.main(["--run", str(runs("resnet18")[0]), "--out", str(tmp_path / "b.pt2")]) == 1
+    said = capsys.readouterr().err
+    assert "--format torch-export: torch cannot write this backbone so (NotImplementedError: no such operator)" in said
     assert not list(tmp_path.iterdir())
 
 

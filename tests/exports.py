@@ -1,0 +1,21 @@
+"""A short run and the backbone that it exports, for tests of what becomes of weights."""
+
+from pathlib import Path
+
+from geokr import export, pretrain
+from tests.datasets import make_dataset
+from tests.test_geokr_pretrain import keys
+
+
+def short_run(folder: Path, tiles: int = 24, val: int = 8) -> tuple[Path, Path]:
+    """(records, the folder of a run of two steps on them) in ``folder``."""
+    records = make_dataset(folder / "d", tiles=tiles, val=val)
+    assert pretrain.main(keys(records, folder / "run", "train.max_steps=2")) == 0
+    return records, folder / "run"
+
+
+def short_export(folder: Path, tiles: int = 24, val: int = 8) -> tuple[Path, Path]:
+    """(records, the weights of a run of two steps on them)."""
+    records, run = short_run(folder, tiles, val)
+    export.export(run, folder / "b.safetensors")
+    return records, folder / "b.safetensors"
