@@ -19,7 +19,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ from geokr import (
 from geokr.checkpoint import write_text
 from geokr.config import ConfigError
 from geokr.evaluate_data import Data, open_folders
-from geokr.evaluate_features import Preparation
+from geokr.evaluate_features import Entrant, Preparation
 from geokr.models import BackboneSpec, build_backbone, seeded
 from geokr.records import MANIFEST
 from geokr.weights import load_into, read_state
@@ -57,38 +57,40 @@ BATCH = {"finetune": 32, "segment": 16, "detect": 4}
 COLOUR = "colour"
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Entrant:
-    """Weights to compare. backbone: None for colours alone."""
-
-    name: str
-    backbone: nn.Module | None
-
-
 def entrants(
-    main: Entrant, baselines: Sequence[str], data: Data, prepare: Preparation, device: torch.device
+    main: str, baselines: Sequence[str], data: Data, bands: Sequence[int] | None, device: torch.device, *, large: bool
 ) -> list[Entrant]:
-    """The weights and what they are compared with, all loaded before anything is computed."""
-    assert main.backbone is not None
-    spec = _spec(main.backbone)
-    found = [main]
+    """The weights and what they are compared with, all loaded before anything is computed.
+
+    Exports are given images as their own cards say, the rest as the first one's does. large: images keep their size.
+    """
+    first = _exported(main, data, bands, large=large)
+    assert first.backbone is not None
+    spec, prepare = _spec(first.backbone.card), first.prepare  # type: ignore[arg-type]
+    found = [first]
     for name in baselines:
         if name == COLOUR:
-            found.append(Entrant(COLOUR, None))
+            found.append(Entrant(COLOUR, None, prepare))
         elif name == "random":
             with seeded(0):
                 backbone = build_backbone(spec)
             evaluate_features.calibrate(backbone, data.parts["train"], prepare, device)
-            found.append(Entrant("random", backbone))
+            found.append(Entrant("random", backbone, prepare))
         elif name == "imagenet":
-            found.append(Entrant("imagenet", _imagenet(spec)))
+            found.append(Entrant("imagenet", _imagenet(spec), prepare))
         elif Path(f"{name}.json").exists():
-            found.append(Entrant(Path(name).name, geokr.load_backbone(name)))
+            found.append(_exported(name, data, bands, large=large))
         else:
             backbone = build_backbone(spec)
             load_into(backbone, read_state(name), name)
-            found.append(Entrant(Path(name).name, backbone))
+            found.append(Entrant(Path(name).name, backbone, prepare))
     return found
+
+
+def _exported(path: str, data: Data, bands: Sequence[int] | None, *, large: bool) -> Entrant:
+    backbone, name = geokr.load_backbone(path), Path(path).name
+    prepare = preparation(name, backbone.card, data, bands)  # pyright: ignore[reportArgumentType] - a module's attribute
+    return Entrant(name, backbone, prepare.as_large() if large else prepare)
 
 
 def _imagenet(spec: BackboneSpec) -> nn.Module:
@@ -101,19 +103,17 @@ def _imagenet(spec: BackboneSpec) -> nn.Module:
         ) from error
 
 
-def _spec(backbone: nn.Module) -> BackboneSpec:
-    about: dict[str, Any] = backbone.card  # type: ignore[assignment]
+def _spec(about: Mapping[str, Any]) -> BackboneSpec:
     return BackboneSpec(about["backbone"]["name"], len(about["bands"]), about["backbone"]["image_size"])
 
 
-def preparation(main: Entrant, data: Data, bands: Sequence[int] | None) -> Preparation:
-    """How images become what the backbone takes. Raises ConfigError where they are not what its card describes."""
-    about: dict[str, Any] = main.backbone.card  # type: ignore[union-attr,assignment]
+def preparation(weights: str, about: Mapping[str, Any], data: Data, bands: Sequence[int] | None) -> Preparation:
+    """How images become what a backbone takes. Raises ConfigError where they are not what its card describes."""
     names = [band["name"] for band in about["bands"]]
     if bands is None:
         if data.bands != len(names):
             raise ConfigError(
-                f"--data {data.path}: images of {data.bands} band(s), {main.name} takes {len(names)} "
+                f"--data {data.path}: images of {data.bands} band(s), {weights} takes {len(names)} "
                 f"({', '.join(names)}); say which with --bands, from 1, in that order"
             )
         bands = range(1, len(names) + 1)
@@ -124,7 +124,7 @@ def preparation(main: Entrant, data: Data, bands: Sequence[int] | None) -> Prepa
         )
     if data.dtype != about["input"]["dtype"]:
         raise ConfigError(
-            f"--data {data.path}: images of {data.dtype}, {main.name} was trained on {about['input']['dtype']}; its "
+            f"--data {data.path}: images of {data.dtype}, {weights} was trained on {about['input']['dtype']}; its "
             "mean and deviation mean nothing for them: convert the images"
         )
     chosen = tuple(band - 1 for band in bands)
@@ -136,7 +136,6 @@ class Study:
     """What all entrants go through alike."""
 
     data: Data
-    prepare: Preparation
     device: torch.device
     labels: tuple[float, ...]
     seeds: int
@@ -163,8 +162,8 @@ class Study:
     def _features(self, entrant: Entrant, name: str) -> np.ndarray:
         part = self.data.parts[name]
         if entrant.backbone is None:
-            return evaluate_features.colours(part, tuple(self.prepare.bands))
-        return evaluate_features.features(entrant.backbone, part, self.prepare, self.device)
+            return evaluate_features.colours(part, tuple(entrant.prepare.bands))
+        return evaluate_features.features(entrant.backbone, part, entrant.prepare, self.device)
 
     def _run(self, entrant: Entrant, task: str, percent: float, known: dict[str, np.ndarray]) -> dict[str, Any]:
         train, val, test = (self.data.parts[name] for name in ("train", "val", "test"))
@@ -179,7 +178,7 @@ class Study:
                 assert entrant.backbone is not None
                 parts = train.some(some), val.some(held), test
                 how = {"epochs": self.epochs, "batch": self.batch, "seed": seed, "name": entrant.name}
-                found, best = finetune.finetune(entrant.backbone, *parts, self.prepare, self.device, **how), {}
+                found, best = finetune.finetune(entrant.backbone, *parts, entrant.prepare, self.device, **how), {}
             elif task == "knn":
                 found, best = probes.best_knn(fit, choose, known["test"])
             elif entrant.backbone is None:
@@ -202,17 +201,15 @@ class Study:
 def evaluate(chosen: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
     """The report as a tree. Raises ConfigError, before hours are spent, for what cannot be compared."""
     device = _device(chosen.device)
-    main = Entrant(Path(chosen.weights).name, geokr.load_backbone(chosen.weights))
     is_packed = (Path(chosen.data) / MANIFEST).exists()
     if chosen.task[0] in DENSE:
         if is_packed:
             raise ConfigError(f"--data {chosen.data}: records hold shares of classes, for the tasks {', '.join(TASKS)}")
-        return _dense(chosen, main, device, say)
+        return _dense(chosen, device, say)
     data = evaluate_records.open_records(chosen.data) if is_packed else open_folders(chosen.data)
-    prepare = preparation(main, data, chosen.bands)
-    found = entrants(main, chosen.baselines, data, prepare, device)
+    found = entrants(chosen.weights, chosen.baselines, data, chosen.bands, device, large=False)
     batch = chosen.batch or BATCH["finetune"]
-    study = Study(data, prepare, device, tuple(chosen.labels), chosen.seeds, chosen.epochs, batch, say)
+    study = Study(data, device, tuple(chosen.labels), chosen.seeds, chosen.epochs, batch, say)
     rows = [row for entrant in found for row in study.of(entrant, chosen.task)]
     return _report(chosen, data, rows)
 
@@ -227,27 +224,25 @@ def _device(text: str) -> torch.device:
     return device
 
 
-def _dense(
-    chosen: argparse.Namespace, main: Entrant, device: torch.device, say: Callable[[str], None]
-) -> dict[str, Any]:
+def _dense(chosen: argparse.Namespace, device: torch.device, say: Callable[[str], None]) -> dict[str, Any]:
     kind = chosen.task[0]
-    assert main.backbone is not None
-    spec = _spec(main.backbone)
+    about: dict[str, Any] = geokr.load_backbone(chosen.weights).card  # type: ignore[assignment]
+    spec = _spec(about)
     shared = {"spec": spec, "device": device, "epochs": chosen.epochs, "batch": chosen.batch or BATCH[kind]}
     say(f"{chosen.data}: every file is checked")
     if kind == "segment":
         pairs = evaluate_pairs.open_pairs(chosen.data, chosen.ignore)
-        prepare = preparation(main, pairs.data, chosen.bands).as_large()
+        preparation(Path(chosen.weights).name, about, pairs.data, chosen.bands)  # before every image is read
         crop = evaluate_segment.crop_side(chosen.crop or spec.image_size)
-        task = evaluate_segment.Segment(pairs, prepare=prepare, decoder=chosen.decoder, crop=crop, **shared)
+        task = evaluate_segment.Segment(pairs, decoder=chosen.decoder, crop=crop, **shared)
     else:
         found = evaluate_coco.open_coco(chosen.data)
-        prepare = preparation(main, found.data, chosen.bands).as_large()
-        task = evaluate_detect.Detect(found, prepare=prepare, kind=chosen.detector, **shared)
+        preparation(Path(chosen.weights).name, about, found.data, chosen.bands)
+        task = evaluate_detect.Detect(found, kind=chosen.detector, **shared)
     baselines = [name for name in chosen.baselines if kind == "segment" or name != COLOUR]
     middles = {name: evaluate_dense.middle(part, spec.image_size) for name, part in task.data.parts.items()}
     data = dataclasses.replace(task.data, parts=middles)
-    compared = entrants(main, baselines, data, prepare, device)
+    compared = entrants(chosen.weights, baselines, data, chosen.bands, device, large=True)
     return _report(chosen, task.data, evaluate_dense.rows(task, kind, compared, chosen.labels, chosen.seeds, say))
 
 

@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
-from torch import nn
 
 from geokr import evaluate_metrics
 from geokr.config import ConfigError
 from geokr.evaluate_data import Data, Part
+from geokr.evaluate_features import Entrant
 
 MEMORY = 4 << 30  # bytes of decoded images that are kept
 
@@ -41,13 +41,13 @@ class Task(Protocol):
         """Draws of a bootstrap."""
         ...
 
-    def run(self, name: str, backbone: nn.Module | None, train: np.ndarray, val: np.ndarray, seed: int) -> Outcome:
+    def run(self, entrant: Entrant, train: np.ndarray, val: np.ndarray, seed: int) -> Outcome:
         """Trained on these images of train, chosen by these of val. Without a backbone: colours alone."""
         ...
 
 
 def rows(
-    task: Task, kind: str, entrants: Sequence[Any], labels: Sequence[float], seeds: int, say: Callable[[str], None]
+    task: Task, kind: str, entrants: Sequence[Entrant], labels: Sequence[float], seeds: int, say: Callable[[str], None]
 ) -> list[dict[str, Any]]:
     """A row of the report for every entrant and share of labels."""
     found = []
@@ -57,7 +57,7 @@ def rows(
             for seed in range(seeds):
                 say(f"{entrant.name}: {kind}, {percent:g} % of the labels, seed {seed}")
                 some = [evaluate_metrics.subset(task.data.parts[p].labels, percent, seed) for p in ("train", "val")]
-                outcomes.append(task.run(entrant.name, entrant.backbone, some[0], some[1], seed))
+                outcomes.append(task.run(entrant, some[0], some[1], seed))
                 counts.append(len(some[0]))
             found.append(
                 {

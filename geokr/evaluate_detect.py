@@ -25,7 +25,7 @@ from geokr.config import ConfigError
 from geokr.evaluate_coco import Boxes, Detections
 from geokr.evaluate_data import Data
 from geokr.evaluate_dense import check_finite, kept
-from geokr.evaluate_features import Preparation
+from geokr.evaluate_features import Entrant, Preparation
 from geokr.evaluate_training import fit, steps_of, turned, turns
 from geokr.feature_maps import check_scales, load_maps, map_network
 from geokr.models import BackboneSpec, seeded
@@ -103,7 +103,6 @@ class Detect:
 
     found: Detections
     spec: BackboneSpec
-    prepare: Preparation
     device: torch.device
     kind: str
     epochs: int
@@ -132,33 +131,35 @@ class Detect:
         halvings = np.clip(np.ceil(np.log2(SMALLEST / max(np.percentile(sides, 5), 1.0))), 0, 2)
         return float(SMALLEST / 2**halvings)
 
-    def run(self, name: str, backbone: nn.Module | None, train: np.ndarray, val: np.ndarray, seed: int) -> "Precision":
-        assert backbone is not None  # colours alone draw no boxes; the command leaves them out
-        rng = np.random.default_rng(seed)
+    def run(self, entrant: Entrant, train: np.ndarray, val: np.ndarray, seed: int) -> "Precision":
+        assert entrant.backbone is not None  # colours alone draw no boxes; the command leaves them out
+        prepare, rng = entrant.prepare, np.random.default_rng(seed)
         with seeded(seed):
             model = make_detector(self.kind, self.spec, len(self.found.classes), self.smallest)
-            load_maps(model.backbone.body, backbone, name)
+            load_maps(model.backbone.body, entrant.backbone, entrant.name)
             model = model.to(self.device).train()
 
             def loss_of(step: int) -> Tensor:
-                images, targets = self._batch(rng.choice(train, self.batch), rng)
+                images, targets = self._batch(prepare, rng.choice(train, self.batch), rng)
                 return sum(model(images, targets).values(), torch.zeros((), device=self.device))
 
             def score() -> float:
-                return self._tested(model, "val", val).values()["ap"]
+                return self._tested(model, prepare, "val", val).values()["ap"]
 
             steps = steps_of(len(train), self.batch, self.epochs)
-            fit(model, model.backbone.body, steps, loss_of, score, name)
-        return self._tested(model, "test", np.arange(len(self.data.parts["test"])))
+            fit(model, model.backbone.body, steps, loss_of, score, entrant.name)
+        return self._tested(model, prepare, "test", np.arange(len(self.data.parts["test"])))
 
-    def _batch(self, ids: np.ndarray, rng: np.random.Generator) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+    def _batch(
+        self, prepare: Preparation, ids: np.ndarray, rng: np.random.Generator
+    ) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
         images, targets = [], []
         for n, image in zip(ids.tolist(), self._images["train"](ids.tolist()), strict=True):
             boxes, turn = self.found.boxes["train"][n], turns(rng)
             alone = ~boxes.crowd  # a crowd's box is no object
             corners = turned_boxes(boxes.corners[alone], image.shape[:2], turn)
             labels = boxes.classes[alone] + (self.kind == "fasterrcnn")  # whose class 0 is the background
-            images.append(turned(self.prepare([image])[0], turn).to(self.device))
+            images.append(turned(prepare([image])[0], turn).to(self.device))
             targets.append(
                 {
                     "boxes": torch.from_numpy(corners).to(self.device),
@@ -168,11 +169,11 @@ class Detect:
         return images, targets
 
     @torch.no_grad()
-    def _tested(self, model: nn.Module, split: str, ids: np.ndarray) -> "Precision":
+    def _tested(self, model: nn.Module, prepare: Preparation, split: str, ids: np.ndarray) -> "Precision":
         said = []
         for first in range(0, len(ids), self.batch):
             some = ids[first : first + self.batch].tolist()
-            images = [self.prepare([image])[0].to(self.device) for image in self._images[split](some)]
+            images = [prepare([image])[0].to(self.device) for image in self._images[split](some)]
             said += [{key: value.cpu().numpy() for key, value in one.items()} for one in model(images)]
         for one in said:
             one["labels"] = one["labels"] - (self.kind == "fasterrcnn")

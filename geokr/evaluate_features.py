@@ -1,6 +1,7 @@
 """Images to features: once for each backbone, kept in memory. And what colours alone say of an image."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -41,6 +42,15 @@ class Preparation:
         if self.side and pixels.shape[2:] != (self.side, self.side):
             pixels = interpolate(pixels, (self.side, self.side), mode="bilinear", antialias=True, align_corners=False)
         return pixels
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Entrant:
+    """Weights to compare, and how images are made ready for them. backbone: None for colours alone."""
+
+    name: str
+    backbone: nn.Module | None
+    prepare: Preparation
 
 
 def batches(part: Part, prepare: Preparation, size: int) -> Iterator[Tensor]:

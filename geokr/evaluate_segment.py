@@ -17,7 +17,7 @@ from geokr import probes
 from geokr.config import ConfigError
 from geokr.evaluate_data import Data
 from geokr.evaluate_dense import check_finite, kept
-from geokr.evaluate_features import Preparation
+from geokr.evaluate_features import Entrant, Preparation
 from geokr.evaluate_pairs import OUTSIDE, Pairs
 from geokr.evaluate_training import fit, steps_of, turned, turns
 from geokr.feature_maps import check_scales, load_maps
@@ -71,7 +71,6 @@ class Segment:
 
     pairs: Pairs
     spec: BackboneSpec
-    prepare: Preparation
     device: torch.device
     decoder: str
     crop: int
@@ -94,22 +93,25 @@ class Segment:
     def data(self) -> Data:
         return self.pairs.data
 
-    def run(self, name: str, backbone: nn.Module | None, train: np.ndarray, val: np.ndarray, seed: int) -> Confusion:
-        if backbone is None:
-            return self._colours(train, val, seed)
-        rng = np.random.default_rng(seed)
+    def run(self, entrant: Entrant, train: np.ndarray, val: np.ndarray, seed: int) -> Confusion:
+        if entrant.backbone is None:
+            return self._colours(entrant.prepare, train, val, seed)
+        name, prepare, rng = entrant.name, entrant.prepare, np.random.default_rng(seed)
         with seeded(seed):
-            model = self._model(backbone, name).to(self.device).to(memory_format=torch.channels_last).train()
+            model = self._model(entrant.backbone, name).to(self.device).to(memory_format=torch.channels_last).train()
             area = np.mean([mask.size for mask in self._masks["train"](train.tolist())]) / self.crop**2
             steps = steps_of(max(len(train), round(len(train) * area)), self.batch, self.epochs)
 
             def loss_of(step: int) -> Tensor:
-                images, masks = self._crops(rng.choice(train, self.batch), rng)
+                images, masks = self._crops(prepare, rng.choice(train, self.batch), rng)
                 logits = model(images.to(self.device, memory_format=torch.channels_last))
                 return _loss(logits, masks.to(self.device))
 
-            fit(model, model.encoder, steps, loss_of, lambda: self._tested(model, "val", val).values()["miou"], name)
-        return self._tested(model, "test", np.arange(len(self.data.parts["test"])))
+            def score() -> float:
+                return self._tested(model, prepare, "val", val).values()["miou"]
+
+            fit(model, model.encoder, steps, loss_of, score, name)
+        return self._tested(model, prepare, "test", np.arange(len(self.data.parts["test"])))
 
     def _model(self, backbone: nn.Module | None, name: str) -> Any:
         try:
@@ -129,13 +131,13 @@ class Segment:
             load_maps(model.encoder.model, backbone, name)
         return model
 
-    def _crops(self, ids: np.ndarray, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    def _crops(self, prepare: Preparation, ids: np.ndarray, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """Crops at random places, so turned: images [N, C, S, S], masks [N, S, S]."""
         images, masks = [], []
         for image, mask in zip(self._images["train"](ids.tolist()), self._masks["train"](ids.tolist()), strict=True):
             rows, columns = (_place(length, self.crop, rng) for length in mask.shape)
             turn = turns(rng)
-            images.append(turned(self._filled(self.prepare([image[rows, columns]])[0]), turn))
+            images.append(turned(self._filled(prepare([image[rows, columns]])[0]), turn))
             masks.append(turned(self._filled(torch.from_numpy(mask[rows, columns].copy()), OUTSIDE), turn))
         return torch.stack(images), torch.stack(masks)
 
@@ -144,10 +146,10 @@ class Segment:
         height, width = pixels.shape[-2:]
         return pad(pixels, (0, self.crop - width, 0, self.crop - height), value=value)
 
-    def _tested(self, model: nn.Module, split: str, ids: np.ndarray) -> Confusion:
+    def _tested(self, model: nn.Module, prepare: Preparation, split: str, ids: np.ndarray) -> Confusion:
         counts = []
         for n in ids.tolist():
-            logits_KHW = self._windows(model, self.prepare(self._images[split]([n]))[0])
+            logits_KHW = self._windows(model, prepare(self._images[split]([n]))[0])
             counts.append(confusion(logits_KHW.argmax(0).cpu().numpy(), self._masks[split]([n])[0], self._classes))
         return Confusion(np.array(counts))
 
@@ -174,24 +176,26 @@ class Segment:
 
     # ------------------------------------------------------------------------------------- colours alone
 
-    def _colours(self, train: np.ndarray, val: np.ndarray, seed: int) -> Confusion:
+    def _colours(self, prepare: Preparation, train: np.ndarray, val: np.ndarray, seed: int) -> Confusion:
         rng = np.random.default_rng(seed)
-        fit_on, choose_by = (self._pixels(*where, rng) for where in (("train", train), ("val", val)))
+        fit_on, choose_by = (self._pixels(prepare, *where, rng) for where in (("train", train), ("val", val)))
         chosen, counts = probes.chosen_linear(fit_on, choose_by)[0], []
         for n in range(len(self.data.parts["test"])):
             mask = self._masks["test"]([n])[0]
-            found = chosen(colours(self.prepare(self._images["test"]([n]))[0])).argmax(1).reshape(mask.shape)
+            found = chosen(colours(prepare(self._images["test"]([n]))[0])).argmax(1).reshape(mask.shape)
             counts.append(confusion(found, mask, self._classes))
         return Confusion(np.array(counts))
 
-    def _pixels(self, split: str, ids: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    def _pixels(
+        self, prepare: Preparation, split: str, ids: np.ndarray, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Some pixels of these images: (what is known of them, their classes as [N, K])."""
         known, classes = [], []
         for n in ids.tolist():
             mask = self._masks[split]([n])[0].ravel()
             inside = np.flatnonzero(mask != OUTSIDE)
             some = rng.permutation(inside)[: max(1, PIXELS // len(ids))]
-            known.append(colours(self.prepare(self._images[split]([n]))[0])[some])
+            known.append(colours(prepare(self._images[split]([n]))[0])[some])
             classes.append(mask[some])
         return np.concatenate(known), np.eye(self._classes)[np.concatenate(classes)]
 

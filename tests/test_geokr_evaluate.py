@@ -15,7 +15,7 @@ from geokr import evaluate, evaluate_data, evaluate_metrics, evaluate_records, e
 from geokr.config import ConfigError
 from geokr.evaluate_features import Preparation, calibrate, colours, features
 from geokr.models import BackboneSpec, build_backbone
-from tests.exports import short_export
+from tests.exports import other_range, short_export
 
 SIZE = 32
 
@@ -118,6 +118,19 @@ def test_other_weights_beside(weights, folders, tmp_path):
     assert command(weights, folders, *arguments, "--baselines", tmp_path / "plain.pth") == 0
     ours, theirs = json.loads((tmp_path / "e.json").read_text())["rows"]
     assert (theirs["weights"], theirs["figures"]) == ("plain.pth", ours["figures"])
+
+
+def test_an_export_has_its_own_normalisation_whoever_it_is_compared_with(weights, records, tmp_path):
+    other, found = other_range(weights, tmp_path), {}
+    tasks = ("--task", "linear", "finetune", "--labels", 100, "--seeds", 1, "--epochs", 1, "--batch", 8)
+    for first, second in ((weights, other), (other, weights)):
+        out = tmp_path / "e.json"
+        assert command(first, records, *tasks, "--baselines", second, "--json", out) == 0
+        rows = json.loads(out.read_text())["rows"]
+        found[first] = {(row["weights"], row["task"]): row["figures"] for row in rows}
+    assert found[weights] == found[other]
+    assert len(found[weights]) == 4
+    assert found[weights]["b.safetensors", "linear"] != found[weights]["other.safetensors", "linear"]
 
 
 # ----------------------------------------------------------------------------------------------------- probes

@@ -24,7 +24,7 @@ from geokr.evaluate_features import Preparation
 from geokr.evaluate_pairs import OUTSIDE
 from geokr.feature_maps import load_maps, map_network
 from geokr.models import BackboneSpec, build_backbone
-from tests.exports import short_export
+from tests.exports import other_range, short_export
 
 SIZE = 64
 
@@ -148,6 +148,19 @@ def test_detection_runs_and_reports(weights, boxes, tmp_path, detector):
     assert [row["weights"] for row in report["rows"]] == ["b.safetensors", *baselines[:-1]]  # colours draw no boxes
     assert set(report["rows"][0]["figures"]) == {"ap", "ap50", "ap75"}
     assert set(report["rows"][0]["classes"]) == {"square", "bar"}
+
+
+@pytest.mark.parametrize("task", ["segment", "detect"])
+def test_an_export_has_its_own_normalisation_whoever_it_is_compared_with(weights, pairs, boxes, tmp_path, task):
+    other, found = other_range(weights, tmp_path), {}
+    data = {"segment": pairs, "detect": boxes}[task]
+    for first, second in ((weights, other), (other, weights)):
+        out = tmp_path / "e.json"
+        assert command(first, data, task, "--baselines", second, "--epochs", 1, "--batch", 2, "--json", out) == 0
+        found[first] = {row["weights"]: row["figures"] for row in json.loads(out.read_text())["rows"]}
+    assert found[weights] == found[other]
+    if task == "segment":  # detection has found nothing yet
+        assert found[weights]["b.safetensors"] != found[weights]["other.safetensors"]
 
 
 @pytest.mark.slow
@@ -320,9 +333,7 @@ def prepared(bands=3):
 def test_logits_of_windows_are_those_of_the_places(pairs):
     """A model that gives a pixel's own value: the mean of windows is that value."""
     opened = evaluate_pairs.open_pairs(pairs, 255)
-    task = evaluate_segment.Segment(
-        opened, BackboneSpec("test_resnet", 3, SIZE), prepared(), torch.device("cpu"), "unet", 64, 1, 2
-    )
+    task = evaluate_segment.Segment(opened, BackboneSpec("test_resnet", 3, SIZE), torch.device("cpu"), "unet", 64, 1, 2)
     image = torch.randn(3, 100, 150)
     found = task._windows(lambda batch: batch[:, :2], image)
     torch.testing.assert_close(found, image[:2])
