@@ -1,0 +1,122 @@
+"""Datasets for the comparison of recipes: packed once a seed, with other blocks held out for each."""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from geokr.config import ConfigError
+from geokr.records import MANIFEST
+
+ZION_KEYS = ("tile.size=64", "tile.step=32", "split.val_fraction=0.25", "split.block_m=7680", "tile.bands=[1,2,3]")
+DEMO_KEYS = ("tile.size=128", "tile.step=64", "split.val_fraction=0.25", "split.block_m=5120")
+NO_CLASS = 255
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """Records, and what they were packed from. sheets: paths of land cover; none where the records were given."""
+
+    name: str
+    seed: int
+    records: Path
+    product: str = ""
+    sheets: tuple[Path, ...] = ()
+
+
+def pack(name: str, seed: int, chosen: argparse.Namespace) -> Packed:
+    """The records of a dataset for a seed; made where they are not there. Raises ConfigError where they cannot be."""
+    if name == "zion":
+        return _zion(seed, chosen.out, chosen.shared / "data" / "zion")
+    if name == "demo":
+        return _demo(seed, chosen.out)
+    folder = Path(name)
+    if not (folder / MANIFEST).exists():
+        raise ConfigError(f"--data {name}: expected zion, demo, or a folder of records")
+    return Packed(folder.absolute().name, seed, folder.absolute())
+
+
+def _zion(seed: int, out: Path, zion: Path) -> Packed:
+    scene, sheet = zion / "derived_zion_landsat8_RGBN_uint16.tif", zion / "nlcd2011.tif"
+    if not scene.exists():
+        raise ConfigError(f"--shared: there is no {scene}; leave zion out of --data")
+    records = out / "zion" / f"seed{seed}" / "records"
+    _pack([str(scene)], [str(sheet)], "nlcd", records, [*ZION_KEYS, f"seed={seed}"])
+    return Packed("zion", seed, records, "nlcd", (sheet,))
+
+
+def _demo(seed: int, out: Path) -> Packed:
+    from preprocess import make_demo
+
+    demo, records = out / "demo" / "landscape", out / "demo" / f"seed{seed}" / "records"
+    if make_demo.main(["--out", str(demo)]):
+        raise ConfigError(f"{demo}: the demo could not be made")
+    config = str(Path(__file__).parents[1] / "configs" / "pack_globeland30.yaml")
+    keys = ["--config", config, *DEMO_KEYS, "tile.bands=[red,green,blue]", f"seed={seed}"]
+    sheets = tuple(sorted((demo / "landcover").glob("*.tif")))
+    _pack([str(demo / "scenes" / "*.tif")], [str(demo / "landcover" / "*.tif")], "globeland30", records, keys)
+    return Packed("demo", seed, records, "globeland30", sheets)
+
+
+def _pack(scenes: list[str], sheets: list[str], product: str, out: Path, keys: list[str]) -> None:
+    from preprocess import pack_records
+
+    if (out / MANIFEST).exists():
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    words = ["--scenes", *scenes, "--land-cover", *sheets, "--product", product, "--out", str(out)]
+    if pack_records.main([*words, *keys]):
+        raise ConfigError(f"{out}: could not be packed")
+
+
+def segment_pairs(packed: Packed) -> Path:
+    """Tiles with the class of every pixel, for geokr.evaluate --task segment: train, val and test as images and masks.
+
+    Held-out tiles are the test. Every pixel's class is that of the land cover at its centre, by GDAL's warper.
+    """
+    import rasterio
+    from rasterio.io import MemoryFile
+    from rasterio.transform import Affine
+    from rasterio.warp import Resampling, reproject
+
+    from geokr import tile_codecs
+    from geokr.records import decode_record, load_manifest
+    from preprocess.shards import read_frames
+
+    if not packed.sheets:
+        raise ConfigError(f"{packed.records}: --segment needs the land cover, which records do not hold")
+    folder = packed.records.parent / "pairs"
+    if (folder / "classes.yaml").exists():
+        return folder
+    manifest = load_manifest(packed.records)
+    class_of = np.full(256, NO_CLASS, np.uint8)
+    for number, entry in enumerate(manifest.classes):
+        class_of[list(entry.codes)] = number
+    for split, shards in (("train", manifest.train.shards), ("test", manifest.val.shards)):
+        for n, (_, payload) in enumerate(pair for shard in shards for pair in read_frames(packed.records / shard.name)):
+            record = decode_record(payload)
+            part = "val" if split == "train" and n % 5 == 0 else split
+            image = tile_codecs.decode(np.frombuffer(record.image, np.uint8), record.codec, record.shape, record.dtype)
+            codes = np.full(record.shape[:2], 0, np.uint8)
+            to = {"dst_transform": Affine(*record.transform), "dst_crs": record.crs, "resampling": Resampling.nearest}
+            for sheet in packed.sheets:
+                with rasterio.open(sheet) as source:
+                    nodata = source.nodata if source.nodata is not None else 0
+                    found = np.full(record.shape[:2], nodata, np.uint8)
+                    reproject(rasterio.band(source, 1), found, dst_nodata=nodata, **to)
+                codes = np.where(codes == 0, np.where(found == nodata, 0, found), codes)
+            _write(MemoryFile, folder / part / "images" / f"{split}-{n:05}.png", image)
+            _write(MemoryFile, folder / part / "masks" / f"{split}-{n:05}.png", class_of[codes][..., None])
+    names = [f"{number}: {entry.name}" for number, entry in enumerate(manifest.classes)]
+    (folder / "classes.yaml").write_text("\n".join(names) + "\n")
+    return folder
+
+
+def _write(memory: type, path: Path, image_HWC: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    height, width, count = image_HWC.shape
+    with memory() as file:
+        with file.open(driver="PNG", height=height, width=width, count=count, dtype="uint8") as target:
+            target.write(np.ascontiguousarray(image_HWC.transpose(2, 0, 1)))
+        path.write_bytes(file.read())
