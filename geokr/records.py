@@ -42,13 +42,16 @@ GROWING = ".work/growing.json"  # {"version": the one that is being made}, while
 SPLITS = ("train", "val")
 DTYPES = ("uint8", "uint16", "int16", "float32")
 CODECS = ("jpeg", "png", "raw", "lz4")
-FRACTIONS = "fractions"
+FRACTIONS, GRID = "fractions", "fractions_grid"
 
 HEADER = struct.Struct("<QI")
 FOOTER = struct.Struct("<I")
 FRAME_OVERHEAD = HEADER.size + FOOTER.size
 # No tile comes near this; a length above it is damage, and nothing is allocated for it.
 MAX_PAYLOAD = 1 << 30
+
+# What reading bytes that are none may raise.
+_NO_RECORD = (KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError, ZeroDivisionError)
 
 Split = Literal["train", "val"]
 Crc32c = Callable[[bytes], int]
@@ -116,11 +119,12 @@ def read_index(text: str, where: str) -> np.ndarray:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FurtherLabels:
-    """What a further land-cover product says of a tile. fractions: float32 [its classes], sum 1."""
+    """What a further land-cover product says of a tile. fractions: float32 [its classes], sum 1. grid: as in Record."""
 
     fractions: np.ndarray
     valid_fraction: float
     label_gap_years: float | None = None
+    grid: np.ndarray | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -131,8 +135,9 @@ class Record:
     shape: (height, width, bands). fractions: float32 [classes], sum 1. valid_fraction: share of the tile's
     ground that counted. lonlat: WGS 84 degrees of the centre. transform: pixel (column, row) to CRS as
     (a, b, c, d, e, f): x = a*column + b*row + c, y = d*column + e*row + f. crs: WKT. date: ISO or empty.
-    label_gap_years: from the middle of the land cover's year to the date, where both are known. also: labels by
-    further products, by name.
+    label_gap_years: from the middle of the land cover's year to the date, where both are known. grid: float32
+    [G, G, classes], the fractions by G x G squares of the tile, from its first row and column on: shares of the whole
+    tile's ground that counted, sum 1; None where the dataset has none. also: labels by further products, by name.
     """
 
     image: bytes
@@ -148,6 +153,7 @@ class Record:
     tile_id: str
     date: str = ""
     label_gap_years: float | None = None
+    grid: np.ndarray | None = None
     also: Mapping[str, FurtherLabels] = field(default_factory=dict)
 
     def fractions_of(self, product: str | None) -> np.ndarray:
@@ -174,17 +180,22 @@ def encode_record(record: Record, image: bytes | None = None) -> bytes:
         features["date"] = record.date.encode()
     if record.label_gap_years is not None:
         features["label_gap_years"] = np.array([record.label_gap_years], np.float32)
+    if record.grid is not None:
+        features[GRID] = record.grid.astype(np.float32).reshape(-1)
     for name, labels in record.also.items():
         features[f"{FRACTIONS}/{name}"] = labels.fractions.astype(np.float32)
+        if labels.grid is not None:
+            features[f"{GRID}/{name}"] = labels.grid.astype(np.float32).reshape(-1)
         features[f"valid_fraction/{name}"] = np.array([labels.valid_fraction], np.float32)
         if labels.label_gap_years is not None:
             features[f"label_gap_years/{name}"] = np.array([labels.label_gap_years], np.float32)
     return example.encode(features)
 
 
-def fractions_feature(product: str | None) -> str:
+def fractions_feature(product: str | None, *, by_square: bool = False) -> str:
     """Name of the feature that holds the fractions of a further product, or of the first where it is None."""
-    return FRACTIONS if product is None else f"{FRACTIONS}/{product}"
+    feature = GRID if by_square else FRACTIONS
+    return feature if product is None else f"{feature}/{product}"
 
 
 def _further(features: Mapping[str, Any]) -> dict[str, FurtherLabels]:
@@ -194,6 +205,7 @@ def _further(features: Mapping[str, Any]) -> dict[str, FurtherLabels]:
             features[f"{FRACTIONS}/{name}"],
             float(features[f"valid_fraction/{name}"][0]),
             _number(features, f"label_gap_years/{name}"),
+            _grid(features, f"{GRID}/{name}", len(features[f"{FRACTIONS}/{name}"])),
         )
         for name in names
     }
@@ -201,6 +213,14 @@ def _further(features: Mapping[str, Any]) -> dict[str, FurtherLabels]:
 
 def _number(features: Mapping[str, Any], name: str) -> float | None:
     return float(features[name][0]) if name in features else None
+
+
+def _grid(features: Mapping[str, Any], name: str, classes: int) -> np.ndarray | None:
+    if name not in features:
+        return None
+    values = features[name]
+    side = math.isqrt(len(values) // classes)
+    return values.reshape(side, side, classes)
 
 
 def _text(features: Mapping[str, Any], name: str) -> str:
@@ -225,9 +245,10 @@ def decode_record(payload: bytes, where: str = "record") -> Record:
             tile_id=_text(features, "tile_id"),
             date=_text(features, "date") if "date" in features else "",
             label_gap_years=_number(features, "label_gap_years"),
+            grid=_grid(features, GRID, len(features["fractions"])),
             also=_further(features),
         )
-    except (example.ExampleError, KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError) as error:
+    except (example.ExampleError, *_NO_RECORD) as error:
         raise RecordError(f"{where}: not a geokr record ({type(error).__name__}: {error})") from error
     _check_record(record, where)
     return record
@@ -248,8 +269,10 @@ def _check_record(record: Record, where: str) -> None:
         if not fine:
             raise RecordError(f"{where}: feature {name!r} holds {getattr(record, name)!r:.200}, which cannot be")
     for name, labels in record.also.items():
-        if not (_are_fractions(labels.fractions) and 0 < labels.valid_fraction <= 1.0001):
-            raise RecordError(f"{where}: feature 'fractions/{name}' or its valid_fraction cannot be: {labels!r:.200}")
+        if not (_are_fractions(labels.fractions) and 0 < labels.valid_fraction <= 1.0001 and _fits(labels)):
+            raise RecordError(f"{where}: labels of product {name!r} cannot be: {labels!r:.200}")
+    if not _fits(record):
+        raise RecordError(f"{where}: feature {GRID!r} does not add up to the tile's fractions")
     for gap in (record.label_gap_years, *(labels.label_gap_years for labels in record.also.values())):
         if gap is not None and not np.isfinite(gap):
             raise RecordError(f"{where}: feature 'label_gap_years' holds {gap}, which cannot be")
@@ -257,6 +280,13 @@ def _check_record(record: Record, where: str) -> None:
         expected = int(np.prod(record.shape, dtype=np.int64)) * np.dtype(record.dtype).itemsize
         if len(record.image) != expected:
             raise RecordError(f"{where}: feature 'image' holds {len(record.image)} bytes, its shape needs {expected}")
+
+
+def _fits(labels: Record | FurtherLabels) -> bool:
+    """Whether the squares' fractions add up to the tile's."""
+    if labels.grid is None:
+        return True
+    return bool((labels.grid >= 0).all() and (abs(labels.grid.sum((0, 1)) - labels.fractions) < 1e-4).all())
 
 
 def _are_fractions(values: Any) -> bool:
@@ -355,11 +385,13 @@ class Band(_Part):
 
 
 class Tile(_Part):
-    """Form of every tile: side in pixels, codec, dtype."""
+    """Form of every tile: side in pixels, codec, dtype. grid: squares along its side that have fractions of their own,
+    0 for none."""
 
     size: int
     codec: Literal["jpeg", "png", "raw", "lz4"]
     dtype: Literal["uint8", "uint16", "int16", "float32"]
+    grid: int = added(0, ge=0)
 
 
 class SceneInfo(_Part):

@@ -56,9 +56,40 @@ class Cells:
         """Counters [rows of cells, columns of cells, values]."""
         return np.zeros((*self.shape, values), dtype)
 
+    def parted(self, size: int, parts: int) -> "Parts":
+        """The cells of tiles of ``size`` pixels that are each cut into ``parts`` x ``parts`` squares."""
+        side, axes, numbers = size // parts, [], []
+        for along in (self.down, self.across):
+            begins = along.spans[along.first, 0][:, None] + side * np.arange(parts)
+            starts = np.unique(begins)
+            axes.append(axis(starts.tolist(), side))
+            numbers.append(np.searchsorted(starts, begins))
+        return Parts(Cells(*axes), numbers[0], numbers[1])
+
     def tiles(self, counted_YXV: np.ndarray) -> np.ndarray:
         """What was counted by cell, added up by tile: [tiles, V], int64 for integers, else float64."""
         dtype = np.float64 if counted_YXV.dtype.kind == "f" else np.int64
         out = np.zeros((len(self.down.first), len(self.across.first), counted_YXV.shape[2]), dtype)
         cell_kernels.add_ranges(out, counted_YXV, self.down.first, self.down.last, self.across.first, self.across.last)
         return out.reshape(-1, counted_YXV.shape[2])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Parts:
+    """As :class:`Cells`, for the squares that tiles are cut into.
+
+    cells: of all squares. down, across: int64 [tiles along the axis, parts], which of the squares' starts are a tile's.
+    """
+
+    cells: Cells
+    down: np.ndarray
+    across: np.ndarray
+
+    def tiles(self, counted_YXV: np.ndarray) -> np.ndarray:
+        """What was counted by cell, added up by square: [tiles, parts, parts, V], int64 or float64."""
+        values = counted_YXV.shape[2]
+        starts = len(self.cells.down.first), len(self.cells.across.first)
+        squares = self.cells.tiles(counted_YXV).reshape(*starts, values)
+        parts = self.down.shape[1]
+        found = squares[self.down[:, None, :, None], self.across[None, :, None, :]]
+        return found.reshape(-1, parts, parts, values)

@@ -165,8 +165,10 @@ def gap_years(acquired: str, year: int | None) -> float | None:
     return (date.fromisoformat(acquired) - date(year, 7, 1)).days / 365.25
 
 
-def tile_labels(cover: SceneCover, window: Place, valid_HW: np.ndarray, cells: Cells, size: int) -> TileLabels:
+def tile_labels(
+    cover: SceneCover, window: Place, valid_HW: np.ndarray, cells: Cells, size: int, parts: int
+) -> TileLabels:
     """Labels of the tiles of a chunk (see :func:`preprocess.labels.tile_labels`). Raises LabelError."""
     soft = any(entry.sheet.bands for entry in cover.sheets)
     count = probabilities.tile_labels if soft else labels.tile_labels
-    return count(window, cover.sheets, cover.subdivisions, valid_HW, cells, size, cover.legend)
+    return count(window, cover.sheets, cover.subdivisions, valid_HW, cells, size, cover.legend, parts)

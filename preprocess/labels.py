@@ -206,10 +206,13 @@ def _raise_unknown(entry: LabelSheet, lookup: np.ndarray, codes: np.ndarray) -> 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TileLabels:
-    """fractions: float64 [tiles, classes], sum 1 (all 0 where nothing counts). valid_fraction: float64 [tiles]."""
+    """fractions: float64 [tiles, classes], sum 1 (all 0 where nothing counts). valid_fraction: float64 [tiles].
+    grid: float32 [tiles, G, G, classes], where in the tile they lie, sum 1 over all squares; None where not asked for.
+    """
 
     fractions: np.ndarray
     valid_fraction: np.ndarray
+    grid: np.ndarray | None = None
 
 
 def tile_labels(
@@ -220,13 +223,16 @@ def tile_labels(
     cells: Cells,
     size: int,
     legend: Legend,
+    parts: int = 0,
 ) -> TileLabels:
     """Labels of the tiles of a chunk.
 
     window: the chunk's place. valid_HW: uint8, 1 where the scene has data, else 0. cells: of its tiles. size: a tile's
-    side. Raises LabelError.
+    side. parts: squares along it that are counted by themselves, too; 0 for none. Raises LabelError.
     """
     kx, ky = subdivisions
+    parted = cells.parted(size, parts) if parts else None
+    cells = parted.cells if parted else cells
     counts = cells.zeros(len(legend.classes), np.int64)
     strip = max(1, STRIP_PIXELS // (window.width * kx * ky))
     for top in range(0, window.height, strip):
@@ -234,7 +240,17 @@ def tile_labels(
         labels = label_grid(part.subdivided(kx, ky), sheets, legend)
         cell_kernels.leave_out(labels, valid_HW, NODATA, kx, ky, top)
         cell_kernels.label_counts(counts, labels, cells.down.spans, cells.across.spans, kx, ky, top)
-    counted = cells.tiles(counts)
-    total = counted.sum(axis=1)
-    fractions = counted / np.maximum(total, 1)[:, None]
-    return TileLabels(fractions, total / (size * size * kx * ky))
+    return normalised(parted.tiles(counts) if parted else cells.tiles(counts), size * size * kx * ky)
+
+
+def normalised(counted: np.ndarray, everything: int) -> TileLabels:
+    """Shares of what was counted under each tile, [tiles, classes], or under each square of it, [tiles, G, G, classes].
+
+    everything: how much there would be in a tile if all of it counted.
+    """
+    by_tile = counted if counted.ndim == 2 else counted.sum(axis=(1, 2))
+    total = by_tile.sum(axis=1)
+    scale = np.divide(1.0, total, out=np.zeros(len(total)), where=total > 0)
+    grid = None if counted.ndim == 2 else (counted * scale[:, None, None, None]).astype(np.float32)
+    fractions = np.divide(by_tile, total[:, None], out=np.zeros(by_tile.shape), where=total[:, None] > 0)
+    return TileLabels(fractions, total / everything, grid)

@@ -116,7 +116,12 @@ def make_manifest(
         classes=first.classes,
         products={cover.name: _product_info(cover) for cover in plan.covers[1:]},
         bands=plan.bands,
-        tile=Tile(size=plan.options.tile.size, codec=plan.options.tile.codec, dtype=plan.dtype),  # type: ignore[arg-type]
+        tile=Tile(
+            size=plan.options.tile.size,
+            codec=plan.options.tile.codec,
+            dtype=plan.dtype,  # type: ignore[arg-type]
+            grid=plan.options.labels.grid,
+        ),
         train=_split_info(commits, blocks.TRAIN, by_split["train"]),
         val=_split_info(commits, blocks.VAL, by_split["val"]),
         split_rule=f"blocks of {split.block_m:g} m on one grid over the Earth, {split.val_fraction:g} of them held out "

@@ -154,6 +154,11 @@ def make_tile_plan(
             by, listings, label_names = precut.Labels("map"), [tiles], ()
         else:
             kind, listing, label_names = precut.list_labels(label_folder, tiles)
+            if kind == "json" and options.labels.grid:
+                raise PlanError(
+                    f"labels.grid={options.labels.grid}: the histograms in {label_folder} do not say where in a tile "
+                    "classes are; give --land-cover sheets or label rasters, or leave labels.grid at 0"
+                )
             codes = tuple((entry.name, entry.codes[0]) for entry in products[0].product.classes)
             by, listings = precut.Labels(kind, listing.folder, codes), [tiles, listing]
         with gdal_files.many_small_files():
@@ -191,6 +196,8 @@ def _config(products: Sequence[Cover], options: PackOptions, sensor: Sensor | No
         }
         for cover in products[1:]
     }
+    if not options.labels.grid:  # as datasets say that were made before there were grids
+        del config["labels"]["grid"]
     if sensor is not None:  # its name, for a table of the user's own is given by its path
         config["scene"]["sensor"] = sensor.name
         config["sensor_table"] = sensor.digest

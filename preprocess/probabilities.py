@@ -27,9 +27,12 @@ def tile_labels(
     cells: Cells,
     size: int,
     legend: Legend,
+    parts: int = 0,
 ) -> labels.TileLabels:
     """As :func:`preprocess.labels.tile_labels`, for sheets with probability bands. Raises LabelError."""
     kx, ky = subdivisions
+    parted = cells.parted(size, parts) if parts else None
+    cells = parted.cells if parted else cells
     by_cell = cells.zeros(len(legend.band_classes), np.float64)
     strip = max(1, labels.STRIP_PIXELS // (window.width * kx * ky * len(legend.band_classes)))
     for top in range(0, window.height, strip):
@@ -38,14 +41,12 @@ def tile_labels(
         probability_kernels.add_shares(
             by_cell, shares, known, valid_HW, cells.down.spans, cells.across.spans, kx, ky, top
         )
-    sums = cells.tiles(by_cell)
-    counted = np.zeros((len(sums), len(legend.classes)))
+    sums = parted.tiles(by_cell) if parted else cells.tiles(by_cell)
+    counted = np.zeros((*sums.shape[:-1], len(legend.classes)))
     for band, index in enumerate(legend.band_classes):
         if index < len(legend.classes):  # else it is dropped, or no class by the table's own nodata and ignore
-            counted[:, index] += sums[:, band]
-    total = counted.sum(axis=1)
-    fractions = np.divide(counted, total[:, None], out=np.zeros_like(counted), where=total[:, None] > 0)
-    return labels.TileLabels(fractions, total / (size * size * kx * ky))
+            counted[..., index] += sums[..., band]
+    return labels.normalised(counted, size * size * kx * ky)
 
 
 def _share_grid(place: Place, sheets: Sequence[LabelSheet], classes: int) -> tuple[np.ndarray, np.ndarray]:

@@ -8,7 +8,7 @@ short and run again, does no harm.
 import threading
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -197,7 +197,8 @@ def label(view: View, covers: Sequence[SceneCover]) -> list[TileLabels]:
     for cover in covers:
         if all(view.reasons):
             break
-        found.append(tile_labels(cover, view.place, view.valid, view.cells, view.job.chunk.size))
+        parts = view.job.options.labels.grid
+        found.append(tile_labels(cover, view.place, view.valid, view.cells, view.job.chunk.size, parts))
         for t in np.flatnonzero(found[-1].valid_fraction < cover.min_valid_fraction).tolist():
             view.reasons[t] = view.reasons[t] or "unlabelled"
     return found
@@ -215,7 +216,6 @@ def place_tiles(view: View, found: Sequence[TileLabels]) -> list[Kept]:
     middle = np.s_[:, POINTS // 2, POINTS // 2]
     # a scene in degrees may run beyond 180
     lonlats = np.stack([(longitudes[middle] + 180) % 360 - 180, latitudes[middle]], axis=1).tolist()
-    fractions = [labels.fractions.astype(np.float32) for labels in found]
     chosen, records, images = [], [], []
     for t, (left, top) in enumerate(view.origins.tolist()):
         if view.reasons[t]:
@@ -225,13 +225,20 @@ def place_tiles(view: View, found: Sequence[TileLabels]) -> list[Kept]:
             continue
         images.append(view.image[top : top + size, left : left + size])
         place = view.place.window(left, top, size, size)
-        labels = [(part[t], float(of.valid_fraction[t])) for part, of in zip(fractions, found, strict=True)]
-        records.append(_record(job, images[-1], labels, place, tuple(lonlats[t]), (left, top)))
+        records.append(
+            _record(job, images[-1], [labels_of(part, t) for part in found], place, tuple(lonlats[t]), (left, top))
+        )
         chosen.append(t)
     measured = [view.measures[t][: len(QUALITY)] for t in chosen]
     facts = pack_facts(records, ring_of(longitudes[chosen], latitudes[chosen]), measured)
     made = zip(chosen, records, images, facts, strict=True)
     return [Kept(t, sides[t], record, pixels_HWC, blob) for t, record, pixels_HWC, blob in made]
+
+
+def labels_of(found: TileLabels, t: int) -> FurtherLabels:
+    """A tile's labels by one product as records hold them."""
+    grid = None if found.grid is None else found.grid[t]
+    return FurtherLabels(found.fractions[t].astype(np.float32), float(found.valid_fraction[t]), grid=grid)
 
 
 def footprints(window: Place, origins: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -245,14 +252,14 @@ def footprints(window: Place, origins: np.ndarray, size: int) -> tuple[np.ndarra
 def _record(
     job: Job,
     pixels_HWC: np.ndarray,
-    found: Sequence[tuple[np.ndarray, float]],
+    found: Sequence[FurtherLabels],
     place: ScenePlace,
     lonlat: tuple[float, float],
     origin: tuple[int, int],
 ) -> Record:
     """What a record says of a tile; its image is still empty.
 
-    found: (fractions, valid fraction) for each product. origin: first (column, row) in the chunk.
+    found: by each product. origin: first (column, row) in the chunk.
     """
     transform, crs = place.georeference()
     return Record(
@@ -260,8 +267,9 @@ def _record(
         codec=job.options.tile.codec,
         shape=pixels_HWC.shape,  # type: ignore[arg-type]
         dtype=pixels_HWC.dtype.name,
-        fractions=found[0][0],
-        valid_fraction=found[0][1],
+        fractions=found[0].fractions,
+        valid_fraction=found[0].valid_fraction,
+        grid=found[0].grid,
         lonlat=lonlat,
         transform=transform,
         crs=crs,
@@ -270,7 +278,7 @@ def _record(
         date=job.scene.date,
         label_gap_years=job.covers[0].gap_years,
         also={
-            cover.name: FurtherLabels(fractions, valid_fraction, cover.gap_years)
-            for cover, (fractions, valid_fraction) in zip(job.covers[1:], found[1:], strict=True)
+            cover.name: replace(labels, label_gap_years=cover.gap_years)
+            for cover, labels in zip(job.covers[1:], found[1:], strict=True)
         },
     )

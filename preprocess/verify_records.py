@@ -64,6 +64,9 @@ def check_tile(record: Record, manifest: Manifest, where: str) -> None:
     listed = {name: len(info.classes) for name, info in manifest.products.items()}
     if further != listed:
         raise RecordError(f"{where}: classes of further products are {further}, the manifest says {listed}")
+    sides = {0 if of.grid is None else len(of.grid) for of in (record, *record.also.values())}
+    if sides != {tile.grid}:
+        raise RecordError(f"{where}: fractions by {sorted(sides)} squares a side, the manifest says {tile.grid}")
     decode_image(record, where)
 
 

@@ -130,6 +130,13 @@ def _moments(made: list[records.Record], values: np.ndarray) -> dict[str, Any]:
     }
 
 
+def _by_squares(record: records.Record, grid: int, seed: int) -> records.Record:
+    """The record with each class's fraction spread over its squares at random."""
+    spread = np.random.default_rng([seed, 5]).dirichlet(np.ones(grid * grid), len(record.fractions)).T
+    squares = (spread * record.fractions).reshape(grid, grid, -1).astype(np.float32)
+    return replace(record, grid=squares)
+
+
 def make_dataset(
     folder: Path,
     *,
@@ -143,10 +150,12 @@ def make_dataset(
     val: int = 8,
     seed: int = 0,
     also: Mapping[str, int] | None = None,
+    grid: int = 0,
 ) -> Path:
     """A dataset of ``tiles`` training and ``val`` validation records in ``folder``, which it makes; returns it.
 
-    also: further products, name to number of classes; their fractions are noise.
+    also: further products, name to number of classes; their fractions are noise. grid: squares a side that have
+    fractions of their own, which are noise but for their sums.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -154,6 +163,7 @@ def make_dataset(
     made = [
         _also(record, also or {}, seed + number) for number, record in enumerate(make_records(images, fractions, codec))
     ]
+    made = [_by_squares(record, grid, seed + number) for number, record in enumerate(made)] if grid else made
     names = ("red", "green", "blue", *(f"band{number}" for number in range(4, bands + 1)))[:bands]
     manifest = records.Manifest.model_validate(
         {
@@ -173,7 +183,7 @@ def make_dataset(
                 for name, count in (also or {}).items()
             },
             "bands": tuple({"name": name, "number": number + 1} for number, name in enumerate(names)),
-            "tile": {"size": size, "codec": codec, "dtype": dtype},
+            "tile": {"size": size, "codec": codec, "dtype": dtype} | ({"grid": grid} if grid else {}),
             "train": _split(folder, "train", made[:tiles], images[:tiles], shard_records),
             "val": _split(folder, "val", made[tiles:], images[tiles:], shard_records),
             "split_rule": "first tiles train, last tiles validate",
