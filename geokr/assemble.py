@@ -21,7 +21,7 @@ from geokr.models import BackboneSpec, LandCoverModel, Normalise, build_model
 from geokr.optim import build_optimizer
 from geokr.options import PretrainOptions
 from geokr.precision import choose_precision
-from geokr.schedules import LearningRate
+from geokr.schedules import ConsistencyWeight, LearningRate
 from geokr.speedups import choose_compute, fold_teacher, fuse_norms
 from geokr.state import Scaler
 from geokr.teacher import TeacherRule, TeacherUpdate, make_teacher
@@ -159,7 +159,8 @@ def build_learner(
         autocast=autocast,
         supervision=losses.SUPERVISION[options.method.supervision],
         consistency=losses.CONSISTENCY[options.method.consistency],
-        consistency_weight=options.method.consistency_weight,
+        consistency_weight=torch.zeros((), device=world.device),
+        consistency_course=ConsistencyWeight(options.method, steps),
         optimizer=optimizer,
         scaler=scaler,
         learning_rate=LearningRate(options.optim, steps),

@@ -157,6 +157,8 @@ class MethodOptions(Options):
     """`kl`: KL(teacher || student). `published`: cross-entropy of the teacher under the student, over classes."""
     consistency_weight: float = Field(default=0.5, ge=0)
     """Weight of the consistency loss beside the supervision loss."""
+    consistency_ramp: float = Field(default=0.4, ge=0, le=1)
+    """Share of the steps over which that weight rises from nearly 0: an early teacher knows less than its student."""
     teacher_init: Literal["copy", "random"] = "copy"
     """The teacher at step 0: the student's copy, or a head of its own on the student's backbone weights."""
     teacher_mode: Literal["eval", "train"] = "eval"
@@ -164,7 +166,8 @@ class MethodOptions(Options):
     teacher_alpha: float = Field(default=0.996, ge=0, lt=1)
     """Share of itself that the teacher keeps at a move."""
     teacher_ramp: bool = True
-    """Alpha is at most 1 - 1/(t+1) at the t-th move, so that an early teacher is the mean of its students."""
+    """Alpha is at most (1 + t) / (10 + t) at the t-th move: a teacher remembers about the last tenth of the moves, so
+    that an early one is not held back by what its students were at the start."""
     teacher_schedule: Literal["every_step", "published"] = "every_step"
     """When the teacher moves."""
     teacher_buffers: bool = True

@@ -6,7 +6,7 @@ Steps count from 1, as people and logs do: step 1 is the first optimizer step, s
 import math
 from dataclasses import dataclass
 
-from geokr.options import OptimOptions
+from geokr.options import MethodOptions, OptimOptions
 
 
 def due(step: int, every: int, total: int) -> bool:
@@ -40,6 +40,23 @@ class LearningRate:
         progress = (done - self.warmup_steps) / (self.total - self.warmup_steps)
         low = self.options.final_lr
         return low + (1.0 - low) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+@dataclass(frozen=True, slots=True)
+class ConsistencyWeight:
+    """The consistency loss's weight at a step of ``total``.
+
+    While x, the part of the ramp that is done, is below 1: exp(-5 (1 - x)^2) of the whole (Laine and Aila, 2017; so in
+    Tarvainen and Valpola's mean teacher, 2017).
+    """
+
+    options: MethodOptions
+    total: int
+
+    def __call__(self, step: int) -> float:
+        ramp = self.options.consistency_ramp * self.total
+        left = 1.0 - step / ramp if step < ramp else 0.0
+        return self.options.consistency_weight * math.exp(-5.0 * left * left)
 
 
 def steps_of_epochs(epochs: float, records: int, global_batch: int) -> int:

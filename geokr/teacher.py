@@ -51,7 +51,7 @@ class TeacherRule:
         t = self.moves(step)
         if t == self.moves(step - 1):
             return None
-        ramp = 1.0 - 1.0 / (t + 1) if self.options.teacher_ramp else 1.0
+        ramp = (1.0 + t) / (10.0 + t) if self.options.teacher_ramp else 1.0
         return min(self.options.teacher_alpha, ramp)
 
 

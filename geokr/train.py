@@ -21,7 +21,7 @@ from geokr.losses import Loss
 from geokr.metrics import Clock, Window
 from geokr.models import LandCoverModel
 from geokr.optim import set_learning_rate
-from geokr.schedules import LearningRate, due
+from geokr.schedules import ConsistencyWeight, LearningRate, due
 from geokr.state import Scaler
 from geokr.teacher import TeacherRule, TeacherUpdate
 
@@ -42,7 +42,8 @@ class Learner:
     autocast: Callable[[], AbstractContextManager]
     supervision: Loss
     consistency: Loss
-    consistency_weight: float
+    consistency_weight: Tensor  # of the step at hand, 0-dimensional on the device, where a recorded step reads it
+    consistency_course: ConsistencyWeight
     optimizer: torch.optim.Optimizer
     scaler: Scaler
     learning_rate: LearningRate
@@ -72,6 +73,7 @@ def train_step(learner: Learner, batches: Iterable[Batch], step: int) -> tuple[T
     """
     torch.manual_seed(step_seed(learner.seed, step, learner.world.rank))
     set_learning_rate(learner.optimizer, learner.learning_rate(step))
+    learner.consistency_weight.fill_(learner.consistency_course(step))
     computed = learner.compute(learner, batches)
     _move_teacher(learner, step, computed.skipped)
     return computed.losses, computed.ids

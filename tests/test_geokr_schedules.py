@@ -6,7 +6,7 @@ import pytest
 
 from geokr.config import build
 from geokr.options import MethodOptions, OptimOptions
-from geokr.schedules import LearningRate, due, steps_of_epochs
+from geokr.schedules import ConsistencyWeight, LearningRate, due, steps_of_epochs
 from geokr.teacher import TeacherRule, published_moves
 
 
@@ -71,6 +71,18 @@ def test_the_published_schedule_step_by_step(batch, first):
     assert {rule.alpha(step) for step in first} == {0.95}
 
 
+@pytest.mark.parametrize("ramp", [0.0, 0.25, 1.0])
+def test_consistency_comes_in_slowly(ramp):
+    course = ConsistencyWeight(MethodOptions(consistency_weight=0.5, consistency_ramp=ramp), 400)
+    values = [course(step) for step in range(1, 401)]
+    assert values == sorted(values)
+    end = round(400 * ramp)
+    assert values[max(0, end - 1) :] == [0.5] * (400 - max(0, end - 1))
+    for step in range(1, end):
+        assert values[step - 1] == pytest.approx(0.5 * math.exp(-5 * (1 - step / end) ** 2))
+    assert values[0] == 0.5 if ramp == 0 else values[0] < 0.0041  # exp(-5) of it is 0.0034
+
+
 def test_the_published_schedule_over_a_whole_published_run():
     steps = 10 * 1_431_950 // 8
     rule = teacher(8, teacher_schedule="published")
@@ -89,15 +101,16 @@ def test_the_published_schedule_counts_images_at_any_batch():
     assert published_moves(8_000) == 2
 
 
-def test_the_default_teacher_moves_every_step_and_an_early_one_is_the_mean_of_its_students():
-    rule = teacher(64, teacher_alpha=0.9)
-    mean = value = 10.0  # the student at step 0
-    for t in range(1, 9):
-        student = 10.0 + t * t
+def test_the_default_teacher_moves_every_step_and_an_early_one_forgets_its_first_students():
+    rule = teacher(64, teacher_alpha=0.99)
+    shares = {0: 1.0}  # of the student at each step in the teacher
+    for t in range(1, 201):
         alpha = rule.alpha(t)
         assert alpha is not None
-        value = alpha * value + (1 - alpha) * student
-        mean = (mean * t + student) / (t + 1)
-        assert value == pytest.approx(mean)
-    assert rule.alpha(1000) == 0.9
+        shares = {step: share * alpha for step, share in shares.items()} | {t: 1 - alpha}
+        assert sum(shares.values()) == pytest.approx(1)
+        if t >= 20:  # half of it is younger than a tenth of the moves, next to nothing as old as the first half
+            assert 0.5 < sum(share for step, share in shares.items() if step > 0.9 * t) < 0.75
+            assert sum(share for step, share in shares.items() if step <= t / 2) < 0.015
+    assert rule.alpha(10_000) == 0.99
     assert teacher(64, teacher_alpha=0.9, teacher_ramp=False).alpha(1) == 0.9

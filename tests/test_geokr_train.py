@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 import os
 import signal
 
@@ -32,13 +33,14 @@ def test_a_step_is_the_method_written_out():
             q = F.softmax(teacher(images), 1)
         supervision = F.kl_div(log_p, batch.fractions, reduction="batchmean")
         consistency = F.kl_div(log_p, q, reduction="batchmean")
-        loss = supervision + 0.5 * consistency
+        weight = 0.5 * math.exp(-5 * (1 - step / (0.4 * 8)) ** 2)  # both steps are in the ramp
+        loss = supervision + weight * consistency
         gradients = torch.autograd.grad(loss, list(student.parameters()))
         rate = learner.learning_rate(step)
         with torch.no_grad():
             for parameter, gradient in zip(student.parameters(), gradients, strict=True):
                 parameter -= rate * gradient
-            alpha = min(0.996, 1 - 1 / (step + 1))
+            alpha = (1 + step) / (10 + step)
             for mine, theirs in zip(teacher.state_dict().values(), student.state_dict().values(), strict=True):
                 new = alpha * mine + (1 - alpha) * theirs if mine.is_floating_point() else theirs
                 mine.copy_(new)
