@@ -9,8 +9,15 @@ import numpy as np
 from geokr.config import ConfigError
 from geokr.records import MANIFEST
 
-ZION_KEYS = ("tile.size=64", "tile.step=32", "split.val_fraction=0.25", "split.block_m=7680", "tile.bands=[1,2,3]")
-DEMO_KEYS = ("tile.size=128", "tile.step=64", "split.val_fraction=0.25", "split.block_m=5120")
+ZION_KEYS = (
+    "tile.size=64",
+    "tile.step=32",
+    "split.val_fraction=0.25",
+    "split.block_m=7680",
+    "tile.bands=[1,2,3]",
+    "labels.grid=8",
+)
+DEMO_KEYS = ("tile.size=128", "tile.step=64", "split.val_fraction=0.25", "split.block_m=5120", "labels.grid=8")
 NO_CLASS = 255
 
 

@@ -38,6 +38,7 @@ class RandomBatch:
     fractions: torch.Tensor
     record_ids: np.ndarray
     weights: torch.Tensor
+    squares: torch.Tensor | None = None
 
 
 def make_batch(batch: int, size: int, device: torch.device) -> RandomBatch:

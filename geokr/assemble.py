@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,9 +16,10 @@ from geokr.batchnorm import synchronize_batchnorm
 from geokr.compiling import Forward, compile_forward, wanted
 from geokr.compute import Beside, Recorded
 from geokr.config import ConfigError
+from geokr.crops import Crops
 from geokr.ddp import for_trial, wrap
 from geokr.distributed import World
-from geokr.models import BackboneSpec, LandCoverModel, Normalise, build_model
+from geokr.models import BackboneSpec, LandCoverModel, Normalise, build_model, feature_count
 from geokr.optim import build_optimizer
 from geokr.options import PretrainOptions
 from geokr.precision import choose_precision
@@ -53,6 +55,23 @@ def build_student(options: PretrainOptions, spec: BackboneSpec, classes: int, *,
     if init not in ("random", "imagenet"):
         load_into(student.backbone, read_state(init), init)
     return student
+
+
+def _crops(
+    options: PretrainOptions, spec: BackboneSpec, model: LandCoverModel, rank: int, squares: int
+) -> Crops | None:
+    """How batches are cropped, where they are. Raises ConfigError where squares or backbone do not allow it."""
+    if not options.augment.crop_probability:
+        return None
+    crops = Crops(options.augment, options.run.seed, rank, spec.image_size, squares)
+    try:
+        feature_count(model.backbone, replace(spec, image_size=crops.smallest))
+    except ConfigError as error:
+        raise ConfigError(
+            f"augment.crop_probability={options.augment.crop_probability:g}: {error}, a larger augment.crop_min, or "
+            "augment.crop_probability=0"
+        ) from error
+    return crops
 
 
 def _autocast(precision: str, device: torch.device) -> Callable[[], AbstractContextManager]:
@@ -123,16 +142,19 @@ def build_learner(
     std: list[float],
     steps: int,
     world: World,
+    squares: int = 0,
     restore: Callable[[LandCoverModel, LandCoverModel, torch.optim.Optimizer, Scaler], None] | None = None,
 ) -> tuple[Learner, dict[str, Any]]:
     """The learner, and what was chosen in words.
 
-    ``restore`` fills models, optimizer and scaler with a checkpoint's state, in place of ``model.init``.
+    squares: along a tile's side, whose fractions the records hold, 0 for none. restore: fills models, optimizer and
+    scaler with a checkpoint's state, in place of ``model.init``.
     Raises ConfigError for whatever in the configuration cannot be.
     """
     at_once = images_at_once(options.data.global_batch, world.size, options.train.accumulate)
     synchronized = _synchronize(options, world, at_once)
     student = build_student(options, spec, classes, fresh=restore is None)
+    crops = _crops(options, spec, student, world.rank, squares)
     student, teacher = _pair(options, student, world, synchronized)
     fused = fuse_norms(options, student, world, synchronized=synchronized)
     precision = choose_precision(options.train.precision, world.device)
@@ -170,6 +192,7 @@ def build_learner(
         world=world,
         seed=options.run.seed,
         accumulate=options.train.accumulate,
+        crops=crops,
         compute=run_step,
         beside=Beside(world.device),
         local_statistics=world.size > 1 and not synchronized and _has_batchnorm(student),

@@ -20,6 +20,11 @@ class Batch(Protocol):
         ...
 
     @property
+    def squares(self) -> Tensor | None:
+        """float32 [N, G, G, K], the fractions by squares of the image; None where they were not asked for."""
+        ...
+
+    @property
     def record_ids(self) -> np.ndarray:
         """int64 [N], on the host."""
         ...

@@ -120,6 +120,7 @@ class _Places:
     fractions: Tensor
     record_ids: np.ndarray
     weights: Tensor
+    squares: Tensor | None = None
 
 
 class Recorded:

@@ -60,6 +60,7 @@ def pretrain(options: PretrainOptions, world: World, threads: int) -> int:
             std=facts.std,
             steps=facts.steps,
             world=world,
+            squares=facts.manifest.tile.grid,
             restore=None if found is None else lambda *parts: restore(found, *parts),
         )
         _announce(options, facts, learner, chosen, threads)

@@ -128,6 +128,8 @@ def _graph_obstacle(options: PretrainOptions, world: World, precision: str) -> s
         return "steps of several processes are not recorded"
     if options.train.accumulate > 1:
         return "steps of several parts (train.accumulate) are not recorded"
+    if options.augment.crop_probability:
+        return "images of augment.crop_probability have different sides"
     if options.optim.implementation == "apex":
         return "apex's optimizers are not recorded"
     if precision == "fp16" and (options.optim.implementation != "fused" or options.optim.name == "lamb"):

@@ -16,6 +16,7 @@ from torch import Tensor
 from geokr.batch import Batch
 from geokr.compiling import Forward
 from geokr.compute import Beside, Compute
+from geokr.crops import Crops
 from geokr.distributed import Stopper, World
 from geokr.losses import Loss
 from geokr.metrics import Clock, Window
@@ -53,6 +54,7 @@ class Learner:
     world: World
     seed: int
     accumulate: int
+    crops: Crops | None
     compute: Compute
     beside: Beside
     local_statistics: bool
@@ -74,7 +76,7 @@ def train_step(learner: Learner, batches: Iterable[Batch], step: int) -> tuple[T
     torch.manual_seed(step_seed(learner.seed, step, learner.world.rank))
     set_learning_rate(learner.optimizer, learner.learning_rate(step))
     learner.consistency_weight.fill_(learner.consistency_course(step))
-    computed = learner.compute(learner, batches)
+    computed = learner.compute(learner, learner.crops(batches, step) if learner.crops else batches)
     _move_teacher(learner, step, computed.skipped)
     return computed.losses, computed.ids
 

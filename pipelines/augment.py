@@ -164,3 +164,12 @@ def _spread(colour: np.ndarray, facts: BandFacts) -> np.ndarray:
     out = np.zeros((len(colour), count, inner + 1), np.float32)
     out[:, :, [*facts.bands, inner]] = colour
     return out
+
+
+def turn_squares(squares_NGGK: np.ndarray, dihedral_N: np.ndarray) -> np.ndarray:
+    """Values by squares of tiles, each turned by its dihedral number."""
+    count, side, _, classes = squares_NGGK.shape
+    places = np.arange(side * side).reshape(side, side)
+    from_8P = np.stack([apply_dihedral(places, k).reshape(-1) for k in range(8)])
+    flat = squares_NGGK.reshape(count, side * side, classes)
+    return np.take_along_axis(flat, from_8P[dihedral_N][:, :, None], 1).reshape(squares_NGGK.shape)

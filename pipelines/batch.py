@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from pipelines.augment import Parameters
+from pipelines.augment import Parameters, turn_squares
 from pipelines.reader import Samples
 
 
@@ -18,12 +18,15 @@ class Batch:
         normalised with the training mean and std, where the records are not 8-bit.
     fractions: float32 [N, K], each row sums to 1. weights: float32 [N]; 0 marks padding in validation, else 1.
     record_ids: int64 [N], on the host.
+    squares: float32 [N, G, G, K], the fractions by squares of the image as it is turned, summing to ``fractions``; None
+        where they were not asked for.
     """
 
     images: torch.Tensor
     fractions: torch.Tensor
     record_ids: np.ndarray
     weights: torch.Tensor
+    squares: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,13 +54,22 @@ class Decoded:
 
     plan: Plan
     fractions: np.ndarray
+    squares: np.ndarray | None
     give: Callable[[], torch.Tensor]
+
+    @classmethod
+    def of(cls, batch: Loaded, give: Callable[[], torch.Tensor]) -> "Decoded":
+        """A loaded batch whose images are there; its squares are turned as the images were."""
+        squares = batch.samples.squares
+        turned = None if squares is None else turn_squares(squares, batch.parameters.dihedral)
+        return cls(batch.plan, batch.samples.fractions, turned, give)
 
     def to(self, device: torch.device) -> Batch:
         """On the device, without waiting for the copy."""
         images = self.give().to(device, non_blocking=True).permute(0, 3, 1, 2)
         fractions, weights = _move(self.fractions, device), _move(self.plan.weights, device)
-        return Batch(images, fractions, self.plan.ids, weights)
+        squares = None if self.squares is None else _move(self.squares, device)
+        return Batch(images, fractions, self.plan.ids, weights, squares)
 
 
 def _move(values: np.ndarray, device: torch.device) -> torch.Tensor:

@@ -120,7 +120,7 @@ def _on_cpu(
         tiles_NHWC = np.asarray(tiles.as_tensor())
         images = transform.allocate(len(tiles_NHWC))
         torch_loader.augment_all(team, transform, tiles_NHWC.__getitem__, batch.parameters, images.numpy())
-        yield Decoded(batch.plan, batch.samples.fractions, lambda images=images: images)
+        yield Decoded.of(batch, lambda images=images: images)
 
 
 def _in_graph(
@@ -165,7 +165,7 @@ def _in_graph(
     out_shape = (*shape[:2], len(transform.facts.bands))
     for batch, tiles in feed.runs(pipeline, out_shape, find_damage):
         batch.samples.release()
-        yield Decoded(batch.plan, batch.samples.fractions, lambda tiles=tiles: kept.finished(tiles))
+        yield Decoded.of(batch, lambda tiles=tiles: kept.finished(tiles))
 
 
 def _device_id(device: torch.device) -> int | None:

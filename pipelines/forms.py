@@ -19,7 +19,7 @@ class Forms:
     records of a form share, and lengths: int64 [F, 5], of every feature, -1 for any; both in the order of
     :mod:`pipelines.parse`. names: uint8 [F, bytes] and name_ends: int64 [F, 6], what the features are called. shapes:
     (H, W, bands). picks: places of the wanted bands, None for all as they are. labels: the further product whose
-    fractions are wanted, None for those of the first.
+    fractions are wanted, None for those of the first. squares: G, where fractions by G x G squares are wanted, else 0.
     """
 
     tile: records.Tile
@@ -32,9 +32,10 @@ class Forms:
     name_ends: np.ndarray
     contents: np.ndarray
     lengths: np.ndarray
+    squares: int
 
     @classmethod
-    def of(cls, dataset: Dataset, split: Split) -> "Forms":
+    def of(cls, dataset: Dataset, split: Split, *, by_square: bool = False) -> "Forms":
         tile, classes = dataset.manifest.tile, len(dataset.manifest.classes)
         shapes, picks = [origin.shape for origin in split.origins], [origin.pick for origin in split.origins]
         common = [{parse.CODEC: tile.codec.encode(), parse.DTYPE: tile.dtype.encode()} for _ in shapes]
@@ -46,12 +47,18 @@ class Forms:
             for number, value in each.items():
                 contents[form, number, : len(value)] = np.frombuffer(value, np.uint8)
                 lengths[form, number] = len(value)
-        lengths[:, parse.FRACTIONS] = 4 * classes
+        squares = dataset.manifest.tile.grid if by_square else 0
+        lengths[:, parse.FRACTIONS] = 4 * classes * max(1, squares**2)
         if tile.codec == "raw":
             lengths[:, parse.IMAGE] = [int(np.prod(shape)) * np.dtype(tile.dtype).itemsize for shape in shapes]
         labels = [origin.labels for origin in split.origins]
-        names, ends = _names(labels)
-        return cls(tile, classes, split.origin_of, shapes, picks, labels, names, ends, contents, lengths)
+        names, ends = _names(labels, by_square=squares > 0)
+        return cls(tile, classes, split.origin_of, shapes, picks, labels, names, ends, contents, lengths, squares)
+
+    @property
+    def values(self) -> int:
+        """Fractions that are wanted of a record."""
+        return self.classes * max(1, self.squares**2)
 
     @property
     def are_whole(self) -> bool:
@@ -72,17 +79,17 @@ class Forms:
         return np.ascontiguousarray(pixels[..., list(pick)]).reshape(-1).view(np.uint8)
 
     def take_slowly(self, payload: bytes, form: int, where: str) -> tuple[np.ndarray, np.ndarray]:
-        """(image bytes as wanted, fractions float32 [K]) of a record of unusual form: read in full, then compared.
+        """(image bytes and fractions as wanted) of a record of unusual form: read in full, then compared.
 
         Raises RecordError that begins with ``where`` if it is no record, or not one that the manifest describes.
         """
         record = records.decode_record(payload, where)
         fractions = self._fractions(record, form, where)
         found = (record.codec, record.dtype, record.shape, len(fractions))
-        expected = (self.tile.codec, self.tile.dtype, self.shapes[form], self.classes)
+        expected = (self.tile.codec, self.tile.dtype, self.shapes[form], self.values)
         if found != expected:
             raise RecordError(
-                f"{where}: (codec, dtype, shape, classes) are {found}, the manifest says "
+                f"{where}: (codec, dtype, shape, fractions) are {found}, the manifest says "
                 f"{expected}: shard and manifest do not belong together, pack again"
             )
         image = self.wanted(np.frombuffer(record.image, np.uint8), form)
@@ -91,8 +98,12 @@ class Forms:
         return image, fractions
 
     def _fractions(self, record: records.Record, form: int, where: str) -> np.ndarray:
+        product = self.labels[form]
         try:
-            return record.fractions_of(self.labels[form])
+            if not self.squares:
+                return record.fractions_of(product)
+            grid = record.grid if product is None else record.also[product].grid
+            return np.zeros(0, np.float32) if grid is None else grid.reshape(-1)
         except KeyError as error:
             raise RecordError(
                 f"{where}: holds no labels of product {error}, which the manifest lists: shard and manifest do not "
@@ -100,9 +111,9 @@ class Forms:
             ) from error
 
 
-def _names(labels: Sequence[str | None]) -> tuple[np.ndarray, np.ndarray]:
+def _names(labels: Sequence[str | None], *, by_square: bool) -> tuple[np.ndarray, np.ndarray]:
     """Names of the wanted features, uint8 [F, bytes], and their ends, int64 [F, 6], by product."""
-    called = [parse.feature_names(records.fractions_feature(product)) for product in labels]
+    called = [parse.feature_names(records.fractions_feature(product, by_square=by_square)) for product in labels]
     names = np.zeros((len(called), max(len(text) for text, _ in called)), np.uint8)
     for form, (text, _) in enumerate(called):
         names[form, : len(text)] = text

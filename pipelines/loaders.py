@@ -100,13 +100,21 @@ def train_batches(
     if options.loader == "synthetic":
         return _synthetic(setting, share.micro_batch, seed + rank)
 
+    by_square = augmentation.crop_probability > 0
+    if by_square and not dataset.manifest.tile.grid:
+        raise PipelineError(
+            f"augment.crop_probability={augmentation.crop_probability:g}: {dataset.name} does not say where in its "
+            "tiles classes lie: pack all datasets of the run with labels.grid=8, or set augment.crop_probability=0"
+        )
+
     def parameters(plan: Plan) -> augment.Parameters:
         return augment.draw(augmentation, facts, seed, plan.epochs, plan.ids)
 
     def plans() -> Iterator[Plan]:
         return _train_plans(_order(dataset, seed), share, start_sample)
 
-    return _compose(setting, share.micro_batch, plans, parameters, share.global_batch // accumulate)
+    stride = share.global_batch // accumulate
+    return _compose(setting, share.micro_batch, plans, parameters, stride, by_square=by_square)
 
 
 def val_batches(
@@ -241,6 +249,8 @@ def _compose(
     plans: Callable[[], Iterator[Plan]],
     parameters: Callable[[Plan], augment.Parameters],
     stride: int,
+    *,
+    by_square: bool = False,
 ) -> Loader:
     """count: samples of a batch. plans: walks the order from its beginning. stride: positions from batch to batch."""
     name = resolve_loader(setting.options.loader)
@@ -251,6 +261,7 @@ def _compose(
         timeout_s=setting.options.read_timeout_s,
         upcoming=(plan.ids for plan in plans()),  # a walk of its own, ahead of the one below
         ahead=max(2, _STAGE_AHEAD // stride),
+        by_square=by_square,
     )
 
     def load() -> Iterator[Loaded]:

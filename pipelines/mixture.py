@@ -134,8 +134,10 @@ def combine(
     for manifest in manifests:
         counts = {key: value + manifest.counts.get(key, 0) for key, value in counts.items()}
     val_shares = [manifest.val.records for manifest in manifests]
+    grids = {manifest.tile.grid for manifest in manifests}
     return first.model_copy(
         update={
+            "tile": first.tile.model_copy(update={"grid": grids.pop() if len(grids) == 1 else 0}),
             "land_cover_years": tuple(years),
             "land_cover_fingerprints": tuple(prints),
             "bands": bands,

@@ -34,11 +34,13 @@ _OPEN_FILES = 128
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Samples:
-    """images: N arrays of bytes (uint8 [size]), valid until ``release``. fractions: float32 [N, K]. ids: int64 [N]."""
+    """images: N arrays of bytes (uint8 [size]), valid until ``release``. fractions: float32 [N, K]. ids: int64 [N].
+    squares: float32 [N, G, G, K], fractions by squares of the tile, where they were asked for."""
 
     ids: np.ndarray
     images: list[np.ndarray]
     fractions: np.ndarray
+    squares: np.ndarray | None
     _buffers: list[np.ndarray]
     _buffer: np.ndarray
 
@@ -79,7 +81,8 @@ class _Work:
 
     paths: files of the shards. forms: int64 [N]. handles: int64 [runs]. sound: bool [runs].
     hand: int64 [parts], the run that a thread waits for, -1 for none.
-    spans: int64 [N, 5, 2]. fractions: float32 [N, K]. taken: bool [N], whether these two are filled.
+    spans: int64 [N, 5, 2]. fractions: float32 [N, K], or [N, G * G * K] by squares. taken: bool [N], whether these two
+    are filled.
     frames, expected, results: the arguments of pipelines.read_kernels made of these.
     """
 
@@ -102,7 +105,7 @@ class _Work:
         count, runs = len(layout.ids), len(layout.edges) - 1
         of_record = forms.of_shard[layout.shards]
         spans, taken = np.empty((count, 5, 2), np.int64), np.zeros(count, np.bool_)
-        fractions = np.empty((count, forms.classes), "<f4")  # filled byte by byte
+        fractions = np.empty((count, forms.values), "<f4")  # filled byte by byte
         return cls(
             layout,
             buffer,
@@ -124,6 +127,7 @@ class Reader:
     """Reads records of one split. Not to be entered by two threads at once.
 
     upcoming: the ids of each ``read`` to come, so that remote shards are fetched ahead of it, ``ahead`` reads at most.
+    by_square: whether fractions by squares are wanted, too; the dataset must have them.
     """
 
     def __init__(
@@ -135,10 +139,11 @@ class Reader:
         timeout_s: float,
         upcoming: Iterable[np.ndarray] = (),
         ahead: int = 1,
+        by_square: bool = False,
     ):
         self._split, self._timeout_s = split, timeout_s
         self._stager = Stager(split, iter(upcoming), ahead, timeout_s) if split.is_remote else None
-        self._forms = Forms.of(dataset, split)
+        self._forms = Forms.of(dataset, split, by_square=by_square)
         self._team = Team(threads, "geokr-read")
         self._files = OpenFiles(_OPEN_FILES)
         self._files_a_thread = max(1, _OPEN_FILES // threads)
@@ -163,8 +168,11 @@ class Reader:
         if self._stager is not None:
             for path in self._stager.advance():
                 self._files.forget(str(path))
-        fractions = work.fractions[work.layout.back].astype(np.float32, copy=False)
-        return Samples(ids, images, fractions, self._buffers, work.buffer)
+        fractions, squares = work.fractions[work.layout.back].astype(np.float32, copy=False), None
+        if side := self._forms.squares:
+            squares = fractions.reshape(len(ids), side, side, self._forms.classes)
+            fractions = squares.sum((1, 2))
+        return Samples(ids, images, fractions, squares, self._buffers, work.buffer)
 
     def stop(self) -> None:
         """Ends waiting for remote shards; to be called before whoever may be in ``read`` is waited for."""

@@ -90,4 +90,4 @@ def decode_batches(
 
         augment_all(team, transform, tile, batch.parameters, images.numpy())
         batch.samples.release()
-        yield Decoded(batch.plan, batch.samples.fractions, lambda images=images: images)
+        yield Decoded.of(batch, lambda images=images: images)

@@ -132,9 +132,14 @@ def _moments(made: list[records.Record], values: np.ndarray) -> dict[str, Any]:
 
 def _by_squares(record: records.Record, grid: int, seed: int) -> records.Record:
     """The record with each class's fraction spread over its squares at random."""
-    spread = np.random.default_rng([seed, 5]).dirichlet(np.ones(grid * grid), len(record.fractions)).T
-    squares = (spread * record.fractions).reshape(grid, grid, -1).astype(np.float32)
-    return replace(record, grid=squares)
+    rng = np.random.default_rng([seed, 5])
+
+    def spread(fractions: np.ndarray) -> np.ndarray:
+        shares = rng.dirichlet(np.ones(grid * grid), len(fractions)).T
+        return (shares * fractions).reshape(grid, grid, -1).astype(np.float32)
+
+    also = {name: replace(labels, grid=spread(labels.fractions)) for name, labels in record.also.items()}
+    return replace(record, grid=spread(record.fractions), also=also)
 
 
 def make_dataset(

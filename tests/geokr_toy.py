@@ -24,6 +24,7 @@ class ToyBatch:
     fractions: torch.Tensor
     record_ids: np.ndarray
     weights: torch.Tensor
+    squares: torch.Tensor | None = None
 
 
 def make_batch(ids: np.ndarray, bands: int = 3) -> ToyBatch:

@@ -114,7 +114,13 @@ def wait_for_checkpoint(folder, step, process):
 
 def test_terminated_it_saves_and_says_so_and_goes_on(records, tmp_path):
     """A preemption in the middle of a run of far more steps than it can do meanwhile."""
-    long = ("train.max_steps=100000", "validation.every_steps=100000", "optim.schedule=constant", "optim.warmup=0")
+    long = (
+        "train.max_steps=100000",
+        "validation.every_steps=100000",
+        "optim.schedule=constant",
+        "optim.warmup=0",
+        "method.consistency_ramp=0",
+    )
     process = started(records, tmp_path / "stopped", *long)
     wait_for_checkpoint(tmp_path / "stopped", 5, process)
     process.send_signal(signal.SIGTERM)

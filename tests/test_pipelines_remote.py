@@ -578,6 +578,7 @@ def test_a_run_from_s3_is_a_run_from_the_folder(bucket, folder, tmp_path, monkey
         "model.backbone=test_resnet", "data.global_batch=8", "data.loader=torch", "data.threads=1", "train.threads=1",
         "train.precision=fp32", "train.compile=off", "train.device=cpu", "log.panels=0", "log.tensorboard=false",
         f"data.cache_dir={tmp_path / 'cache'}", "optim.schedule=constant", "optim.warmup=0",
+        "method.consistency_ramp=0",
     ]  # fmt: skip
     far, near = (f"run.dir={tmp_path / name}" for name in ("far", "near"))
     for steps in (2, 4):

@@ -14,6 +14,7 @@ from tests.test_geokr_pretrain import keys
 # numbers matter; a checkpoint now and then, so that most kills cost some steps.
 QUIET = (
     "validation.every_steps=100000", "log.every_steps=1", "optim.schedule=constant", "optim.warmup=0",
+    "method.consistency_ramp=0",
     "model.drop_path=0.2", "checkpoint.every_steps=4",
 )  # fmt: skip
 # Two epochs and two steps of five steps each.

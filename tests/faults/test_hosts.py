@@ -23,7 +23,13 @@ from tests.test_geokr_pretrain import keys, same_tensors
 REASON = why_not()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 TIMEOUT_S = 20.0
-LONG = ("train.max_steps=100000", "validation.every_steps=100000", "optim.schedule=constant", "optim.warmup=0")
+LONG = (
+    "train.max_steps=100000",
+    "validation.every_steps=100000",
+    "optim.schedule=constant",
+    "optim.warmup=0",
+    "method.consistency_ramp=0",
+)
 FAULTY = (*LONG, f"train.collective_timeout_s={TIMEOUT_S:g}", "checkpoint.every_steps=5")
 FINITE = ("train.max_steps=200", "validation.every_steps=200", "checkpoint.every_steps=5")
 

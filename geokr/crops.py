@@ -1,0 +1,102 @@
+"""Crops of training images with exact labels: whole squares of the tile, whose fractions the records hold.
+
+All images of a batch are cropped alike, to one side and at one place, without a change of scale; the side differs from
+batch to batch. Cropping falsifies the fractions of a tile, so nothing is cropped where squares are not known.
+Smaller images also cost less.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from geokr.batch import Batch
+from geokr.config import ConfigError
+from geokr.options import AugmentOptions
+
+_SALT = 7703  # of the draws, so that they are none of step_seed's
+# A crop with so small a share of the tile's labelled ground, or none, takes its labels from the whole tile.
+_LITTLE = 1e-3
+
+
+@dataclass(frozen=True, slots=True)
+class Cropped:
+    """A batch of crops; see :class:`geokr.batch.Batch`."""
+
+    images: Tensor
+    fractions: Tensor
+    squares: Tensor | None
+    record_ids: np.ndarray
+    weights: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Crops:
+    """Where batches are cropped: a function of (seed, step, process, part of the step).
+
+    side: of the images in pixels. squares: G, along an image's side. Raises ConfigError if they do not fit.
+    """
+
+    options: AugmentOptions
+    seed: int
+    rank: int
+    side: int
+    squares: int
+
+    def __post_init__(self) -> None:
+        asked = f"augment.crop_probability={self.options.crop_probability:g}"
+        if not self.squares:
+            raise ConfigError(
+                f"{asked}: the records do not say where in their tiles classes lie; pack them with labels.grid=8, "
+                "or set augment.crop_probability=0"
+            )
+        if self.side % self.squares:
+            fits = max(self.squares, self.side // self.squares * self.squares)
+            raise ConfigError(
+                f"{asked}: images of {self.side} px cannot be cut along the records' {self.squares} x {self.squares} "
+                f"squares (labels.grid); use data.image_size={fits}"
+            )
+
+    @property
+    def smallest(self) -> int:
+        """Side of the smallest crop in pixels."""
+        return self._fewest * self.side // self.squares
+
+    @property
+    def _fewest(self) -> int:
+        return max(1, round(self.options.crop_min * self.squares))
+
+    def window(self, step: int, part: int) -> tuple[int, int, int]:
+        """(row, column, side) in squares; all of them where the batch stays whole."""
+        rng = np.random.default_rng([_SALT, self.seed, step, self.rank, part])
+        if rng.random() >= self.options.crop_probability:
+            return 0, 0, self.squares
+        side = int(rng.integers(self._fewest, self.squares + 1))
+        row, column = rng.integers(0, self.squares - side + 1, 2).tolist()
+        return row, column, side
+
+    def __call__(self, batches: Iterable[Batch], step: int) -> Iterator[Batch]:
+        """The micro-batches of a step, cropped."""
+        for part, batch in enumerate(batches):
+            row, column, side = self.window(step, part)
+            yield batch if side == self.squares else crop(batch, row, column, side)
+
+
+def crop(batch: Batch, row: int, column: int, side: int) -> Cropped:
+    """``side`` x ``side`` squares of every image, from this one on, with the fractions of classes in them."""
+    squares_NGGK = batch.squares
+    assert squares_NGGK is not None, "the loader was not asked for squares"
+    pixels = batch.images.shape[-1] // squares_NGGK.shape[1]
+    top, left, length = row * pixels, column * pixels, side * pixels
+    images = batch.images[:, :, top : top + length, left : left + length]
+    inside = squares_NGGK[:, row : row + side, column : column + side]
+    shares = inside.sum((1, 2)) + _LITTLE * batch.fractions
+    return Cropped(
+        images.contiguous(memory_format=torch.channels_last),
+        shares / shares.sum(1, keepdim=True),
+        inside,
+        batch.record_ids,
+        batch.weights,
+    )

@@ -1,0 +1,195 @@
+"""Crops along the squares that records hold: exact labels, the same in every loader, and what cannot be cropped."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from geokr import records
+from geokr.config import ConfigError
+from geokr.crops import Crops, crop
+from geokr.options import AugmentOptions, DataOptions
+from pipelines.augment import apply_dihedral
+from pipelines.dataset import Dataset, open_records
+from pipelines.errors import PipelineError
+from pipelines.loaders import train_batches
+from pipelines.reader import Reader
+from tests.datasets import make_dataset
+from tests.geokr_toy import ToyBatch
+from tests.test_geokr_pretrain import run, same_tensors
+from tests.test_pipelines_labels import unusual
+from tests.test_pipelines_loaders import LOADERS
+from tests.test_pipelines_reader import payloads_of, rewrite_first_shard
+
+ALSO = {"nlcd": 6}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_dataset(tmp_path_factory.mktemp("squares") / "d", tiles=70, val=8, codec="raw", also=ALSO, grid=4)
+
+
+@pytest.fixture(scope="module")
+def known(folder):
+    return [records.decode_record(payload) for payload in payloads_of(folder)]
+
+
+# --------------------------------------------------------------------------------------------------- the reader
+
+
+@pytest.mark.parametrize("labels", [None, "nlcd"])
+def test_the_reader_takes_squares(folder, known, labels, monkeypatch):
+    monkeypatch.setattr(Reader, "_take_slowly", None)  # the fast way knows them
+    dataset = Dataset.open(folder, labels)
+    reader = Reader(dataset, dataset.train, threads=2, timeout_s=20, by_square=True)
+    ids = np.random.default_rng(0).integers(0, 70, 50)
+    found = reader.read(ids)
+    of = [known[n] if labels is None else known[n].also[labels] for n in ids.tolist()]
+    np.testing.assert_array_equal(found.squares, np.stack([one.grid for one in of]))
+    np.testing.assert_allclose(found.fractions, np.stack([one.fractions for one in of]), atol=1e-6)
+    reader.close()
+
+
+def test_the_reader_gives_none_unless_asked(folder):
+    dataset = Dataset.open(folder)
+    reader = Reader(dataset, dataset.train, threads=1, timeout_s=20)
+    assert reader.read(np.arange(3)).squares is None
+    reader.close()
+
+
+def test_records_of_unusual_form(tmp_path):
+    copy = make_dataset(tmp_path / "d", tiles=20, size=8, codec="raw", also=ALSO, grid=2)
+    made = [records.decode_record(payload) for payload in payloads_of(copy)[:4]]
+    rewrite_first_shard(copy, [unusual(record, order) for record, order in zip(made, (1, -1, 1, -1), strict=True)])
+    for labels in (None, "nlcd"):
+        dataset = Dataset.open(copy, labels)
+        reader = Reader(dataset, dataset.train, threads=1, timeout_s=20, by_square=True)
+        expected = [record.grid if labels is None else record.also[labels].grid for record in made]
+        np.testing.assert_array_equal(reader.read(np.arange(4)).squares, np.stack(expected))
+        reader.close()
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_squares_are_turned_as_their_images_are(folder, known, loader):
+    options = DataOptions(records=str(folder), loader=loader, global_batch=64, threads=1)
+    augmentation = AugmentOptions(colour_probability=0, crop_probability=0.5)
+    with train_batches(open_records(options), options, augmentation, seed=3) as batches:
+        batch = next(batches)
+    seen = set()
+    for n, record_id in enumerate(batch.record_ids.tolist()):
+        record = known[record_id]
+        tile = np.frombuffer(record.image, np.uint8).reshape(record.shape)
+        image = batch.images[n].permute(1, 2, 0).numpy()
+        (turn,) = (k for k in range(8) if (apply_dihedral(tile, k) == image).all())
+        np.testing.assert_array_equal(batch.squares[n].numpy(), apply_dihedral(record.grid, turn))
+        seen.add(turn)
+    assert seen == set(range(8))
+
+
+# -------------------------------------------------------------------------------------------------------- crops
+
+
+def crops(probability=1.0, least=0.5, squares=4, side=32, seed=0, rank=0) -> Crops:
+    return Crops(AugmentOptions(crop_probability=probability, crop_min=least), seed, rank, side, squares)
+
+
+def test_a_crop_has_the_pixels_and_the_fractions_of_its_squares():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 3, (5, 32, 32), generator=generator)
+    labels[0, :, :20] = 2
+    images = labels[:, None].repeat(1, 3, 1, 1).byte().contiguous(memory_format=torch.channels_last)
+    onehot = torch.nn.functional.one_hot(labels, 3).float()
+    squares = onehot.reshape(5, 4, 8, 4, 8, 3).sum((2, 4)) / 32**2
+    batch = ToyBatch(images, squares.sum((1, 2)), np.arange(5), torch.ones(5), squares)
+    for row, column, side in ((0, 0, 2), (1, 2, 2), (0, 1, 3), (3, 3, 1)):
+        found = crop(batch, row, column, side)
+        y, x, length = 8 * row, 8 * column, 8 * side
+        assert torch.equal(found.images, images[:, :, y : y + length, x : x + length])
+        assert found.images.is_contiguous(memory_format=torch.channels_last)
+        inside = onehot[:, y : y + length, x : x + length].mean((1, 2))
+        torch.testing.assert_close(found.fractions, inside, atol=0.02, rtol=0)  # _LITTLE of the tile's
+        torch.testing.assert_close(found.fractions.sum(1), torch.ones(5))
+        assert found.squares.shape == (5, side, side, 3)
+
+
+def test_a_crop_without_labelled_ground_takes_the_tiles():
+    squares = torch.zeros(1, 4, 4, 3)
+    squares[0, 3, 3] = torch.tensor([0.2, 0.5, 0.3])
+    batch = ToyBatch(
+        torch.zeros(1, 3, 32, 32, dtype=torch.uint8), squares.sum((1, 2)), np.arange(1), torch.ones(1), squares
+    )
+    torch.testing.assert_close(crop(batch, 0, 0, 2).fractions, batch.fractions)
+
+
+def test_windows_are_inside_of_every_side_and_place_and_as_often_as_asked():
+    chosen = crops(probability=0.5, squares=8, side=64)
+    windows = [chosen.window(step, part) for step in range(1500) for part in range(2)]
+    whole = sum(window == (0, 0, 8) for window in windows) / len(windows)
+    assert whole == pytest.approx(0.5 + 0.5 / 5, abs=0.03)  # one in five of the crops is as large as the image
+    sides = Counter(side for _, _, side in windows)
+    assert set(sides) == {4, 5, 6, 7, 8}
+    assert max(sides[k] for k in range(4, 8)) < 1.35 * min(sides[k] for k in range(4, 8))
+    for row, column, side in windows:
+        assert 0 <= row <= 8 - side
+        assert 0 <= column <= 8 - side
+    assert {(row, column) for row, column, side in windows if side == 4} == {(y, x) for y in range(5) for x in range(5)}
+
+
+def test_windows_are_a_function_of_seed_step_process_and_part():
+    base = [crops().window(step, 0) for step in range(40)]
+    assert base == [crops().window(step, 0) for step in range(40)]
+    for other in (crops(seed=1), crops(rank=1)):
+        assert base != [other.window(step, 0) for step in range(40)]
+    assert base != [crops().window(step, 1) for step in range(40)]
+    assert {crops(probability=0.0).window(step, 0) for step in range(40)} == {(0, 0, 4)}
+
+
+# --------------------------------------------------------------------------------------------------------- runs
+
+
+def test_a_run_with_crops_goes_on_where_it_was(folder, tmp_path):
+    keys = ("augment.crop_probability=0.8", "train.max_steps=6", "checkpoint.every_steps=2")
+    assert run(folder, tmp_path / "whole", *keys) == 0
+    assert run(folder, tmp_path / "cut", *keys, "train.max_steps=4") == 0
+    assert run(folder, tmp_path / "plain", "train.max_steps=6", "checkpoint.every_steps=2") == 0
+    assert not same_tensors(tmp_path / "whole", tmp_path / "plain")
+    again = (*keys, "optim.schedule=constant", "optim.warmup=0", "method.consistency_ramp=0")
+    assert run(folder, tmp_path / "whole2", *again) == 0
+    assert run(folder, tmp_path / "cut2", *again, "train.max_steps=4") == 0
+    assert run(folder, tmp_path / "cut2", *again) == 0
+    assert same_tensors(tmp_path / "whole2", tmp_path / "cut2")
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        (("data.image_size=30",), "images of 30 px cannot be cut along the records' 4 x 4 squares"),
+        (
+            ("model.backbone=vit_tiny_patch16_224",),
+            "augment.crop_probability=0.5: model.backbone='vit_tiny_patch16_224'",
+        ),
+    ],
+)
+def test_what_cannot_be_cropped(folder, tmp_path, capsys, keys, said):
+    assert run(folder, tmp_path / "run", "augment.crop_probability=0.5", *keys) == 1
+    assert said in capsys.readouterr().err
+
+
+def test_records_without_squares(tmp_path, capsys):
+    plain = make_dataset(tmp_path / "d", tiles=40, val=8)
+    assert run(plain, tmp_path / "run", "augment.crop_probability=0.5") == 1
+    assert "pack them with labels.grid=8" in capsys.readouterr().err
+    options = DataOptions(records=str(plain), loader="torch", global_batch=8)
+    with pytest.raises(PipelineError, match=r"labels\.grid=8"):
+        train_batches(open_records(options), options, AugmentOptions(crop_probability=1), seed=0)
+    with pytest.raises(ConfigError, match="do not say where"):
+        crops(squares=0)
+
+
+def test_datasets_of_different_squares_are_trained_whole(folder, tmp_path, capsys):
+    other = make_dataset(tmp_path / "d", tiles=40, val=8, codec="raw", grid=2)
+    both = f"data.records=[{folder},{other}]"
+    assert run(folder, tmp_path / "whole", both, "train.max_steps=1") == 0
+    assert run(folder, tmp_path / "cropped", both, "augment.crop_probability=0.5") == 1
+    assert "do not say where in their tiles classes lie" in capsys.readouterr().err
