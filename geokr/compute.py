@@ -84,17 +84,27 @@ def compute(learner: "Learner", batches: Iterable[Batch]) -> Computed:
         ids.append(batch.record_ids)
         with _gradient_exchange(learner, last=index == learner.accumulate):
             images_NCHW = learner.normalise(batch.images)
-            with learner.autocast():
-                teacher_NK = learner.beside.start(learner.teacher_forward, images_NCHW)
-                student_NK = learner.student_forward(images_NCHW)
-            learner.beside.join()
-            supervision = learner.supervision(student_NK, batch.fractions)
-            consistency = learner.consistency(student_NK, teacher_NK)
-            loss = supervision + learner.consistency_weight * consistency
+            student_NK, teacher_NK = _forward(learner, images_NCHW)
+            loss = supervision = learner.supervision(student_NK, batch.fractions)
+            consistency = torch.zeros_like(supervision)
+            if learner.consistency is not None and teacher_NK is not None:
+                consistency = learner.consistency(student_NK, teacher_NK)
+                loss = supervision + learner.consistency_weight * consistency
             learner.scaler.scale(loss / learner.accumulate).backward()
         sums += torch.stack([loss, supervision, consistency]).detach()
     assert len(ids) == learner.accumulate, "training batches never end"
     return Computed(sums / learner.accumulate, _optimize(learner), ids)
+
+
+def _forward(learner: "Learner", images_NCHW: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Logits of the student, and of the teacher where the loss asks for them."""
+    with learner.autocast():
+        if learner.consistency is None:
+            return learner.student_forward(images_NCHW), None
+        teacher_NK = learner.beside.start(learner.teacher_forward, images_NCHW)
+        student_NK = learner.student_forward(images_NCHW)
+    learner.beside.join()
+    return student_NK, teacher_NK
 
 
 def _optimize(learner: "Learner") -> Tensor | None:

@@ -159,7 +159,8 @@ class MethodOptions(Options):
     supervision: Literal["kl", "published"] = "kl"
     """`kl`: KL(target || student). `published`: cross-entropy divided by the number of classes."""
     consistency: Literal["kl", "published", "none"] = "kl"
-    """`kl`: KL(teacher || student). `published`: cross-entropy of the teacher under the student, over classes."""
+    """`kl`: KL(teacher || student). `published`: cross-entropy of the teacher under the student, over classes. `none`:
+    the teacher only averages, and its forward pass is saved."""
     consistency_weight: float = Field(default=0.5, ge=0)
     """Weight of the consistency loss beside the supervision loss."""
     consistency_ramp: float = Field(default=0.4, ge=0, le=1)

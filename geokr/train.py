@@ -42,7 +42,7 @@ class Learner:
     normalise: Callable[[Tensor], Tensor]
     autocast: Callable[[], AbstractContextManager]
     supervision: Loss
-    consistency: Loss
+    consistency: Loss | None  # None: the teacher is an average of the students and nothing more
     consistency_weight: Tensor  # of the step at hand, 0-dimensional on the device, where a recorded step reads it
     consistency_course: ConsistencyWeight
     optimizer: torch.optim.Optimizer

@@ -5,6 +5,7 @@ import itertools
 import math
 import os
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -49,6 +50,20 @@ def test_a_step_is_the_method_written_out():
     for mine, theirs in ((learner.student, student), (learner.teacher, teacher)):
         for key, value in mine.state_dict().items():
             torch.testing.assert_close(value, theirs.state_dict()[key], rtol=1e-4, atol=1e-5, msg=key)
+
+
+def test_without_consistency_the_teacher_averages_and_sees_nothing():
+    chosen = toy.options("method.consistency=none", "optim.name=sgd", "optim.warmup=0")
+    learner = replace(toy.learner(chosen), teacher_forward=lambda images: pytest.fail("the teacher was asked"))
+    plain = toy.learner(toy.options("method.consistency_weight=0", "optim.name=sgd", "optim.warmup=0"))
+    for step, batch in enumerate(itertools.islice(toy.stream(0, 8), 3), start=1):
+        losses, _ = train_step(learner, [batch], step)
+        expected, _ = train_step(plain, [batch], step)
+        assert losses[2] == 0
+        np.testing.assert_allclose(losses[:2].numpy(), expected[:2].numpy(), rtol=1e-6)
+    for name in ("student", "teacher"):
+        for mine, theirs in zip(getattr(learner, name).parameters(), getattr(plain, name).parameters(), strict=True):
+            torch.testing.assert_close(mine, theirs)
 
 
 def test_the_published_step_has_a_teacher_with_batch_statistics_that_hardly_moves():
