@@ -1,7 +1,7 @@
 # What a developer runs. The environment is .venv (bash launch/test.sh makes it), or the Python that PYTHON names.
 PYTHON ?= $(shell [ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)
 
-.PHONY: help lint format test gpu faults campaign zion bench docs
+.PHONY: help lint format test gpu faults campaign zion method bench docs
 
 help:
 	@echo 'make lint    ruff, formatting and types'
@@ -9,6 +9,7 @@ help:
 	@echo 'make test    every test'
 	@echo 'make gpu     what only a GPU runs: tests, then training throughput as JSON under out/bench'
 	@echo 'make zion    the real scene at full length with three seeds, where it lies beside the checkout'
+	@echo 'make method  recipes compared by held-out KL and by what their backbones are worth (docs/results.md)'
 	@echo 'make faults  training and packing killed, starved and damaged in every way; figures as JSON in out/faults'
 	@echo 'make campaign every test marked slow: that one, and hundreds of kills'
 	@echo 'make bench   packing and training throughput, as tables, pictures and JSON under out/bench'
@@ -40,6 +41,9 @@ gpu:
 
 zion:
 	$(PYTHON) -m pytest -s -m slow tests/test_zion.py
+
+method:
+	$(PYTHON) benchmarks/method.py --out out/method --jobs 2
 
 faults:
 	GEOKR_FAULTS_JSON=out/faults/faults.json OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m "slow or not slow" tests/faults

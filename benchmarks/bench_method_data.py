@@ -1,6 +1,7 @@
 """Datasets for the comparison of recipes: packed once a seed, with other blocks held out for each."""
 
 import argparse
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,13 +24,18 @@ NO_CLASS = 255
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """Records, and what they were packed from. sheets: paths of land cover; none where the records were given."""
+    """Records, and what they were packed from. sheets: paths of land cover; none where the records were given.
+    digest: of the manifest."""
 
     name: str
     seed: int
     records: Path
     product: str = ""
     sheets: tuple[Path, ...] = ()
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256((self.records / MANIFEST).read_bytes()).hexdigest()
 
 
 def pack(name: str, seed: int, chosen: argparse.Namespace) -> Packed:
@@ -69,8 +75,6 @@ def _demo(seed: int, out: Path) -> Packed:
 def _pack(scenes: list[str], sheets: list[str], product: str, out: Path, keys: list[str]) -> None:
     from preprocess import pack_records
 
-    if (out / MANIFEST).exists():
-        return
     out.parent.mkdir(parents=True, exist_ok=True)
     words = ["--scenes", *scenes, "--land-cover", *sheets, "--product", product, "--out", str(out)]
     if pack_records.main([*words, *keys]):

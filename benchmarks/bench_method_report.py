@@ -1,7 +1,7 @@
 """What came of a comparison of recipes: tables in Markdown and curves.
 
-Spread is the standard deviation over seeds. Differences to the default are taken seed by seed, because seeds hold out
-other ground: they say more than the difference of two means.
+Spread is the standard deviation over seeds. In brackets are differences to the first recipe, with theirs. They are
+taken seed by seed, because seeds hold out other ground: they say more than the difference of two means.
 """
 
 import statistics
@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-LESS_IS_BETTER = {"kl", "kl_linear", "mae"}
 FIGURES = ("kl", "top1", "miou")
+BESIDE = ("random", "colour", "constant answer")  # what recipes are compared with, too
 
 
 def best(line: Mapping[str, float]) -> float:
@@ -42,15 +42,15 @@ def _spread(values: Sequence[float]) -> str:
     return f"{mean:.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
 
 
-def _column(found: Mapping[str, Mapping[int, float]], default: str, name: str) -> tuple[str, str]:
-    """(mean and spread, the same of the differences to the default) of one row."""
+def _column(found: Mapping[str, Mapping[int, float]], first: str, name: str) -> tuple[str, str]:
+    """(mean and spread, the same of the differences to the first recipe) of one row."""
     values = found.get(name, {})
     if not values:
         return "", ""
-    base = found.get(default, {})
+    base = found.get(first, {})
     both = sorted(set(values) & set(base))
     signed = [values[seed] - base[seed] for seed in both]
-    differences = "" if name == default or not both else f" ({statistics.fmean(signed):+.3f}"
+    differences = "" if name == first or not both else f" ({statistics.fmean(signed):+.3f}"
     if differences and len(signed) > 1:
         differences += f" ± {statistics.stdev(signed):.3f}"
     return _spread(list(values.values())), differences + ")" * bool(differences)
@@ -66,7 +66,7 @@ def columns(report: Mapping[str, Any], data: str) -> dict[str, dict[str, dict[in
     for one in report["trained"]:
         if one["data"] == data:
             put("held-out KL", one["recipe"], one["seed"], one["kl"])
-            put("held-out KL", "constant answer", one["seed"], one["prior"])
+            put("held-out KL", BESIDE[2], one["seed"], one["prior"])
     for row in report["evaluated"]:
         if row["pretrained_on"] != data:
             continue
@@ -85,7 +85,7 @@ def tables(report: Mapping[str, Any]) -> str:
     for data in dict.fromkeys(one["data"] for one in report["trained"]):
         found = columns(report, data)
         recipes = list(dict.fromkeys(one["recipe"] for one in report["trained"]))
-        names = [*recipes, *(name for name in ("random", "colour", "constant answer"))]
+        names = [*recipes, *BESIDE]
         lines = [["", *names], ["---"] * (len(names) + 1)]
         for title, values in found.items():
             cells = ["".join(_column(values, recipes[0], name)) for name in names]

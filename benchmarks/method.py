@@ -11,16 +11,20 @@ those of the other datasets, with --labels percent of the labels, beside random 
 --segment also a U-Net on the classes of pixels.
 
 `default` is configs/smoke.yaml. `reference` is that with method, optimizer and normalisation of
-configs/reference.yaml. --recipe adds one: the default with these keys changed. What is done already is not done
-again. Everything lands in --out: report.json, table.md, curves.png.
+configs/reference.yaml. --recipe adds one: the default with these keys changed. The others are compared with the first
+recipe that is named. What is done already with the same settings is not done again. Everything lands in --out:
+report.json, table.md, curves.png.
 """
 
 import argparse
+import hashlib
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +43,8 @@ from geokr.options import PretrainOptions  # noqa: E402
 REFERENCE_SECTIONS = ("method", "optim")
 REFERENCE_KEYS = {"model.normalisation": "published"}
 BUILT_IN = ("default", "reference")
+TAKEN = (*BUILT_IN, *reports.BESIDE)
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
 def reference_keys() -> dict[str, Any]:
@@ -50,12 +56,23 @@ def reference_keys() -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One run: a recipe on one packing of one dataset with one seed."""
+    """One run: a recipe on one packing of one dataset with one seed.
+
+    keys: the run's, but for where it lies and how many threads it has. Runs of other keys lie in other folders.
+    """
 
     data: data_sets.Packed
     recipe: str
-    keys: Mapping[str, Any]
-    folder: Path
+    keys: tuple[str, ...]
+    out: Path
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256("\n".join((*self.keys, self.data.digest)).encode()).hexdigest()[:12]
+
+    @property
+    def folder(self) -> Path:
+        return self.out / f"{self.recipe}-{self.digest}"
 
     @property
     def weights(self) -> Path:
@@ -63,7 +80,7 @@ class Cell:
 
     @property
     def run(self) -> Path:
-        return self.folder / self.recipe
+        return self.folder / "run"
 
     def lines(self) -> list[dict[str, float]]:
         """The run's validations."""
@@ -76,77 +93,73 @@ class Cell:
         return "teacher" if last["val/kl"] <= last["val/kl_student"] else "student"
 
 
-def command(words: Sequence[str], log: Path) -> None:
-    """Runs it, its words going to ``log``. Raises ConfigError with the end of them if it fails."""
-    with open(log, "w") as output:
-        done = subprocess.run([sys.executable, *words], cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
-    if done.returncode:
-        said = log.read_text().strip().splitlines()[-3:]
-        raise ConfigError(f"{' '.join(words[:3])} ended with {done.returncode}; {log}: " + " ".join(said))
-
-
-def train(cell: Cell, chosen: argparse.Namespace, threads: int) -> None:
-    """The run and its export, unless they are there. Raises ConfigError where they are of other settings."""
-    cell.folder.mkdir(parents=True, exist_ok=True)
-    keys = {
-        "data.records": cell.data.records,
-        "run.dir": cell.run,
-        "run.seed": cell.data.seed,
+def cell_of(data: data_sets.Packed, recipe: str, keys: Mapping[str, Any], chosen: argparse.Namespace) -> Cell:
+    given = {
+        "run.seed": data.seed,
         "train.max_steps": chosen.steps,
         "validation.every_steps": max(1, chosen.steps // 8),
         "checkpoint.every_steps": max(1, chosen.steps // 4),
         "data.image_size": chosen.image_size,
         "model.backbone": chosen.backbone,
-        "train.threads": threads,
-        "data.threads": threads,
         "log.panels": 0,
-        **cell.keys,
+        **keys,
     }
-    overrides = [
-        f"{key}={json.dumps(value) if not isinstance(value, str | Path) else value}" for key, value in keys.items()
-    ]
-    said = cell.folder / f"{cell.recipe}.keys"
-    wanted = "\n".join(word for word in overrides if "threads=" not in word) + "\n"
-    if said.exists() and said.read_text() != wanted:
-        raise ConfigError(f"{said}: the recipe was run with other settings there; take another --out, or remove it")
-    said.write_text(wanted)
+    words = (f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in given.items())
+    return Cell(data, recipe, tuple(words), chosen.out / data.name / f"seed{data.seed}")
+
+
+def command(words: Sequence[str], log: Path, threads: int) -> None:
+    """Runs it, its words going to ``log``. Raises ConfigError with the end of them if it fails."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    with open(log, "w") as output:
+        done = subprocess.run(
+            [sys.executable, *words], cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, env=environment
+        )
+    if done.returncode:
+        said = log.read_text().strip().splitlines()[-3:]
+        raise ConfigError(f"{' '.join(words[:3])} ended with {done.returncode}; {log}: " + " ".join(said))
+
+
+def train(cell: Cell, threads: int) -> None:
+    """The run and its export, unless they are there."""
     if cell.weights.exists():
         return
-    config = str(ROOT / "configs" / "smoke.yaml")
-    command(["-m", "geokr.pretrain", "--config", config, *overrides], cell.folder / f"{cell.recipe}.log")
+    cell.folder.mkdir(parents=True, exist_ok=True)
+    where = [f"data.records={cell.data.records}", f"run.dir={cell.run}"]
+    beside = [f"train.threads={threads}", f"data.threads={threads}"]
+    config = ["--config", str(ROOT / "configs" / "smoke.yaml")]
+    command(["-m", "geokr.pretrain", *config, *where, *cell.keys, *beside], cell.folder / "pretrain.log", threads)
     out = ["--out", str(cell.weights), "--model", cell.better]
-    command(["-m", "geokr.export", "--run", str(cell.run), *out], cell.folder / f"{cell.recipe}-export.log")
+    command(["-m", "geokr.export", "--run", str(cell.run), *out], cell.folder / "export.log", threads)
     shutil.rmtree(cell.run / "checkpoints")  # the weights are exported; a run keeps 0.2 GB otherwise
 
 
-def evaluate(cells: Sequence[Cell], other: data_sets.Packed, tasks: Sequence[str], chosen: argparse.Namespace) -> Any:
+def evaluate(
+    cells: Sequence[Cell], other: data_sets.Packed, tasks: Sequence[str], labels: Sequence[float], threads: int
+) -> list[dict[str, Any]]:
     """Rows of geokr.evaluate for all recipes of a packing and seed on ``other``, kept in a file by the weights."""
-    folder, first = cells[0].folder, cells[0]
-    names = "-".join([*sorted(cell.recipe for cell in cells), *tasks, *(f"{percent:g}" for percent in chosen.labels)])
-    out = folder / f"on-{other.name}-{names}.json"
+    words = ["--task", *tasks, "--labels", *(f"{percent:g}" for percent in labels)]
+    words += ["--seeds", "1", "--epochs", "1"] if tasks == ["segment"] else ["--seeds", "3"]
+    what = "\n".join([*words, *(cell.digest for cell in cells), other.digest])
+    out = cells[0].out / f"on-{other.name}-{tasks[-1]}-{hashlib.sha256(what.encode()).hexdigest()[:12]}.json"
     if not out.exists():
-        segment = tasks == ["segment"]
-        where = data_sets.segment_pairs(other) if segment else other.records
-        extra = ["--labels", "100", "--seeds", "1", "--epochs", "1"] if segment else ["--seeds", "3"]
-        if not segment:
-            extra += ["--labels", *(f"{percent:g}" for percent in chosen.labels)]
-        beside = ["random", "colour", *(str(cell.weights) for cell in cells[1:])]
-        words = ["-m", "geokr.evaluate", "--weights", str(first.weights), "--data", str(where), "--task", *tasks]
-        command([*words, "--baselines", *beside, *extra, "--json", str(out)], out.with_suffix(".log"))
+        where = data_sets.segment_pairs(other) if tasks == ["segment"] else other.records
+        beside = [*reports.BESIDE[:2], *(str(cell.weights) for cell in cells[1:])]
+        given = ["--weights", str(cells[0].weights), "--data", str(where), "--baselines", *beside]
+        command(["-m", "geokr.evaluate", *given, *words, "--json", str(out)], out.with_suffix(".log"), threads)
     return json.loads(out.read_text())["rows"]
 
 
 def compare(chosen: argparse.Namespace, recipes: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Everything, in the order data, seed, recipe; the report."""
     threads = max(1, chosen.threads // chosen.jobs)
+    if len({Path(name).name for name in chosen.data}) < len(chosen.data):
+        raise ConfigError(f"--data {' '.join(chosen.data)}: two have the same name, by which their runs are kept")
     packed = [data_sets.pack(name, seed, chosen) for name in chosen.data for seed in range(chosen.seeds)]
-    groups = [
-        [Cell(one, name, keys, chosen.out / one.name / f"seed{one.seed}") for name, keys in recipes.items()]
-        for one in packed
-    ]
+    groups = [[cell_of(one, name, keys, chosen) for name, keys in recipes.items()] for one in packed]
 
     def run(cell: Cell) -> None:
-        train(cell, chosen, threads)
+        train(cell, threads)
         last = cell.lines()[-1]
         print(
             f"{cell.data.name}, seed {cell.data.seed}, {cell.recipe}: {cell.better} {reports.best(last):.4f}",
@@ -156,17 +169,20 @@ def compare(chosen: argparse.Namespace, recipes: Mapping[str, Mapping[str, Any]]
     with ThreadPoolExecutor(chosen.jobs) as pool:
         list(pool.map(run, (cell for group in groups for cell in group)))
         studies = [
-            (group, other, tasks)
+            (group, other, tasks, labels)
             for group in groups
             for other in packed
             if other.seed == group[0].data.seed
-            for tasks in ([["knn", "linear"]] + ([["segment"]] if chosen.segment and other is group[0].data else []))
+            for tasks, labels in (
+                [(["knn", "linear"], chosen.labels)]
+                + ([(["segment"], [100.0])] if chosen.segment and other is group[0].data else [])
+            )
         ]
-        rows = list(pool.map(lambda study: evaluate(study[0], study[1], study[2], chosen), studies))
+        rows = list(pool.map(lambda study: evaluate(study[0], study[1], study[2], study[3], threads), studies))
     results = [reports.trained(cell.data.name, cell.data.seed, cell.recipe, cell.lines()) for g in groups for cell in g]
     evaluated = [
         {"pretrained_on": group[0].data.name, "data": other.name, "seed": other.seed, **reports.evaluated(row)}
-        for (group, other, _), found in zip(studies, rows, strict=True)
+        for (group, other, _, _), found in zip(studies, rows, strict=True)
         for row in found
     ]
     settings = {
@@ -185,12 +201,14 @@ def compare(chosen: argparse.Namespace, recipes: Mapping[str, Mapping[str, Any]]
     }
 
 
-def recipes_of(names: Sequence[str], added: Iterable[Sequence[str]]) -> dict[str, dict[str, Any]]:
-    """The keys of every recipe. Raises ConfigError for a name that is none, or a key that is none."""
+def recipes_of(names: Sequence[str], added: Sequence[Sequence[str]]) -> dict[str, dict[str, Any]]:
+    """The keys of every recipe. Raises ConfigError for a name or a key that cannot be."""
     own = {words[0]: parse_overrides(words[1:]) for words in added}
+    if len(own) < len(list(added)):
+        raise ConfigError("--recipe: two have the same name")
     for name, keys in own.items():
-        if name in BUILT_IN:
-            raise ConfigError(f"--recipe {name}: that name is taken")
+        if name in TAKEN or not NAME.fullmatch(name):
+            raise ConfigError(f"--recipe {name}: a name of letters, digits, _ and -, and none of {', '.join(TAKEN)}")
         for key in keys:
             tree: dict[str, Any] = {}
             node = tree

@@ -57,20 +57,20 @@ def build_student(options: PretrainOptions, spec: BackboneSpec, classes: int, *,
     return student
 
 
-def _crops(
-    options: PretrainOptions, spec: BackboneSpec, model: LandCoverModel, rank: int, squares: int
-) -> Crops | None:
+def _crops(options: PretrainOptions, spec: BackboneSpec, model: LandCoverModel, squares: int) -> Crops | None:
     """How batches are cropped, where they are. Raises ConfigError where squares or backbone do not allow it."""
     if not options.augment.crop_probability:
         return None
-    crops = Crops(options.augment, options.run.seed, rank, spec.image_size, squares)
-    try:
-        feature_count(model.backbone, replace(spec, image_size=crops.smallest))
-    except ConfigError as error:
-        raise ConfigError(
-            f"augment.crop_probability={options.augment.crop_probability:g}: {error}, a larger augment.crop_min, or "
-            "augment.crop_probability=0"
-        ) from error
+    crops = Crops(options.augment, options.run.seed, spec.image_size, squares)
+    for side in crops.sides:
+        try:
+            feature_count(model.backbone, replace(spec, image_size=side))
+        except ConfigError as error:
+            raise ConfigError(
+                f"augment.crop_probability={options.augment.crop_probability:g}: model.backbone={spec.name!r} does not "
+                f"take crops of {side} px ({error.__cause__ or error}): use augment.crop_probability=0, a larger "
+                "augment.crop_min, or another backbone"
+            ) from error
     return crops
 
 
@@ -85,6 +85,11 @@ def _check_teacher(options: PretrainOptions, model: nn.Module) -> None:
         raise ConfigError(
             "method.teacher_buffers=false leaves an eval-mode teacher with the batch statistics of step 0: "
             "use true, or method.teacher_mode=train"
+        )
+    if method.consistency == "none" and not method.teacher_buffers and _has_batchnorm(model):
+        raise ConfigError(
+            "method.teacher_buffers=false with method.consistency=none leaves a teacher that sees no images with the "
+            "batch statistics of step 0: use method.teacher_buffers=true"
         )
 
 
@@ -108,17 +113,17 @@ def _forwards(
     options: PretrainOptions,
     world: World,
     student: nn.Module,
-    teacher: nn.Module,
+    teacher: nn.Module | None,
     images: Callable[[], torch.Tensor],
     autocast: Callable[[], AbstractContextManager],
 ) -> tuple[Forward, Forward]:
     """The forward passes of student and teacher, compiled where the configuration says so and it works."""
     if not wanted(options.train.compile, world.device):
-        return student, teacher
+        return student, teacher or _unused
     how = options.train.compile
     through = partial(for_trial, world=world, options=options.train)
     compiled = compile_forward(how, student, images(), autocast, through)
-    return compiled, compile_forward(how, teacher, images(), autocast)
+    return compiled, _unused if teacher is None else compile_forward(how, teacher, images(), autocast)
 
 
 def _pair(
@@ -154,7 +159,7 @@ def build_learner(
     at_once = images_at_once(options.data.global_batch, world.size, options.train.accumulate)
     synchronized = _synchronize(options, world, at_once)
     student = build_student(options, spec, classes, fresh=restore is None)
-    crops = _crops(options, spec, student, world.rank, squares)
+    crops = _crops(options, spec, student, squares)
     student, teacher = _pair(options, student, world, synchronized)
     fused = fuse_norms(options, student, world, synchronized=synchronized)
     precision = choose_precision(options.train.precision, world.device)
@@ -165,9 +170,12 @@ def build_learner(
         restore(student, teacher, optimizer, scaler)
     autocast = _autocast(precision, world.device)
     dtype = DTYPES.get(precision, torch.float32)
-    folded = fold_teacher(options, teacher, _images(options, spec, world.device, 2), dtype)
-    runs: tuple[nn.Module, nn.Module] = student, folded or teacher
-    forwards: tuple[Forward, Forward] = runs
+    consistency = losses.CONSISTENCY[options.method.consistency]
+    folded = None
+    if consistency is not None:
+        folded = fold_teacher(options, teacher, _images(options, spec, world.device, 2), dtype)
+    runs: tuple[nn.Module, nn.Module | None] = student, None if consistency is None else folded or teacher
+    forwards: tuple[Forward, Forward] = student, folded or teacher
     if not fused:
         some_images = partial(_images, options, spec, world.device, at_once)
         forwards = _forwards(options, world, *runs, some_images, autocast)
@@ -180,7 +188,7 @@ def build_learner(
         normalise=Normalise(mean, std, world.device, dtype if fused else None),
         autocast=autocast,
         supervision=losses.SUPERVISION[options.method.supervision],
-        consistency=losses.CONSISTENCY[options.method.consistency],
+        consistency=consistency,
         consistency_weight=torch.zeros((), device=world.device),
         consistency_course=ConsistencyWeight(options.method, steps),
         optimizer=optimizer,
@@ -206,6 +214,11 @@ def build_learner(
     }
     chosen |= {"compiled": forwards[0] is not student, "folded_teacher": folded is not None}
     return learner, chosen | {"cuda_graph": isinstance(run_step, Recorded)}
+
+
+def _unused(images_NCHW: torch.Tensor) -> torch.Tensor:
+    """The forward pass of a teacher that the loss does not ask."""
+    raise AssertionError("a run without consistency asks its teacher nothing")
 
 
 def _nothing() -> None:

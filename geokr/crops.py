@@ -1,7 +1,7 @@
 """Crops of training images with exact labels: whole squares of the tile, whose fractions the records hold.
 
-All images of a batch are cropped alike, to one side and at one place, without a change of scale; the side differs from
-batch to batch. Cropping falsifies the fractions of a tile, so nothing is cropped where squares are not known.
+All images of a step are cropped alike, to one side and at one place, without a change of scale; the side differs from
+step to step. Cropping falsifies the fractions of a tile, so nothing is cropped where squares are not known.
 Smaller images also cost less.
 """
 
@@ -17,7 +17,7 @@ from geokr.config import ConfigError
 from geokr.options import AugmentOptions
 
 _SALT = 7703  # of the draws, so that they are none of step_seed's
-# A crop with so small a share of the tile's labelled ground, or none, takes its labels from the whole tile.
+# Share of the tile's labelled ground under which a crop knows nothing of its own: its labels are the whole tile's then.
 _LITTLE = 1e-3
 
 
@@ -34,14 +34,14 @@ class Cropped:
 
 @dataclass(frozen=True, slots=True)
 class Crops:
-    """Where batches are cropped: a function of (seed, step, process, part of the step).
+    """Where a step's images are cropped: a function of seed and step, so that every process, and every part of a step,
+    crops alike, however many there are.
 
     side: of the images in pixels. squares: G, along an image's side. Raises ConfigError if they do not fit.
     """
 
     options: AugmentOptions
     seed: int
-    rank: int
     side: int
     squares: int
 
@@ -49,8 +49,8 @@ class Crops:
         asked = f"augment.crop_probability={self.options.crop_probability:g}"
         if not self.squares:
             raise ConfigError(
-                f"{asked}: the records do not say where in their tiles classes lie; pack them with labels.grid=8, "
-                "or set augment.crop_probability=0"
+                f"{asked}: the records of the run do not say where in their tiles classes lie, by one number of "
+                "squares: pack them with labels.grid=8, or set augment.crop_probability=0"
             )
         if self.side % self.squares:
             fits = max(self.squares, self.side // self.squares * self.squares)
@@ -58,29 +58,34 @@ class Crops:
                 f"{asked}: images of {self.side} px cannot be cut along the records' {self.squares} x {self.squares} "
                 f"squares (labels.grid); use data.image_size={fits}"
             )
+        if self._fewest >= self.squares:
+            raise ConfigError(
+                f"{asked}: augment.crop_min={self.options.crop_min:g} of {self.squares} squares leaves no crop smaller "
+                "than the image; use a smaller one, or pack with a larger labels.grid"
+            )
 
     @property
-    def smallest(self) -> int:
-        """Side of the smallest crop in pixels."""
-        return self._fewest * self.side // self.squares
+    def sides(self) -> list[int]:
+        """Sides of crops in pixels."""
+        return [number * (self.side // self.squares) for number in range(self._fewest, self.squares)]
 
     @property
     def _fewest(self) -> int:
         return max(1, round(self.options.crop_min * self.squares))
 
-    def window(self, step: int, part: int) -> tuple[int, int, int]:
-        """(row, column, side) in squares; all of them where the batch stays whole."""
-        rng = np.random.default_rng([_SALT, self.seed, step, self.rank, part])
+    def window(self, step: int) -> tuple[int, int, int]:
+        """(row, column, side) in squares; all of them where the images stay whole."""
+        rng = np.random.default_rng([_SALT, self.seed, step])
         if rng.random() >= self.options.crop_probability:
             return 0, 0, self.squares
-        side = int(rng.integers(self._fewest, self.squares + 1))
+        side = int(rng.integers(self._fewest, self.squares))
         row, column = rng.integers(0, self.squares - side + 1, 2).tolist()
         return row, column, side
 
     def __call__(self, batches: Iterable[Batch], step: int) -> Iterator[Batch]:
         """The micro-batches of a step, cropped."""
-        for part, batch in enumerate(batches):
-            row, column, side = self.window(step, part)
+        row, column, side = self.window(step)
+        for batch in batches:
             yield batch if side == self.squares else crop(batch, row, column, side)
 
 
@@ -92,7 +97,8 @@ def crop(batch: Batch, row: int, column: int, side: int) -> Cropped:
     top, left, length = row * pixels, column * pixels, side * pixels
     images = batch.images[:, :, top : top + length, left : left + length]
     inside = squares_NGGK[:, row : row + side, column : column + side]
-    shares = inside.sum((1, 2)) + _LITTLE * batch.fractions
+    shares = inside.sum((1, 2))
+    shares = torch.where(shares.sum(1, keepdim=True) < _LITTLE, batch.fractions, shares)
     return Cropped(
         images.contiguous(memory_format=torch.channels_last),
         shares / shares.sum(1, keepdim=True),

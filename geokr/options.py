@@ -132,10 +132,10 @@ class AugmentOptions(Options):
     band_offset: Range = (-0.1, 0.1)
     """Offset drawn for each band in its standard deviations, where there are other than three 8-bit bands."""
     crop_probability: float = Field(default=0.0, ge=0, le=1)
-    """Share of the batches that are cropped, all images alike, with the fractions of what is left; for records packed
-    with `labels.grid`. Crops keep the scale, so they also cost less."""
-    crop_min: float = Field(default=0.5, gt=0, le=1)
-    """Smallest side of a crop as a share of the image's; from there on every side is equally likely."""
+    """Share of the steps whose images are cropped, all alike, with the fractions of what is left; for records packed
+    with `labels.grid`. Crops keep the scale, so they cost less; their steps are not recorded as CUDA graphs."""
+    crop_min: float = Field(default=0.5, gt=0, lt=1)
+    """Smallest side of a crop as a share of the image's; every side between is equally likely."""
     published: bool = False
     """Geometry as in the published code: two flips and, half the time, a quarter turn out of four."""
 

@@ -286,7 +286,8 @@ def _fits(labels: Record | FurtherLabels) -> bool:
     """Whether the squares' fractions add up to the tile's."""
     if labels.grid is None:
         return True
-    return bool((labels.grid >= 0).all() and (abs(labels.grid.sum((0, 1)) - labels.fractions) < 1e-4).all())
+    sums = labels.grid.sum((0, 1), dtype=np.float64)
+    return bool((labels.grid >= 0).all() and (abs(sums - labels.fractions) < 1e-4).all())
 
 
 def _are_fractions(values: Any) -> bool:

@@ -8,7 +8,8 @@ An image goes through the same steps in the same order in every loader:
 Dihedral number k, 0..7: transpose (k & 4), then flip the rows (k & 2), then flip the columns (k & 1).
 Colour is one affine map of a pixel's bands, float32 [C, Cin + 1]: out = matrix[:, :Cin] @ in + matrix[:, Cin], in the
 record's own units. It also picks the bands, so that no loader needs a step for it.
-Nothing is ever cropped: that would falsify the tile's class fractions.
+Nothing is cropped here: that would falsify the tile's class fractions. Training crops whole batches where records hold
+the fractions of squares (geokr.crops), which are turned as their images are.
 
 Legend of shapes: N samples, C bands given to the model, I bands in the record.
 """

@@ -97,15 +97,15 @@ def train_batches(
     share = Share(options.global_batch, rank, world_size, accumulate)
     setting = _setting(dataset, dataset.train, options, device, image_size, bands, local_ranks or world_size)
     facts = setting.transform.facts
-    if options.loader == "synthetic":
-        return _synthetic(setting, share.micro_batch, seed + rank)
-
     by_square = augmentation.crop_probability > 0
     if by_square and not dataset.manifest.tile.grid:
         raise PipelineError(
             f"augment.crop_probability={augmentation.crop_probability:g}: {dataset.name} does not say where in its "
-            "tiles classes lie: pack all datasets of the run with labels.grid=8, or set augment.crop_probability=0"
+            "tiles classes lie, by one number of squares: pack with labels.grid=8, or set augment.crop_probability=0"
         )
+
+    if options.loader == "synthetic":
+        return _synthetic(setting, share.micro_batch, seed + rank, dataset.manifest.tile.grid if by_square else 0)
 
     def parameters(plan: Plan) -> augment.Parameters:
         return augment.draw(augmentation, facts, seed, plan.epochs, plan.ids)
@@ -230,7 +230,7 @@ def _with_real_loader(setting: _Setting) -> _Setting:
     return _Setting(setting.dataset, setting.split, options, setting.transform, setting.device, setting.threads)
 
 
-def _synthetic(setting: _Setting, count: int, seed: int) -> Loader:
+def _synthetic(setting: _Setting, count: int, seed: int, squares: int) -> Loader:
     batch = synthetic.random_batch(
         count=count,
         bands=len(setting.transform.facts.bands),
@@ -239,6 +239,7 @@ def _synthetic(setting: _Setting, count: int, seed: int) -> Loader:
         device=setting.device,
         seed=seed,
         uint8=setting.transform.is_bytes,
+        squares=squares,
     )
     return Loader(synthetic.repeat(batch), [])
 

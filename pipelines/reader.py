@@ -358,8 +358,9 @@ class Reader:
         return image
 
     def _explain_fractions(self, work: _Work, n: int) -> NoReturn:
-        records.decode_record(self._payload(work, n), self._split.where(int(work.layout.ids[n])))
-        raise AssertionError("two checks of one record's fractions disagree")
+        where = self._split.where(int(work.layout.ids[n]))
+        records.decode_record(self._payload(work, n), where)
+        raise RecordError(f"{where}: its fractions do not sum to 1; pack again")  # by a hair, as sums of squares may
 
 
 def _lay_out(split: Split, ids: np.ndarray) -> _Layout:

@@ -9,9 +9,20 @@ from pipelines.batch import Batch
 
 
 def random_batch(
-    *, count: int, bands: int, image_size: int, classes: int, device: torch.device, seed: int, uint8: bool
+    *,
+    count: int,
+    bands: int,
+    image_size: int,
+    classes: int,
+    device: torch.device,
+    seed: int,
+    uint8: bool,
+    squares: int = 0,
 ) -> Batch:
-    """Random images (uint8, or standard normal half) and fractions, of the form the other loaders give."""
+    """Random images (uint8, or standard normal half) and fractions, of the form the other loaders give.
+
+    squares: along a side, that share the fractions evenly; 0 for none.
+    """
     generator = torch.Generator().manual_seed(seed % 2**63)
     shape = (count, image_size, image_size, bands)
     if uint8:
@@ -26,6 +37,7 @@ def random_batch(
         fractions.to(device),
         np.arange(count, dtype=np.int64),
         weights.to(device),
+        fractions[:, None, None].expand(-1, squares, squares, -1).div(squares**2).to(device) if squares else None,
     )
 
 

@@ -58,6 +58,7 @@ class Cells:
 
     def parted(self, size: int, parts: int) -> "Parts":
         """The cells of tiles of ``size`` pixels that are each cut into ``parts`` x ``parts`` squares."""
+        assert size % parts == 0, "squares of whole pixels"
         side, axes, numbers = size // parts, [], []
         for along in (self.down, self.across):
             begins = along.spans[along.first, 0][:, None] + side * np.arange(parts)

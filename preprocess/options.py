@@ -111,9 +111,9 @@ class LabelOptions(ProductOptions):
     also: dict[str, FurtherProduct] = Field(default_factory=dict)
     """For further products (`--also NAME PATTERN`), by name: `{nlcd2016: {product: nlcd, groups: true}}`, with
     `product`, `groups`, `merge`, `drop`, `min_valid_fraction` and `year` as above."""
-    grid: int = Field(default=0, ge=0, le=64)
-    """Records say also where in the tile each class is: fractions of so many by so many squares; 0 for none. Training
-    needs them for `augment.crop_probability`. 8 adds 256 bytes a class to a record."""
+    grid: int = Field(default=0, ge=0, le=16)
+    """Records say also where in the tile each class is: fractions of so many by so many squares, a divisor of the
+    tile's side; 0 for none. Training needs them for `augment.crop_probability`. 8 adds 256 bytes a class."""
 
 
 class MaskOptions(Options):
@@ -205,11 +205,6 @@ class PackOptions(Options):
             raise ValueError(
                 f"tile.codec={self.tile.codec} holds {how_many} bands, tile.bands has {chosen}: "
                 f"use tile.codec={others}, or other bands"
-            )
-        if self.labels.grid and self.tile.size % self.labels.grid:
-            raise ValueError(
-                f"labels.grid={self.labels.grid} does not divide tile.size={self.tile.size} into squares of whole "
-                "pixels: use a divisor of the side"
             )
         pairs = len(self.stretch.limits or ())
         if pairs and chosen and pairs not in (1, chosen):

@@ -120,6 +120,7 @@ def make_plan(
 
     Raises PlanError, ConfigError, RasterError or LabelError before any pixel is read.
     """
+    _check_grid(options)
     sensor = load_sensor(options.scene.sensor) if options.scene.sensor else None
     sources = find_sources(scene_patterns, sensor, options.scene.remote)
     with gdal_files.environment():
@@ -166,6 +167,7 @@ def make_tile_plan(
             sample, names_of_sample = precut.look(tiles, scene_id, options, sensor, placement)
         first = sample[0]
         options = precut.tile_options(options, first)
+        _check_grid(options)
         chosen = bands.choose_bands(first, options)
         dtype = bands.tile_dtype(first, len(chosen), options)
         _check_block(first, options)
@@ -178,6 +180,17 @@ def make_tile_plan(
     config = {**_config(products, options, sensor), **precut.config_of(by)}
     warnings = tuple(bands.warnings(first, options))
     return Plan(options, products, chosen, dtype, (task,), {}, config, warnings)
+
+
+def _check_grid(options: PackOptions) -> None:
+    """Raises PlanError unless squares of whole pixels make up a tile."""
+    grid, size = options.labels.grid, options.tile.size
+    if grid and size % grid:
+        fitting = ", ".join(str(side) for side in range(2, 17) if size % side == 0)
+        raise PlanError(
+            f"labels.grid={grid} does not divide tiles of {size} pixels into squares of whole pixels: use "
+            f"{fitting or 'another tile.size'}"
+        )
 
 
 def _config(products: Sequence[Cover], options: PackOptions, sensor: Sensor | None) -> dict[str, Any]:

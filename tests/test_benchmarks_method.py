@@ -1,12 +1,14 @@
 """The comparison of recipes at a tiny size, and its arithmetic by hand."""
 
 import json
+from argparse import Namespace
 
 import pytest
 from PIL import Image
 
 from benchmarks import bench_method_report as reports
 from benchmarks import method
+from benchmarks.bench_method_data import Packed
 from geokr.config import read_yaml
 from tests.datasets import make_dataset
 
@@ -31,9 +33,10 @@ def test_recipes_run_and_are_compared(tmp_path, capsys):
     assert {name for name, _ in rows} == {"reference", "slow", "random", "colour"}
     assert rows["slow", "linear"]["labels_percent"] == 100
     folder = out / "few" / "seed0"
-    assert read_yaml(folder / "reference" / "config.yaml")["method"]["supervision"] == "published"
-    assert read_yaml(folder / "slow" / "config.yaml")["optim"]["lr"] == 1e-4
-    card = json.loads((folder / "reference.safetensors.json").read_text())
+    (reference,), (its_own,) = folder.glob("reference-*"), folder.glob("slow-*")
+    assert read_yaml(reference / "run" / "config.yaml")["method"]["supervision"] == "published"
+    assert read_yaml(its_own / "run" / "config.yaml")["optim"]["lr"] == 1e-4
+    card = json.loads((reference / "reference.safetensors.json").read_text())
     assert card["model"] == (
         "teacher" if report["trained"][1]["teacher"] <= report["trained"][1]["student"] else "student"
     )
@@ -42,12 +45,26 @@ def test_recipes_run_and_are_compared(tmp_path, capsys):
     assert "| held-out KL |" in table
     assert "linear, 100 %, top 1" in table
     assert Image.open(out / "curves.png").size[0] > 400
-    # nothing is done again, and nothing is mixed up with other settings
-    before = {path: path.stat().st_mtime_ns for path in folder.glob("*.safetensors")}
+    # nothing is done again
+    made = [*folder.glob("*/*.safetensors"), *folder.glob("on-*.json")]
+    before = {path: path.stat().st_mtime_ns for path in made}
     assert command(out, "--data", records, *slow) == 0
-    assert {path: path.stat().st_mtime_ns for path in folder.glob("*.safetensors")} == before
-    assert command(out, "--data", records, *slow, "--steps", 5) == 1
-    assert "reference.keys: the recipe was run with other settings" in capsys.readouterr().err
+    assert {
+        path: path.stat().st_mtime_ns for path in [*folder.glob("*/*.safetensors"), *folder.glob("on-*.json")]
+    } == before
+
+
+def test_other_settings_are_other_runs(tmp_path):
+    records = make_dataset(tmp_path / "few", tiles=8, val=4)
+    other = make_dataset(tmp_path / "other" / "few", tiles=9, val=4)
+
+    def digest(folder, keys, *more):
+        chosen = Namespace(out=tmp_path, steps=4, image_size=32, backbone="test_resnet", **dict(more))
+        return method.cell_of(Packed("few", 0, folder), "r", keys, chosen).digest
+
+    base = digest(records, {})
+    assert base == digest(records, {})
+    assert len({base, digest(other, {}), digest(records, {"optim.lr": 1.0}), digest(records, {"run.seed": 1})}) == 4
 
 
 @pytest.mark.parametrize(
@@ -55,7 +72,10 @@ def test_recipes_run_and_are_compared(tmp_path, capsys):
     [
         (("--recipes", "defualt"), "--recipes defualt: expected default, reference"),
         (("--recipe", "a", "method.alpha=1"), "--recipe a: unknown key 'method.alpha'"),
-        (("--recipe", "default", "optim.lr=1"), "that name is taken"),
+        (("--recipe", "default", "optim.lr=1"), "none of default, reference, random"),
+        (("--recipe", "../a", "optim.lr=1"), "a name of letters, digits"),
+        (("--recipe", "a", "optim.lr=1", "--recipe", "a", "optim.lr=2"), "two have the same name"),
+        (("--data", "zion", "a/zion"), "two have the same name"),
         (("--data", "nowhere"), "--data nowhere: expected zion, demo, or a folder of records"),
         (("--data", "zion", "--shared", "nowhere"), "leave zion out"),
     ],

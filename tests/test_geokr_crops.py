@@ -90,8 +90,8 @@ def test_squares_are_turned_as_their_images_are(folder, known, loader):
 # -------------------------------------------------------------------------------------------------------- crops
 
 
-def crops(probability=1.0, least=0.5, squares=4, side=32, seed=0, rank=0) -> Crops:
-    return Crops(AugmentOptions(crop_probability=probability, crop_min=least), seed, rank, side, squares)
+def crops(probability=1.0, least=0.5, squares=4, side=32, seed=0) -> Crops:
+    return Crops(AugmentOptions(crop_probability=probability, crop_min=least), seed, side, squares)
 
 
 def test_a_crop_has_the_pixels_and_the_fractions_of_its_squares():
@@ -108,41 +108,59 @@ def test_a_crop_has_the_pixels_and_the_fractions_of_its_squares():
         assert torch.equal(found.images, images[:, :, y : y + length, x : x + length])
         assert found.images.is_contiguous(memory_format=torch.channels_last)
         inside = onehot[:, y : y + length, x : x + length].mean((1, 2))
-        torch.testing.assert_close(found.fractions, inside, atol=0.02, rtol=0)  # _LITTLE of the tile's
+        torch.testing.assert_close(found.fractions, inside)
         torch.testing.assert_close(found.fractions.sum(1), torch.ones(5))
         assert found.squares.shape == (5, side, side, 3)
 
 
-def test_a_crop_without_labelled_ground_takes_the_tiles():
-    squares = torch.zeros(1, 4, 4, 3)
-    squares[0, 3, 3] = torch.tensor([0.2, 0.5, 0.3])
-    batch = ToyBatch(
-        torch.zeros(1, 3, 32, 32, dtype=torch.uint8), squares.sum((1, 2)), np.arange(1), torch.ones(1), squares
-    )
-    torch.testing.assert_close(crop(batch, 0, 0, 2).fractions, batch.fractions)
+def test_a_crop_with_next_to_no_labelled_ground_takes_the_tiles():
+    squares = torch.zeros(2, 4, 4, 3)
+    squares[:, 3, 3] = torch.tensor([0.2, 0.5, 0.3])
+    squares[1, 0, 0, 1] = 0.005  # little, and its own
+    squares[1] /= squares[1].sum()
+    images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
+    batch = ToyBatch(images, squares.sum((1, 2)), np.arange(2), torch.ones(2), squares)
+    found = crop(batch, 0, 0, 2).fractions
+    torch.testing.assert_close(found[0], batch.fractions[0])
+    torch.testing.assert_close(found[1], torch.tensor([0.0, 1.0, 0.0]))
 
 
 def test_windows_are_inside_of_every_side_and_place_and_as_often_as_asked():
     chosen = crops(probability=0.5, squares=8, side=64)
-    windows = [chosen.window(step, part) for step in range(1500) for part in range(2)]
+    windows = [chosen.window(step) for step in range(3000)]
     whole = sum(window == (0, 0, 8) for window in windows) / len(windows)
-    assert whole == pytest.approx(0.5 + 0.5 / 5, abs=0.03)  # one in five of the crops is as large as the image
+    assert whole == pytest.approx(0.5, abs=0.03)
     sides = Counter(side for _, _, side in windows)
     assert set(sides) == {4, 5, 6, 7, 8}
     assert max(sides[k] for k in range(4, 8)) < 1.35 * min(sides[k] for k in range(4, 8))
+    assert chosen.sides == [32, 40, 48, 56]
     for row, column, side in windows:
         assert 0 <= row <= 8 - side
         assert 0 <= column <= 8 - side
     assert {(row, column) for row, column, side in windows if side == 4} == {(y, x) for y in range(5) for x in range(5)}
 
 
-def test_windows_are_a_function_of_seed_step_process_and_part():
-    base = [crops().window(step, 0) for step in range(40)]
-    assert base == [crops().window(step, 0) for step in range(40)]
-    for other in (crops(seed=1), crops(rank=1)):
-        assert base != [other.window(step, 0) for step in range(40)]
-    assert base != [crops().window(step, 1) for step in range(40)]
-    assert {crops(probability=0.0).window(step, 0) for step in range(40)} == {(0, 0, 4)}
+def test_windows_are_a_function_of_seed_and_step():
+    base = [crops().window(step) for step in range(40)]
+    assert base == [crops().window(step) for step in range(40)]
+    assert base != [crops(seed=1).window(step) for step in range(40)]
+    assert {crops(probability=0.0).window(step) for step in range(40)} == {(0, 0, 4)}
+
+
+def test_parts_of_a_step_are_cropped_alike():
+    """So a step is the same however it is cut into parts and processes."""
+    squares = torch.rand(8, 4, 4, 3)
+    squares /= squares.sum((1, 2, 3), keepdim=True)
+    images = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8)
+    whole = ToyBatch(images, squares.sum((1, 2)), np.arange(8), torch.ones(8), squares)
+    half = [
+        ToyBatch(images[n : n + 4], whole.fractions[n : n + 4], np.arange(n, n + 4), torch.ones(4), squares[n : n + 4])
+        for n in (0, 4)
+    ]
+    for step in range(5):
+        (together,), parts = crops()([whole], step), list(crops()(half, step))
+        assert torch.equal(torch.cat([part.images for part in parts]), together.images)
+        assert torch.equal(torch.cat([part.fractions for part in parts]), together.fractions)
 
 
 # --------------------------------------------------------------------------------------------------------- runs
@@ -151,7 +169,6 @@ def test_windows_are_a_function_of_seed_step_process_and_part():
 def test_a_run_with_crops_goes_on_where_it_was(folder, tmp_path):
     keys = ("augment.crop_probability=0.8", "train.max_steps=6", "checkpoint.every_steps=2")
     assert run(folder, tmp_path / "whole", *keys) == 0
-    assert run(folder, tmp_path / "cut", *keys, "train.max_steps=4") == 0
     assert run(folder, tmp_path / "plain", "train.max_steps=6", "checkpoint.every_steps=2") == 0
     assert not same_tensors(tmp_path / "whole", tmp_path / "plain")
     again = (*keys, "optim.schedule=constant", "optim.warmup=0", "method.consistency_ramp=0")
@@ -164,10 +181,11 @@ def test_a_run_with_crops_goes_on_where_it_was(folder, tmp_path):
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
+        (("augment.crop_min=0.9",), "leaves no crop smaller than the image"),
         (("data.image_size=30",), "images of 30 px cannot be cut along the records' 4 x 4 squares"),
         (
             ("model.backbone=vit_tiny_patch16_224",),
-            "augment.crop_probability=0.5: model.backbone='vit_tiny_patch16_224'",
+            "model.backbone='vit_tiny_patch16_224' does not take crops of 16 px",
         ),
     ],
 )
@@ -183,7 +201,7 @@ def test_records_without_squares(tmp_path, capsys):
     options = DataOptions(records=str(plain), loader="torch", global_batch=8)
     with pytest.raises(PipelineError, match=r"labels\.grid=8"):
         train_batches(open_records(options), options, AugmentOptions(crop_probability=1), seed=0)
-    with pytest.raises(ConfigError, match="do not say where"):
+    with pytest.raises(ConfigError, match="by one number of squares"):
         crops(squares=0)
 
 
@@ -192,4 +210,16 @@ def test_datasets_of_different_squares_are_trained_whole(folder, tmp_path, capsy
     both = f"data.records=[{folder},{other}]"
     assert run(folder, tmp_path / "whole", both, "train.max_steps=1") == 0
     assert run(folder, tmp_path / "cropped", both, "augment.crop_probability=0.5") == 1
-    assert "do not say where in their tiles classes lie" in capsys.readouterr().err
+    assert "do not say where in their tiles classes lie, by one number of squares" in capsys.readouterr().err
+
+
+def test_synthetic_batches_have_squares(folder, tmp_path):
+    assert (
+        run(folder, tmp_path / "run", "augment.crop_probability=1", "data.loader=synthetic", "train.max_steps=2") == 0
+    )
+
+
+def test_a_teacher_that_sees_nothing_needs_its_students_statistics(folder, tmp_path, capsys):
+    keys = ("method.consistency=none", "method.teacher_buffers=false", "method.teacher_mode=train")
+    assert run(folder, tmp_path / "run", *keys) == 1
+    assert "use method.teacher_buffers=true" in capsys.readouterr().err

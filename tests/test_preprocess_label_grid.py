@@ -8,7 +8,7 @@ import pytest
 
 from geokr import records
 from geokr.records import RecordError
-from preprocess import shards, verify_records
+from preprocess import pack_records, shards, verify_records
 from preprocess.cells import Cells
 from preprocess.grid import Chunk
 from preprocess.inputs import PlanError
@@ -156,7 +156,29 @@ def test_squares_of_overlapping_tiles(starts, kind):
 
 def test_a_grid_that_does_not_divide_the_tile(world, tmp_path, capsys):
     assert command([world[0]], [world[1]], "worldcover", tmp_path / "d", *KEYS, "labels.grid=5") == 1
-    assert "labels.grid=5 does not divide tile.size=32" in capsys.readouterr().err
+    assert "labels.grid=5 does not divide tiles of 32 pixels" in capsys.readouterr().err
+
+
+def test_cut_tiles_have_squares_of_their_own_size(world, tmp_path, capsys):
+    """Whose side nobody has to say; sheets, or rasters of labels beside them."""
+    (tmp_path / "tiles").mkdir()
+    for n in range(3):
+        place = (30, 0, 4e5 + 30 * 40 * n, 0, -30, 5.2e6 - 30 * 60)
+        write_raster(tmp_path / f"tiles/t{n}.tif", noise(n, (3, 40, 40)), place)
+    keys = [key for key in KEYS if not key.startswith("tile.s")]
+    given = ["--tiles", str(tmp_path / "tiles"), "--land-cover", str(world[1]), "--product", "worldcover"]
+    assert pack_records.main([*given, "--out", str(tmp_path / "d"), *keys, "labels.grid=8", "workers=0"]) == 0
+    names = [entry.name for entry in records.load_manifest(tmp_path / "d").classes]
+    other = OtherWay("worldcover", [world[1]])
+    for _, record in read_records(tmp_path / "d"):
+        labels = other.labels(record.transform, record.crs, 40, 3, 3)
+        whole, _ = shares(names, labels, labels.size)
+        np.testing.assert_allclose(record.fractions, whole, atol=1e-6)
+        assert record.grid.shape == (8, 8, len(names))
+    assert pack_records.main([*given, "--out", str(tmp_path / "e"), *keys, "labels.grid=16", "workers=0"]) == 1
+    assert "labels.grid=16 does not divide tiles of 40 pixels into squares of whole pixels: use 2, 4, 5, 8, 10" in (
+        capsys.readouterr().err
+    )
 
 
 def test_histograms_say_nothing_of_places(tmp_path):
