@@ -97,8 +97,8 @@ def cell_of(data: data_sets.Packed, recipe: str, keys: Mapping[str, Any], chosen
     given = {
         "run.seed": data.seed,
         "train.max_steps": chosen.steps,
-        "validation.every_steps": max(1, chosen.steps // 8),
-        "checkpoint.every_steps": max(1, chosen.steps // 4),
+        "validation.every_steps": -(-chosen.steps // 8),
+        "checkpoint.every_steps": -(-chosen.steps // 4),
         "data.image_size": chosen.image_size,
         "model.backbone": chosen.backbone,
         "log.panels": 0,

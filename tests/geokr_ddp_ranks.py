@@ -58,7 +58,8 @@ def distance(a: Learner, b: Learner, start: Tensor) -> float:
 
 def compare(world: World, steps: int, *overrides: str) -> tuple[float, float, Learner]:
     """(distance of the weights, greatest difference of a loss, the learner) of this world and one process."""
-    chosen = toy.options(*BASE, *SGD, *overrides)
+    given = {override.split("=")[0]: override for override in (*BASE, *SGD, *overrides)}
+    chosen = toy.options(*given.values())
     shared, alone = toy.learner(chosen, world=world), toy.learner(chosen)
     start = flat(alone.student)
     differences = []
@@ -71,11 +72,14 @@ def compare(world: World, steps: int, *overrides: str) -> tuple[float, float, Le
 
 
 def check_sizes_agree(world: World) -> None:
-    """Losses and weights are those of one process, with batch norm over all processes, whole and in parts."""
+    """Losses and weights are those of one process, with batch norm over all processes, whole and in parts.
+
+    In small steps: in large ones a ReLU or the pooling that rounding turns round makes 1e-2 of 1e-6 with some weights.
+    """
     for accumulate in (1, 2):
-        apart, losses, _ = compare(world, 5, f"train.accumulate={accumulate}")
-        assert apart < 2e-4, apart
-        assert losses < 2e-4, losses
+        apart, losses, _ = compare(world, 5, f"train.accumulate={accumulate}", "optim.lr=0.01")
+        assert apart < 1e-4, apart
+        assert losses < 1e-4, losses
 
 
 def check_compression(world: World) -> None:
