@@ -24,14 +24,13 @@ NO_CLASS = 255
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """Records, and what they were packed from. sheets: paths of land cover; none where the records were given.
+    """Records, and the pattern of the land-cover sheets below them; none where the records were given.
     digest: of the manifest."""
 
     name: str
     seed: int
     records: Path
-    product: str = ""
-    sheets: tuple[Path, ...] = ()
+    sheets: str = ""
 
     @property
     def digest(self) -> str:
@@ -55,8 +54,8 @@ def _zion(seed: int, out: Path, zion: Path) -> Packed:
     if not scene.exists():
         raise ConfigError(f"--shared: there is no {scene}; leave zion out of --data")
     records = out / "zion" / f"seed{seed}" / "records"
-    _pack([str(scene)], [str(sheet)], "nlcd", records, [*ZION_KEYS, f"seed={seed}"])
-    return Packed("zion", seed, records, "nlcd", (sheet,))
+    _pack(str(scene), str(sheet), "nlcd", records, [*ZION_KEYS, f"seed={seed}"])
+    return Packed("zion", seed, records, str(sheet))
 
 
 def _demo(seed: int, out: Path) -> Packed:
@@ -67,16 +66,16 @@ def _demo(seed: int, out: Path) -> Packed:
         raise ConfigError(f"{demo}: the demo could not be made")
     config = str(Path(__file__).parents[1] / "configs" / "pack_globeland30.yaml")
     keys = ["--config", config, *DEMO_KEYS, "tile.bands=[red,green,blue]", f"seed={seed}"]
-    sheets = tuple(sorted((demo / "landcover").glob("*.tif")))
-    _pack([str(demo / "scenes" / "*.tif")], [str(demo / "landcover" / "*.tif")], "globeland30", records, keys)
-    return Packed("demo", seed, records, "globeland30", sheets)
+    sheets = str(demo / "landcover" / "*.tif")
+    _pack(str(demo / "scenes" / "*.tif"), sheets, "globeland30", records, keys)
+    return Packed("demo", seed, records, sheets)
 
 
-def _pack(scenes: list[str], sheets: list[str], product: str, out: Path, keys: list[str]) -> None:
+def _pack(scenes: str, sheets: str, product: str, out: Path, keys: list[str]) -> None:
     from preprocess import pack_records
 
     out.parent.mkdir(parents=True, exist_ok=True)
-    words = ["--scenes", *scenes, "--land-cover", *sheets, "--product", product, "--out", str(out)]
+    words = ["--scenes", scenes, "--land-cover", sheets, "--product", product, "--out", str(out)]
     if pack_records.main([*words, *keys]):
         raise ConfigError(f"{out}: could not be packed")
 
@@ -84,15 +83,14 @@ def _pack(scenes: list[str], sheets: list[str], product: str, out: Path, keys: l
 def segment_pairs(packed: Packed) -> Path:
     """Tiles with the class of every pixel, for geokr.evaluate --task segment: train, val and test as images and masks.
 
-    Held-out tiles are the test. Every pixel's class is that of the land cover at its centre, by GDAL's warper.
+    Held-out tiles are the test. Raises ConfigError for records whose land cover is not known.
     """
-    import rasterio
-    from rasterio.io import MemoryFile
-    from rasterio.transform import Affine
-    from rasterio.warp import Resampling, reproject
-
     from geokr import tile_codecs
     from geokr.records import decode_record, load_manifest
+    from preprocess import covers, gdal_files, labels
+    from preprocess.grid import Grid
+    from preprocess.options import PackOptions
+    from preprocess.place import AffinePlace
     from preprocess.shards import read_frames
 
     if not packed.sheets:
@@ -101,33 +99,26 @@ def segment_pairs(packed: Packed) -> Path:
     if (folder / "classes.yaml").exists():
         return folder
     manifest = load_manifest(packed.records)
-    class_of = np.full(256, NO_CLASS, np.uint8)
-    for number, entry in enumerate(manifest.classes):
-        class_of[list(entry.codes)] = number
+    options = PackOptions.model_validate({"labels": manifest.config["labels"] | {"also": {}}})
+    (cover,) = covers.read_covers([packed.sheets], manifest.config["product"], {}, options)
     for split, shards in (("train", manifest.train.shards), ("test", manifest.val.shards)):
         for n, (_, payload) in enumerate(pair for shard in shards for pair in read_frames(packed.records / shard.name)):
             record = decode_record(payload)
-            part = "val" if split == "train" and n % 5 == 0 else split
             image = tile_codecs.decode(np.frombuffer(record.image, np.uint8), record.codec, record.shape, record.dtype)
-            codes = np.full(record.shape[:2], 0, np.uint8)
-            to = {"dst_transform": Affine(*record.transform), "dst_crs": record.crs, "resampling": Resampling.nearest}
-            for sheet in packed.sheets:
-                with rasterio.open(sheet) as source:
-                    nodata = source.nodata if source.nodata is not None else 0
-                    found = np.full(record.shape[:2], nodata, np.uint8)
-                    reproject(rasterio.band(source, 1), found, dst_nodata=nodata, **to)
-                codes = np.where(codes == 0, np.where(found == nodata, 0, found), codes)
-            _write(MemoryFile, folder / part / "images" / f"{split}-{n:05}.png", image)
-            _write(MemoryFile, folder / part / "masks" / f"{split}-{n:05}.png", class_of[codes][..., None])
+            place = AffinePlace(Grid(image.shape[1], image.shape[0], record.transform), record.crs)
+            with gdal_files.environment():
+                mask = labels.label_grid(place, cover.sheets, cover.legend)
+            mask[mask >= len(manifest.classes)] = NO_CLASS
+            part = "val" if split == "train" and n % 5 == 0 else split
+            _write(folder / part / "images" / f"{split}-{n:05}.png", image)
+            _write(folder / part / "masks" / f"{split}-{n:05}.png", mask)
     names = [f"{number}: {entry.name}" for number, entry in enumerate(manifest.classes)]
     (folder / "classes.yaml").write_text("\n".join(names) + "\n")
     return folder
 
 
-def _write(memory: type, path: Path, image_HWC: np.ndarray) -> None:
+def _write(path: Path, pixels: np.ndarray) -> None:
+    from PIL import Image
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    height, width, count = image_HWC.shape
-    with memory() as file:
-        with file.open(driver="PNG", height=height, width=width, count=count, dtype="uint8") as target:
-            target.write(np.ascontiguousarray(image_HWC.transpose(2, 0, 1)))
-        path.write_bytes(file.read())
+    Image.fromarray(pixels).save(path)

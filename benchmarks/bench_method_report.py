@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 FIGURES = ("kl", "top1", "miou")
-BESIDE = ("random", "colour", "constant answer")  # what recipes are compared with, too
+BASELINES = ("random", "colour")  # of geokr.evaluate
+CONSTANT = "constant answer"  # the mean histogram of the training tiles
 
 
 def best(line: Mapping[str, float]) -> float:
@@ -66,7 +67,7 @@ def columns(report: Mapping[str, Any], data: str) -> dict[str, dict[str, dict[in
     for one in report["trained"]:
         if one["data"] == data:
             put("held-out KL", one["recipe"], one["seed"], one["kl"])
-            put("held-out KL", BESIDE[2], one["seed"], one["prior"])
+            put("held-out KL", CONSTANT, one["seed"], one["prior"])
     for row in report["evaluated"]:
         if row["pretrained_on"] != data:
             continue
@@ -85,7 +86,7 @@ def tables(report: Mapping[str, Any]) -> str:
     for data in dict.fromkeys(one["data"] for one in report["trained"]):
         found = columns(report, data)
         recipes = list(dict.fromkeys(one["recipe"] for one in report["trained"]))
-        names = [*recipes, *BESIDE]
+        names = [*recipes, *BASELINES, CONSTANT]
         lines = [["", *names], ["---"] * (len(names) + 1)]
         for title, values in found.items():
             cells = ["".join(_column(values, recipes[0], name)) for name in names]
@@ -117,7 +118,7 @@ def picture(report: Mapping[str, Any], path: Path) -> None:
         prior = statistics.fmean(one["prior"] for one in report["trained"] if one["data"] == data)
         axes.axhline(prior, color="0.5", linestyle=":", linewidth=1)
         beside = {"transform": axes.get_yaxis_transform(), "ha": "right", "va": "bottom", "color": "0.4"}
-        axes.text(0.99, prior, "constant answer", **beside)
+        axes.text(0.99, prior, CONSTANT, **beside)
         axes.set_ylim(0, 1.4 * prior)
         axes.set_title(data)
         axes.set_xlabel("steps")

@@ -43,7 +43,7 @@ from geokr.options import PretrainOptions  # noqa: E402
 REFERENCE_SECTIONS = ("method", "optim")
 REFERENCE_KEYS = {"model.normalisation": "published"}
 BUILT_IN = ("default", "reference")
-TAKEN = (*BUILT_IN, *reports.BESIDE)
+TAKEN = (*BUILT_IN, *reports.BASELINES)
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
@@ -144,7 +144,7 @@ def evaluate(
     out = cells[0].out / f"on-{other.name}-{tasks[-1]}-{hashlib.sha256(what.encode()).hexdigest()[:12]}.json"
     if not out.exists():
         where = data_sets.segment_pairs(other) if tasks == ["segment"] else other.records
-        beside = [*reports.BESIDE[:2], *(str(cell.weights) for cell in cells[1:])]
+        beside = [*reports.BASELINES, *(str(cell.weights) for cell in cells[1:])]
         given = ["--weights", str(cells[0].weights), "--data", str(where), "--baselines", *beside]
         command(["-m", "geokr.evaluate", *given, *words, "--json", str(out)], out.with_suffix(".log"), threads)
     return json.loads(out.read_text())["rows"]

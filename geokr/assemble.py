@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,7 @@ from geokr.config import ConfigError
 from geokr.crops import Crops
 from geokr.ddp import for_trial, wrap
 from geokr.distributed import World
+from geokr.folding import FoldedTeacher
 from geokr.models import BackboneSpec, LandCoverModel, Normalise, build_model, feature_count
 from geokr.optim import build_optimizer
 from geokr.options import PretrainOptions
@@ -102,28 +103,49 @@ def _synchronize(options: PretrainOptions, world: World, at_once: int) -> bool:
     return world.size > 1 and (choice == "on" or (choice == "auto" and at_once < SYNC_BELOW))
 
 
-def _images(options: PretrainOptions, spec: BackboneSpec, device: torch.device, count: int) -> torch.Tensor:
-    """Some images of the run's form, to try things with."""
-    shape = (count, spec.bands, spec.image_size, spec.image_size)
+def _images(
+    options: PretrainOptions, spec: BackboneSpec, device: torch.device, at_once: int, count: int | None
+) -> torch.Tensor:
+    """Some images of the run's form, to try things with; as many as a step sees where ``count`` is None."""
+    shape = (count or at_once, spec.bands, spec.image_size, spec.image_size)
     images = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
     return images.contiguous(memory_format=torch.channels_last) if options.train.channels_last else images
 
 
-def _forwards(
+@dataclass(frozen=True, slots=True)
+class _Passes:
+    """How student and teacher run forward. folded: the teacher's folded form, where it runs in that."""
+
+    student: Forward
+    teacher: Forward
+    folded: FoldedTeacher | None
+
+
+def _passes(
     options: PretrainOptions,
     world: World,
-    student: nn.Module,
-    teacher: nn.Module | None,
-    images: Callable[[], torch.Tensor],
+    pair: tuple[LandCoverModel, LandCoverModel],
+    images: Callable[[int | None], torch.Tensor],
+    dtype: torch.dtype,
     autocast: Callable[[], AbstractContextManager],
-) -> tuple[Forward, Forward]:
-    """The forward passes of student and teacher, compiled where the configuration says so and it works."""
-    if not wanted(options.train.compile, world.device):
-        return student, teacher or _unused
+    *,
+    fused: bool,
+) -> _Passes:
+    """The forward passes, folded and compiled where the configuration says so and it works.
+
+    images: so many images of the run's form to try it with; None for those of a step. A teacher that no loss asks is
+    neither folded nor compiled.
+    """
+    student, teacher = pair
+    asked = losses.CONSISTENCY[options.method.consistency] is not None
+    folded = fold_teacher(options, teacher, images(2), dtype) if asked else None
+    runs = folded or teacher
+    if fused or not wanted(options.train.compile, world.device):
+        return _Passes(student, runs, folded)
     how = options.train.compile
     through = partial(for_trial, world=world, options=options.train)
-    compiled = compile_forward(how, student, images(), autocast, through)
-    return compiled, _unused if teacher is None else compile_forward(how, teacher, images(), autocast)
+    compiled = compile_forward(how, student, images(None), autocast, through)
+    return _Passes(compiled, compile_forward(how, runs, images(None), autocast) if asked else runs, folded)
 
 
 def _pair(
@@ -170,25 +192,18 @@ def build_learner(
         restore(student, teacher, optimizer, scaler)
     autocast = _autocast(precision, world.device)
     dtype = DTYPES.get(precision, torch.float32)
-    consistency = losses.CONSISTENCY[options.method.consistency]
-    folded = None
-    if consistency is not None:
-        folded = fold_teacher(options, teacher, _images(options, spec, world.device, 2), dtype)
-    runs: tuple[nn.Module, nn.Module | None] = student, None if consistency is None else folded or teacher
-    forwards: tuple[Forward, Forward] = student, folded or teacher
-    if not fused:
-        some_images = partial(_images, options, spec, world.device, at_once)
-        forwards = _forwards(options, world, *runs, some_images, autocast)
-    refold = folded.refold if folded is not None else _nothing
+    some_images = partial(_images, options, spec, world.device, at_once)
+    passes = _passes(options, world, (student, teacher), some_images, dtype, autocast, fused=fused)
+    refold = passes.folded.refold if passes.folded is not None else _nothing
     learner = Learner(
         student=student,
         teacher=teacher,
-        student_forward=wrap(forwards[0], world, options.train, steps),
-        teacher_forward=forwards[1],
+        student_forward=wrap(passes.student, world, options.train, steps),
+        teacher_forward=passes.teacher,
         normalise=Normalise(mean, std, world.device, dtype if fused else None),
         autocast=autocast,
         supervision=losses.SUPERVISION[options.method.supervision],
-        consistency=consistency,
+        consistency=losses.CONSISTENCY[options.method.consistency],
         consistency_weight=torch.zeros((), device=world.device),
         consistency_course=ConsistencyWeight(options.method, steps),
         optimizer=optimizer,
@@ -212,13 +227,8 @@ def build_learner(
         "fused_norm": fused,
         "precision": precision,
     }
-    chosen |= {"compiled": forwards[0] is not student, "folded_teacher": folded is not None}
+    chosen |= {"compiled": passes.student is not student, "folded_teacher": passes.folded is not None}
     return learner, chosen | {"cuda_graph": isinstance(run_step, Recorded)}
-
-
-def _unused(images_NCHW: torch.Tensor) -> torch.Tensor:
-    """The forward pass of a teacher that the loss does not ask."""
-    raise AssertionError("a run without consistency asks its teacher nothing")
 
 
 def _nothing() -> None:

@@ -11,6 +11,7 @@ silence means a cut link or a dead machine. The first machine passes a failure o
 import contextlib
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 BEAT_S = 1.0
@@ -104,10 +105,11 @@ class Lifeline:
             self._lost = self._fault(now)
         return self._lost
 
-    def close(self, *, ok: bool) -> None:
-        """Tells the others how it ended here; after a failure also those that come up within ``tell_s``."""
+    def close(self, *, ok: bool, stop: Callable[[], bool] = lambda: False) -> None:
+        """Tells the others how it ended here; after a failure also those that come up within ``tell_s``, unless
+        ``stop`` says that there is no time for that."""
         if not ok and not self._gave_up:
-            self._await_the_missing()
+            self._await_the_missing(stop)
         self._tell(DONE if ok else FAILED)
         for link in [*self._links.values(), *self._strangers]:
             with contextlib.suppress(OSError):
@@ -138,10 +140,10 @@ class Lifeline:
         """How many of the machines that this one is tied to have not come up."""
         return (self._count - 1 if self._rank == 0 else 1) - len(self._links)
 
-    def _await_the_missing(self) -> None:
+    def _await_the_missing(self, stop: Callable[[], bool]) -> None:
         """A command may fail before another machine is up, which would then wait ``join_s`` for this one."""
         end = time.monotonic() + self._tell_s
-        while self._missing() and (now := time.monotonic()) < end:
+        while self._missing() and (now := time.monotonic()) < end and not stop():
             self._join(now)
             time.sleep(0.1)
 

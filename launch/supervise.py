@@ -183,7 +183,8 @@ class Supervisor:
         self._clear()
         status = self._exit_status(self._status)
         if self._lifeline is not None:
-            self._lifeline.close(ok=status == 0 or bool(self._received))  # all machines stop together then
+            ok = status == 0 or bool(self._received)  # all machines stop together then
+            self._lifeline.close(ok=ok, stop=lambda: bool(self._received))
         return status
 
     def _exit_status(self, status: int) -> int:

@@ -2,15 +2,19 @@
 
 import json
 from argparse import Namespace
+from collections import Counter
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from benchmarks import bench_method_report as reports
 from benchmarks import method
-from benchmarks.bench_method_data import Packed
+from benchmarks.bench_method_data import NO_CLASS, Packed, segment_pairs
+from geokr import evaluate_pairs
 from geokr.config import read_yaml
 from tests.datasets import make_dataset
+from tests.scenes import NO_QUALITY, noise, pack_quietly, patches, pixels_of, read_records, write_raster
 
 TINY = ["--seeds", "1", "--steps", "4", "--backbone", "test_resnet", "--image-size", "32", "--labels", "100"]
 
@@ -89,6 +93,37 @@ def test_a_run_that_fails_says_why(tmp_path, capsys):
     records = make_dataset(tmp_path / "few", tiles=70, val=20)
     assert command(tmp_path / "out", "--data", records, "--recipes", "default", "--backbone", "resnet1") == 1
     assert "timm" in capsys.readouterr().err
+
+
+def test_pairs_are_tiles_and_the_classes_of_their_pixels(tmp_path):
+    """As the fractions say that were packed; two sheets that overlap, one class dropped."""
+    scene = write_raster(tmp_path / "a.tif", noise(1, (3, 128, 160)), (30, 0, 4e5, 0, -30, 5.2e6))
+    place = (30, 0, 399_990, 0, -30, 5_200_010)
+    for name, codes in (
+        ("c1.tif", patches(3, 140, 90, [10, 20, 30, 50], 5)),
+        ("c2.tif", patches(4, 140, 170, [10, 80], 5)),
+    ):
+        write_raster(tmp_path / name, codes, place, nodata=0)
+    keys = ("tile.size=32", "tile.step=32", "split.val_fraction=0.5", "split.block_m=2000", "labels.drop=[grassland]")
+    sheets = [tmp_path / "c1.tif", tmp_path / "c2.tif"]
+    quiet = (*NO_QUALITY, *keys, "tile.codec=raw", "stretch.mode=none", "tile.bands=null", "workers=0")
+    pack_quietly([scene], sheets, "worldcover", tmp_path / "records", *quiet, "labels.min_valid_fraction=0.01")
+    folder = segment_pairs(Packed("a", 0, tmp_path / "records", str(tmp_path / "c?.tif")))
+    counts, seen = Counter(), 0
+    for split, record in read_records(tmp_path / "records"):
+        n = counts[split]
+        counts[split] += 1
+        part = "test" if split == "val" else "val" if n % 5 == 0 else "train"
+        name = f"{'test' if split == 'val' else 'train'}-{n:05}.png"
+        image, mask = (np.array(Image.open(folder / part / kind / name)) for kind in ("images", "masks"))
+        np.testing.assert_array_equal(image, pixels_of(record))
+        inside = mask[mask != NO_CLASS]
+        np.testing.assert_allclose(np.bincount(inside, minlength=10) / len(inside), record.fractions, atol=1e-6)
+        assert len(inside) / mask.size == pytest.approx(record.valid_fraction, abs=1e-6)
+        seen += 0 < len(inside) < mask.size
+    assert seen > 1
+    opened = evaluate_pairs.open_pairs(folder, NO_CLASS)
+    assert {name: len(part) for name, part in opened.data.parts.items()}["test"] == counts["val"]
 
 
 def test_spread_and_differences_by_hand():

@@ -57,17 +57,22 @@ def test_a_failure_reaches_the_first_machine_and_from_there_the_rest(run):
     assert "the first machine, 127.0.0.1, has ended with an error" in run.poll(2)[0]
 
 
+def news_of(line: Lifeline) -> str | None:
+    """What it says within 20 s of the real clock."""
+    end = time.monotonic() + 20
+    while (news := line.poll(time.monotonic())) is None and time.monotonic() < end:
+        time.sleep(0.02)
+    return news
+
+
 def test_a_failure_before_the_others_are_up_reaches_them():
     early = Lifeline(1, 2, "127.0.0.1", port := free_port(), "run-1")  # the first machine is not up yet
     closing = threading.Thread(target=early.close, kwargs={"ok": False})
     closing.start()
     time.sleep(0.3)
     first = Lifeline(0, 2, "127.0.0.1", port, "run-1")
-    end = time.monotonic() + 20
-    while (news := first.poll(time.monotonic())) is None and time.monotonic() < end:
-        time.sleep(0.02)
+    assert news_of(first) == "machine 1 (127.0.0.1) has ended with an error"
     closing.join()
-    assert news == "machine 1 (127.0.0.1) has ended with an error"
     first.close(ok=True)
 
 
@@ -76,11 +81,8 @@ def test_the_first_machines_failure_reaches_one_that_comes_later():
     closing = threading.Thread(target=first.close, kwargs={"ok": False})
     closing.start()
     second = Lifeline(1, 2, "127.0.0.1", port, "run-1")
-    end = time.monotonic() + 20
-    while (news := second.poll(time.monotonic())) is None and time.monotonic() < end:
-        time.sleep(0.02)
+    assert news_of(second) == "the first machine, 127.0.0.1, has ended with an error"
     closing.join()
-    assert news == "the first machine, 127.0.0.1, has ended with an error"
     second.close(ok=True)
 
 
@@ -89,6 +91,13 @@ def test_a_failure_is_not_held_back_for_ever():
     begin = time.monotonic()
     line.close(ok=False)
     assert 0.3 <= time.monotonic() - begin < 10
+
+
+def test_a_signal_ends_the_waiting():
+    line = Lifeline(0, 2, "127.0.0.1", free_port(), "run-1")
+    begin = time.monotonic()
+    line.close(ok=False, stop=lambda: time.monotonic() > begin + 0.3)
+    assert time.monotonic() - begin < 10
 
 
 def test_a_machine_that_ends_without_a_word_has_failed(run):
