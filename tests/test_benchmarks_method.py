@@ -123,7 +123,8 @@ def test_pairs_are_tiles_and_the_classes_of_their_pixels(tmp_path):
         seen += 0 < len(inside) < mask.size
     assert seen > 1
     opened = evaluate_pairs.open_pairs(folder, NO_CLASS)
-    assert {name: len(part) for name, part in opened.data.parts.items()}["test"] == counts["val"]
+    assert len(opened.data.parts["test"]) == counts["val"]
+    assert 2 <= len(opened.data.classes) < 10  # those that train has
 
 
 def test_spread_and_differences_by_hand():
