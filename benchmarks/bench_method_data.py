@@ -83,7 +83,7 @@ def _pack(scenes: str, sheets: str, product: str, out: Path, keys: list[str]) ->
 def segment_pairs(packed: Packed) -> Path:
     """Tiles with the class of every pixel, for geokr.evaluate --task segment: train, val and test as images and masks.
 
-    Held-out tiles are the test. Classes that no mask of train has count nowhere. Raises ConfigError for records whose
+    Held-out tiles are the test. Classes that train or test has not count nowhere. Raises ConfigError for records whose
     land cover is not known.
     """
     from geokr import tile_codecs
@@ -102,7 +102,7 @@ def segment_pairs(packed: Packed) -> Path:
     manifest = load_manifest(packed.records)
     options = PackOptions.model_validate({"labels": manifest.config["labels"] | {"also": {}}})
     (cover,) = covers.read_covers([packed.sheets], manifest.config["product"], {}, options)
-    masks, known = {}, set[int]()
+    masks, found = {}, {"train": set[int](), "val": set[int](), "test": set[int]()}
     for split, shards in (("train", manifest.train.shards), ("test", manifest.val.shards)):
         for n, (_, payload) in enumerate(pair for shard in shards for pair in read_frames(packed.records / shard.name)):
             record = decode_record(payload)
@@ -113,8 +113,8 @@ def segment_pairs(packed: Packed) -> Path:
             part = "val" if split == "train" and n % 5 == 0 else split
             _write(folder / part / "images" / f"{split}-{n:05}.png", image)
             masks[folder / part / "masks" / f"{split}-{n:05}.png"] = mask
-            known |= set(np.unique(mask).tolist()) if part == "train" else set()
-    known &= set(range(len(manifest.classes)))
+            found[part] |= set(np.unique(mask).tolist())
+    known = found["train"] & found["test"] & set(range(len(manifest.classes)))
     for path, mask in masks.items():
         _write(path, np.where(np.isin(mask, sorted(known)), mask, NO_CLASS).astype(np.uint8))
     names = [f"{number}: {entry.name}" for number, entry in enumerate(manifest.classes) if number in known]

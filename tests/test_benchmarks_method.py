@@ -124,7 +124,7 @@ def test_pairs_are_tiles_and_the_classes_of_their_pixels(tmp_path):
     assert seen > 1
     opened = evaluate_pairs.open_pairs(folder, NO_CLASS)
     assert len(opened.data.parts["test"]) == counts["val"]
-    assert 2 <= len(opened.data.classes) < 10  # those that train has
+    assert 2 <= len(opened.data.classes) < 10  # those that train and test have
 
 
 def test_spread_and_differences_by_hand():
