@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from geokr.config import ConfigError
-from geokr.records import MANIFEST
+from geokr.manifests import MANIFEST
 
 ZION_KEYS = (
     "tile.size=64",
@@ -87,7 +87,8 @@ def segment_pairs(packed: Packed) -> Path:
     land cover is not known.
     """
     from geokr import tile_codecs
-    from geokr.records import decode_record, load_manifest
+    from geokr.manifests import load_manifest
+    from geokr.records import decode_record
     from preprocess import covers, gdal_files, labels
     from preprocess.grid import Grid
     from preprocess.options import PackOptions

@@ -19,10 +19,10 @@ from benchmarks.bench_data import batches, drain
 from geokr import losses
 from geokr.assemble import DTYPES, build_learner
 from geokr.distributed import World
+from geokr.manifests import Manifest
 from geokr.models import BackboneSpec
 from geokr.options import PretrainOptions
 from geokr.precision import choose_precision
-from geokr.records import Manifest
 from geokr.train import train_step
 from pipelines.loaders import resolve_loader
 

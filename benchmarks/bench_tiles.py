@@ -10,7 +10,7 @@ import google_crc32c
 import numpy as np
 import simplejpeg
 
-from geokr import records
+from geokr import manifests, records
 
 SIZE, CLASSES, QUALITY = 256, 10, 95
 SHARD_RECORDS = 512
@@ -31,7 +31,7 @@ def is_own(folder: Path) -> bool:
 def make_tiles(tiles: int, codec: str = "jpeg") -> Path:
     """The dataset's folder; made where it is not there yet. codec: ``jpeg`` or ``raw``, of the same tiles."""
     folder = cache_folder(tiles, codec)
-    if (folder / records.MANIFEST).is_file():
+    if (folder / manifests.MANIFEST).is_file():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     payloads, sums, priors = [], np.zeros((2, 3)), []
@@ -48,7 +48,9 @@ def make_tiles(tiles: int, codec: str = "jpeg") -> Path:
     train = _write(folder, "train", payloads[held_out:])
     val = _write(folder, "val", payloads[:held_out])
     manifest = _manifest({**train, **figures}, {**val, **figures}, codec)
-    (folder / records.MANIFEST).write_bytes(records.dump_manifest(manifest))  # last: a folder without it is made anew
+    (folder / manifests.MANIFEST).write_bytes(
+        manifests.dump_manifest(manifest)
+    )  # last: a folder without it is made anew
     return folder
 
 
@@ -105,8 +107,8 @@ def _write(folder: Path, split: str, payloads: list[bytes]) -> dict[str, Any]:
     return {"records": len(payloads), "shards": tuple(shards)}
 
 
-def _manifest(train: dict[str, Any], val: dict[str, Any], codec: str) -> records.Manifest:
-    return records.Manifest.model_validate(
+def _manifest(train: dict[str, Any], val: dict[str, Any], codec: str) -> manifests.Manifest:
+    return manifests.Manifest.model_validate(
         {
             "product": "texture",
             "product_title": "Benchmark textures",

@@ -58,11 +58,11 @@ def packed(
 
 def decoding(out: Path) -> dict[str, float]:
     """CPU time of decoding a tile."""
-    from geokr import records
+    from geokr import manifests, records
     from preprocess.image_codecs import decode_image
     from preprocess.shards import read_frames
 
-    shard = records.load_manifest(out).train.shards[0]
+    shard = manifests.load_manifest(out).train.shards[0]
     frames = itertools.islice(read_frames(out / shard.name), TRIED)
     tiles = [records.decode_record(payload) for _, payload in frames]
     decode_image(tiles[0], "")  # compiled, for PNG

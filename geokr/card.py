@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from geokr import __version__
+from geokr.manifests import Band, Manifest
 from geokr.models import BackboneSpec
-from geokr.records import Band, Manifest
 
 
 def versions(*more: str) -> dict[str, str]:

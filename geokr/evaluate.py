@@ -47,8 +47,8 @@ from geokr.checkpoint import write_text
 from geokr.config import ConfigError
 from geokr.evaluate_data import Data, open_folders
 from geokr.evaluate_features import Entrant, Preparation
+from geokr.manifests import MANIFEST
 from geokr.models import BackboneSpec, build_backbone, seeded
-from geokr.records import MANIFEST
 from geokr.weights import load_into, read_state
 
 TASKS = ("knn", "linear", "finetune")

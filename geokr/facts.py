@@ -4,9 +4,9 @@ import hashlib
 from dataclasses import dataclass
 
 from geokr.config import ConfigError, suggestion
+from geokr.manifests import Band, Manifest, dump_manifest
 from geokr.models import BackboneSpec, check_backbone_name
 from geokr.options import PretrainOptions
-from geokr.records import Band, Manifest, dump_manifest
 from geokr.schedules import steps_of_epochs
 from geokr.train import Plan
 

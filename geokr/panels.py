@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from geokr.records import ClassInfo
+from geokr.manifests import ClassInfo
 
 ROWS = ("target", "student", "teacher")
 COLUMNS = 2  # panels beside one another

@@ -14,8 +14,9 @@ if __package__ in (None, ""):  # run as a file: the folder on the path must be t
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from geokr.config import ConfigError, load, split_overrides
+from geokr.manifests import MANIFEST, Manifest, check_folder, load_manifest
 from geokr.options import PretrainOptions, RecordsSource
-from geokr.records import MANIFEST, Manifest, RecordError, check_folder, load_manifest
+from geokr.records import RecordError
 from pipelines.errors import PipelineError, TransferError
 from pipelines.mixture import lay_out, shares_of
 from pipelines.remote import fetch_manifest

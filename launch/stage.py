@@ -24,8 +24,9 @@ if __package__ in (None, ""):  # run as a file: the folder on the path must be t
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from geokr.config import load, split_overrides
+from geokr.manifests import MANIFEST, Manifest, check_folder, load_manifest
 from geokr.options import PretrainOptions
-from geokr.records import MANIFEST, SPLITS, Manifest, check_folder, load_manifest
+from geokr.records import SPLITS
 
 _PIECE = 1 << 22
 _THREADS = 4  # network storage gives one reader a fraction of what it gives several

@@ -17,7 +17,8 @@ from typing import Any
 if __package__ in (None, ""):  # run as a file: the folder on the path must be the project's, not this one
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from geokr.records import Manifest, RecordError, load_manifest
+from geokr.manifests import Manifest, load_manifest
+from geokr.records import RecordError
 
 
 class SummaryError(ValueError):

@@ -24,8 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from geokr.manifests import MANIFEST
 from geokr.options import RecordsSource
-from geokr.records import MANIFEST
 from pipelines.errors import ReadTimeoutError, TransferError
 from pipelines.remote import NEVER, Progress, Store, sync_folder
 from pipelines.threads import StoppedError

@@ -13,9 +13,10 @@ from typing import Self
 
 import numpy as np
 
-from geokr import records, tile_codecs
+from geokr import manifests, records, tile_codecs
+from geokr.manifests import Manifest
 from geokr.options import DataOptions, RecordsSource
-from geokr.records import Manifest, RecordError
+from geokr.records import RecordError
 from pipelines.augment import BandFacts
 from pipelines.cache import GB, Cache, Copy, Wanted, default_root, open_copy
 from pipelines.errors import PipelineError
@@ -40,11 +41,11 @@ class Origin:
     copy: Copy | None = None
     labels: str | None = None
 
-    def path(self, shard: records.Shard) -> Path:
+    def path(self, shard: manifests.Shard) -> Path:
         """The shard's file on this machine."""
         return self.folder / shard.name
 
-    def label(self, shard: records.Shard) -> str:
+    def label(self, shard: manifests.Shard) -> str:
         """The shard's name in messages."""
         path = self.folder / shard.name
         return str(path) if self.copy is None else f"{self.copy.store.label(shard.name)} (copy: {path})"
@@ -61,7 +62,7 @@ class Split:
     name: str
     origins: tuple[Origin, ...]
     origin_of: np.ndarray
-    shards: tuple[records.Shard, ...]
+    shards: tuple[manifests.Shard, ...]
     first_ids: np.ndarray
     offsets: np.ndarray
     sizes: np.ndarray
@@ -143,11 +144,11 @@ class Dataset:
 
         Raises RecordError: no dataset, missing, surplus or changed files, no such labels.
         """
-        named, folder = folder, records.folder_of(folder)
-        manifest = records.load_manifest(named)
+        named, folder = folder, manifests.folder_of(folder)
+        manifest = manifests.load_manifest(named)
         _check_manifest(folder, manifest)
-        records.check_folder(folder, manifest)
-        manifest, product = records.labelled_by(manifest, labels, str(folder))
+        manifests.check_folder(folder, manifest)
+        manifest, product = manifests.labelled_by(manifest, labels, str(folder))
         origin = Origin(folder, _shape(manifest), labels=product)
         train, val = (_open_split(origin, manifest, name) for name in records.SPLITS)
         return cls(str(named), manifest, train, val)
@@ -160,10 +161,10 @@ class Dataset:
         """
         copy = open_copy(source, cache, timeout_s)
         try:
-            manifest = records.load_manifest(copy.folder)
+            manifest = manifests.load_manifest(copy.folder)
             _check_manifest(copy.folder, manifest)
             _fetch_indexes(copy, manifest, timeout_s)
-            manifest, product = records.labelled_by(manifest, labels, str(copy.folder))
+            manifest, product = manifests.labelled_by(manifest, labels, str(copy.folder))
             origin = Origin(copy.folder, _shape(manifest), copy=copy, labels=product)
             train, val = (_open_split(origin, manifest, name) for name in records.SPLITS)
         except RecordError as error:
@@ -176,12 +177,12 @@ class Dataset:
 
         Raises PipelineError where the datasets do not agree or the weights cannot be.
         """
-        manifests = [dataset.manifest for dataset in datasets]
-        chosen, picks = lay_out(sources, manifests, bands)
-        shares = shares_of(sources, manifests)
+        of_each = [dataset.manifest for dataset in datasets]
+        chosen, picks = lay_out(sources, of_each, bands)
+        shares = shares_of(sources, of_each)
         train, val = (_joined(name, [getattr(dataset, name) for dataset in datasets], picks) for name in records.SPLITS)
         name = ", ".join(dataset.name for dataset in datasets)
-        return cls(name, combine(manifests, chosen, picks, shares), train, val, shares)
+        return cls(name, combine(of_each, chosen, picks, shares), train, val, shares)
 
     @property
     def tile_shape(self) -> tuple[int, int, int]:
@@ -232,7 +233,7 @@ def _shape(manifest: Manifest) -> tuple[int, int, int]:
 
 
 def _check_manifest(folder: Path, manifest: Manifest) -> None:
-    path, tile, bands = folder / records.MANIFEST, manifest.tile, len(manifest.bands)
+    path, tile, bands = folder / manifests.MANIFEST, manifest.tile, len(manifest.bands)
     if tile.size < 1 or not bands:
         raise RecordError(f"{path}: tiles of side {tile.size} with {bands} bands cannot be; pack again")
     if problem := tile_codecs.unfit(tile.codec, bands, tile.dtype):
@@ -248,7 +249,7 @@ def _check_manifest(folder: Path, manifest: Manifest) -> None:
 
 def _open_split(origin: Origin, manifest: Manifest, name: records.Split) -> Split:
     shards = manifest.split(name).shards
-    read = records.open_index if origin.copy is None else records.load_index
+    read = manifests.open_index if origin.copy is None else manifests.load_index
     spans = [read(origin.folder, shard) for shard in shards]
     every = np.concatenate(spans) if spans else np.zeros((0, 2), np.int64)
     first_ids = np.concatenate([[0], np.cumsum([len(span) for span in spans], dtype=np.int64)]).astype(np.int64)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from geokr import records
+from geokr import manifests, records
 from geokr.records import RecordError
 from pipelines import parse
 from pipelines.dataset import Dataset, Split
@@ -22,7 +22,7 @@ class Forms:
     fractions are wanted, None for those of the first. squares: G, where fractions by G x G squares are wanted, else 0.
     """
 
-    tile: records.Tile
+    tile: manifests.Tile
     classes: int
     of_shard: np.ndarray
     shapes: Sequence[tuple[int, int, int]]

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from geokr.manifests import Band, Manifest, SplitInfo, dump_manifest
 from geokr.options import RecordsSource
-from geokr.records import Band, Manifest, SplitInfo, dump_manifest
 from pipelines.errors import PipelineError
 from pipelines.interleave import whole_shares
 

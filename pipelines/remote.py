@@ -18,8 +18,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from geokr.manifests import MANIFEST, Manifest, load_manifest
 from geokr.options import RecordsSource
-from geokr.records import MANIFEST, Manifest, RecordError, load_manifest
+from geokr.records import RecordError
 from pipelines.errors import PipelineError, TransferError
 from pipelines.threads import StoppedError
 

@@ -10,10 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from geokr import records
+from geokr import manifests, records
 from geokr.config import differences
-from geokr.records import Manifest, Part, ProductInfo, SplitInfo
-from preprocess import manifests
+from geokr.manifests import Manifest, Part, ProductInfo, SplitInfo
+from preprocess import summing
 from preprocess.inputs import PlanError
 from preprocess.plan import Plan
 
@@ -77,7 +77,7 @@ def joined(base: Manifest, new: Manifest) -> Manifest:
     added = _part(new, tuple(prints.index(one) for one in new.land_cover_fingerprints))
     return base.model_copy(
         update={
-            "schema_version": records.SCHEMA_VERSION,
+            "schema_version": manifests.SCHEMA_VERSION,
             "version": base.version + 1,
             "parts": (*(base.parts or (_part(base, tuple(range(len(base.land_cover_fingerprints)))),)), added),
             "left_out": left_out,
@@ -110,8 +110,8 @@ def _part(manifest: Manifest, land_cover: tuple[int, ...]) -> Part:
 def _split(base: SplitInfo, new: SplitInfo) -> SplitInfo:
     if base.moments is None or new.moments is None:
         return new if base.moments is None else base  # one of them holds no record
-    moments = manifests.total_moments([base.moments.model_dump(), new.moments.model_dump()])
-    return manifests.split_info(base.records + new.records, moments, (*base.shards, *new.shards))
+    moments = summing.total_moments([base.moments.model_dump(), new.moments.model_dump()])
+    return summing.split_info(base.records + new.records, moments, (*base.shards, *new.shards))
 
 
 def _sums(base: dict[str, int], new: dict[str, int]) -> dict[str, int]:

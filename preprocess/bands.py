@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from geokr import tile_codecs
 from geokr.config import suggestion
-from geokr.records import Band
+from geokr.manifests import Band
 from preprocess.inputs import PlanError
 from preprocess.options import PackOptions
 from preprocess.raster import Scene

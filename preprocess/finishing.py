@@ -7,7 +7,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from geokr.records import Manifest, RecordError
+from geokr.manifests import Manifest
+from geokr.records import RecordError
 from preprocess import engine, report_page, report_pictures, shards, stages, tile_table, workfolder
 from preprocess.errors import RasterError
 from preprocess.phases import Progress

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from geokr import records
-from geokr.records import Manifest, RecordError, Split
+from geokr.manifests import Manifest
+from geokr.records import RecordError, Split
 from preprocess import blocks, shards, spill, tile_table
 from preprocess.plan import Plan
 from preprocess.stages import Clock

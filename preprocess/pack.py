@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from geokr import records
-from geokr.records import Manifest
+from geokr import manifests
+from geokr.manifests import Manifest
 from preprocess import appending, engine, shards, stages, workfolder
 from preprocess.engine import Engine
 from preprocess.phases import Progress, Run
@@ -93,10 +93,10 @@ def pack(
 
 def look(plan: Plan, out: Path, append: bool) -> State:
     """Raises PlanError if the folder holds another dataset, or one that the plan's scenes cannot be added to."""
-    if not append or not (out / records.MANIFEST).exists():
+    if not append or not (out / manifests.MANIFEST).exists():
         manifest = workfolder.finished(plan, out)
         return State(plan, manifest, done=manifest is not None)
-    manifest = records.load_manifest(out)
+    manifest = manifests.load_manifest(out)
     new = appending.new_scenes(plan, manifest, out)
     workfolder.check_whole(out, manifest)
     return State(new, manifest, done=not new.tasks)
@@ -119,7 +119,7 @@ def _make(state: State, out: Path, running: Engine, progress: Progress, spent: d
     manifest = Run(state.plan, out.absolute(), work.absolute(), running, progress, base, spent).make()
     if base is not None:
         # training runs that began on the smaller dataset can go on with it
-        shards.write_whole(out / appending.kept_name(base), records.dump_manifest(base), work)
+        shards.write_whole(out / appending.kept_name(base), manifests.dump_manifest(base), work)
         manifest = appending.joined(base, manifest)
-    shards.write_whole(out / records.MANIFEST, records.dump_manifest(manifest), work)
+    shards.write_whole(out / manifests.MANIFEST, manifests.dump_manifest(manifest), work)
     return State(state.plan, manifest, done=True)

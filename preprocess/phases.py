@@ -13,18 +13,18 @@ from typing import Any
 
 import numpy as np
 
-from geokr.records import Manifest, Shard
+from geokr.manifests import Manifest, Shard
 from preprocess import (
     blocks,
     checksums,
     gather,
-    manifests,
     sampling,
     scan,
     scan_tiles,
     shards,
     spill,
     stages,
+    summing,
     workfolder,
 )
 from preprocess.damaged import BadTiles, Damaged
@@ -124,7 +124,7 @@ class Run:
         limits = self.find_limits(damaged)
         commits = self.scan_chunks(limits, damaged)
         finished = self.gather_shards(commits)
-        return manifests.make_manifest(self.plan, limits, commits, damaged, finished)
+        return summing.make_manifest(self.plan, limits, commits, damaged, finished)
 
     def check_sums(self, damaged: Damaged) -> None:
         """Inputs against the hashes that their source gave. Raises PackError for a land-cover sheet of another."""
@@ -268,7 +268,7 @@ class Run:
 
 
 def _turned_away(commits: list[dict[str, Any]]) -> str:
-    return ", ".join(f"{count} {reason}" for reason, count in manifests.total_rejected(commits).most_common())
+    return ", ".join(f"{count} {reason}" for reason, count in summing.total_rejected(commits).most_common())
 
 
 def _check_val_share(plan: Plan, table: np.ndarray, commits: list[dict[str, Any]]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from geokr.landcover import Legend, Product
-from geokr.records import SCHEMA_VERSION, Band
+from geokr.manifests import SCHEMA_VERSION, Band
 from preprocess import bands, covers, gdal_files, ground, masks, precut, scene_headers
 from preprocess.coordinates import WGS84
 from preprocess.covers import Cover, SceneCover

@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from geokr.records import SPLITS, Manifest, labelled_by
+from geokr.manifests import Manifest, labelled_by
+from geokr.records import SPLITS
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

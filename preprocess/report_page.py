@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from geokr.landcover import Legend
-from geokr.records import Manifest
+from geokr.manifests import Manifest
 from preprocess import report, report_base, report_pictures, tile_table
 from preprocess import report_sections as parts
 from preprocess.grid import Grid

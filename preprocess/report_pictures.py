@@ -11,7 +11,8 @@ import numpy as np
 import simplejpeg
 
 from geokr import records
-from geokr.records import Band, Manifest, Record
+from geokr.manifests import Band, Manifest
+from geokr.records import Record
 from preprocess import shards, spill
 from preprocess.image_codecs import decode_image
 from preprocess.quality import Measures

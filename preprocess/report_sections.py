@@ -7,7 +7,8 @@ from typing import Any
 
 import yaml
 
-from geokr.records import SPLITS, Manifest, labelled_by
+from geokr.manifests import Manifest, labelled_by
+from geokr.records import SPLITS
 from preprocess import report
 from preprocess.report_pictures import Example
 from preprocess.stages import STAGES

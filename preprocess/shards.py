@@ -12,7 +12,8 @@ from typing import Any, BinaryIO
 import google_crc32c
 
 from geokr import records
-from geokr.records import RecordError, Shard, Split
+from geokr.manifests import Shard
+from geokr.records import RecordError, Split
 
 
 def crc32c(data: bytes) -> int:

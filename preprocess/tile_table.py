@@ -17,8 +17,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from geokr import records
-from geokr.records import Manifest, Shard
+from geokr import manifests, records
+from geokr.manifests import Manifest, Shard
 from preprocess import footprints, shards
 from preprocess.tile_facts import QUALITY, Facts, facts_of_records
 
@@ -126,7 +126,7 @@ def _read_part(folder: Path, shard: Shard, wanted: pa.Schema) -> pa.Table | None
 
 def rows_of_shard(folder: Path, shard: Shard, names: Sequence[str]) -> Iterator[pa.Table]:
     """A shard's rows from its records. Raises RecordError."""
-    spans = records.open_index(folder, shard)
+    spans = manifests.open_index(folder, shard)
     split = shard.name.split("-")[0]
     frames = shards.read_frames(folder / shard.name)
     for first in range(0, shard.records, BATCH):
@@ -261,6 +261,6 @@ def _about(manifest: Manifest) -> dict[str, Any]:
         "product": manifest.product,
         "classes": [{"name": entry.name, "column": column, "rgb": list(entry.rgb)} for entry, column in zip(
             manifest.classes, class_columns([entry.name for entry in manifest.classes]), strict=True)],
-        "manifest_sha256": hashlib.sha256(records.dump_manifest(manifest)).hexdigest(),
+        "manifest_sha256": hashlib.sha256(manifests.dump_manifest(manifest)).hexdigest(),
         "shards": _digests(shards_of(manifest)),
     }  # fmt: skip

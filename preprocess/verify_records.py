@@ -16,8 +16,9 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a file: the folder on the path must be the project's, not this one
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from geokr import records
-from geokr.records import Manifest, Record, RecordError, Shard
+from geokr import manifests, records
+from geokr.manifests import Manifest, Shard
+from geokr.records import Record, RecordError
 from preprocess import engine, report, shards
 from preprocess.checksums import sha256
 from preprocess.image_codecs import decode_image
@@ -32,7 +33,7 @@ def verify_shard(folder: Path, shard: Shard, manifest: Manifest) -> Findings:
     path = folder / shard.name
     spans = None
     try:
-        spans = records.open_index(folder, shard)
+        spans = manifests.open_index(folder, shard)
     except (RecordError, OSError) as error:
         problems.append(str(error))
     try:
@@ -73,8 +74,8 @@ def check_tile(record: Record, manifest: Manifest, where: str) -> None:
 def verify(folder: Path, workers: int) -> tuple[list[str], Manifest | None]:
     """All problems of a dataset."""
     try:
-        manifest = records.load_manifest(folder)
-        records.check_folder(folder, manifest)
+        manifest = manifests.load_manifest(folder)
+        manifests.check_folder(folder, manifest)
     except RecordError as error:
         return [str(error)], None
     parts = [shard for name in records.SPLITS for shard in manifest.split(name).shards]

@@ -11,14 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from geokr import records
+from geokr import manifests, records
 from geokr.config import differences
-from geokr.records import Manifest
+from geokr.manifests import Manifest
 from preprocess import grid, shards
 from preprocess.inputs import PlanError
 from preprocess.plan import Plan, identity_json
 
-WORK = records.WORK
+WORK = manifests.WORK
 LOCK = "lock"
 EXTRAS = ("tiles.parquet", "report.html")  # made from a finished dataset, and made again where they are missing
 
@@ -44,9 +44,9 @@ def check_ours(out: Path) -> None:
 
 def finished(plan: Plan, out: Path) -> Manifest | None:
     """The manifest of a folder that holds this very dataset, whole as far as sizes and indexes tell."""
-    if not (out / records.MANIFEST).exists():
+    if not (out / manifests.MANIFEST).exists():
         return None
-    manifest = records.load_manifest(out)
+    manifest = manifests.load_manifest(out)
     new = plan.identity()
     old = {
         **new,
@@ -71,10 +71,10 @@ def finished(plan: Plan, out: Path) -> Manifest | None:
 
 def check_whole(out: Path, manifest: Manifest) -> None:
     """Raises RecordError unless all files are there, as far as sizes and indexes tell, and none too many."""
-    records.check_folder(out, manifest)
+    manifests.check_folder(out, manifest)
     for name in records.SPLITS:
         for shard in manifest.split(name).shards:
-            records.open_index(out, shard)
+            manifests.open_index(out, shard)
 
 
 def same_or_error(old: dict[str, Any], new: dict[str, Any], out: Path, what: str, hint: str = "") -> None:
@@ -105,7 +105,7 @@ def open_work(plan: Plan, out: Path, base: Manifest | None) -> Path:
                 f"--out {out}: holds {shards_there[0].name} but no manifest; remove it or choose a new folder"
             )
         if base is not None:  # before any new shard: readers then know what it is
-            shards.write_whole(out / records.GROWING, json.dumps({"version": base.version + 1}).encode())
+            shards.write_whole(out / manifests.GROWING, json.dumps({"version": base.version + 1}).encode())
         shards.write_whole(path, identity_json(identity))
     cut = identity_json({**identity, "chunks": grid.LAYOUT})
     run = work / f"run-{hashlib.sha256(cut).hexdigest()[:16]}"
@@ -119,7 +119,7 @@ def open_work(plan: Plan, out: Path, base: Manifest | None) -> Path:
 def _identity(plan: Plan, base: Manifest | None) -> dict[str, Any]:
     if base is None:
         return plan.identity()
-    return {**plan.identity(), "appends_to": hashlib.sha256(records.dump_manifest(base)).hexdigest()}
+    return {**plan.identity(), "appends_to": hashlib.sha256(manifests.dump_manifest(base)).hexdigest()}
 
 
 def folder_of_last_run(work: Path) -> Path:
@@ -129,7 +129,7 @@ def folder_of_last_run(work: Path) -> Path:
 
 def growing_to(work: Path) -> int:
     """The version that an unfinished --append makes; 0 if there is none."""
-    commit = read_commit(work.parent / records.GROWING)
+    commit = read_commit(work.parent / manifests.GROWING)
     return commit["version"] if commit else 0
 
 
@@ -155,7 +155,7 @@ def remove(work: Path) -> None:
 
 
 def _ours(name: str) -> bool:
-    kept = name == records.MANIFEST or records.EARLIER_MANIFEST.fullmatch(name)
+    kept = name == manifests.MANIFEST or manifests.EARLIER_MANIFEST.fullmatch(name)
     return bool(kept) or name.endswith((".tfrecord", ".idx", ".log")) or name in EXTRAS
 
 

@@ -15,7 +15,7 @@ import google_crc32c
 import numpy as np
 import simplejpeg
 
-from geokr import records, tile_codecs
+from geokr import manifests, records, tile_codecs
 
 CELLS = 4
 # From the mosaic's 0..255 to each dtype's own units: (factor, offset).
@@ -82,7 +82,7 @@ def _classes(count: int, first: str = "class") -> tuple[dict[str, Any], ...]:
     )
 
 
-def write_shard(folder: Path, name: str, payloads: list[bytes]) -> records.Shard:
+def write_shard(folder: Path, name: str, payloads: list[bytes]) -> manifests.Shard:
     """Writes ``name`` and its index; returns what the manifest says of them."""
     frames = [records.frame(payload, google_crc32c.value) for payload in payloads]
     data = b"".join(frames)
@@ -90,7 +90,7 @@ def write_shard(folder: Path, name: str, payloads: list[bytes]) -> records.Shard
     index = "".join(f"{start} {len(frame)}\n" for start, frame in zip(starts, frames, strict=True)).encode()
     (folder / name).write_bytes(data)
     (folder / name).with_suffix(".idx").write_bytes(index)
-    return records.Shard(
+    return manifests.Shard(
         name=name,
         records=len(frames),
         bytes=len(data),
@@ -99,7 +99,7 @@ def write_shard(folder: Path, name: str, payloads: list[bytes]) -> records.Shard
     )
 
 
-def _shards(folder: Path, split: str, payloads: list[bytes], size: int) -> Iterator[records.Shard]:
+def _shards(folder: Path, split: str, payloads: list[bytes], size: int) -> Iterator[manifests.Shard]:
     for number, start in enumerate(range(0, len(payloads), size)):
         yield write_shard(folder, f"{split}-{number:05d}.tfrecord", payloads[start : start + size])
 
@@ -170,7 +170,7 @@ def make_dataset(
     ]
     made = [_by_squares(record, grid, seed + number) for number, record in enumerate(made)] if grid else made
     names = ("red", "green", "blue", *(f"band{number}" for number in range(4, bands + 1)))[:bands]
-    manifest = records.Manifest.model_validate(
+    manifest = manifests.Manifest.model_validate(
         {
             "product": "test",
             "product_title": "Test classes",
@@ -206,7 +206,7 @@ def make_dataset(
         }
     )
     # without its digest, so that tests can edit it to something that cannot be for another reason
-    tree = json.loads(records.dump_manifest(manifest))
+    tree = json.loads(manifests.dump_manifest(manifest))
     del tree["digest"]
-    (folder / records.MANIFEST).write_text(json.dumps(tree, indent=1, sort_keys=True) + "\n")
+    (folder / manifests.MANIFEST).write_text(json.dumps(tree, indent=1, sort_keys=True) + "\n")
     return folder

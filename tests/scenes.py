@@ -17,8 +17,9 @@ import yaml
 from affine import Affine
 from rasterio.warp import transform as warp_points
 
-from geokr import config, records
-from geokr.records import Manifest, Record
+from geokr import config, manifests, records
+from geokr.manifests import Manifest
+from geokr.records import Record
 from preprocess import pack_records, shards
 from preprocess.options import PackOptions
 from preprocess.pack import pack
@@ -126,7 +127,7 @@ def command(scenes: Sequence[Path | str], sheets: Sequence[Path | str], product:
 
 def read_records(folder: Path, manifest: Manifest | None = None) -> Iterator[tuple[str, Record]]:
     """(split, record) of every record, in order."""
-    manifest = manifest or records.load_manifest(folder)
+    manifest = manifest or manifests.load_manifest(folder)
     for name in records.SPLITS:
         for shard in manifest.split(name).shards:
             for _, payload in shards.read_frames(folder / shard.name):
@@ -243,7 +244,7 @@ def check_labels(
     exactly: bool = True,
 ) -> int:
     """Compares up to ``limit`` records spread over a dataset with the other way; returns how many."""
-    manifest = records.load_manifest(folder)
+    manifest = manifests.load_manifest(folder)
     names = [entry.name for entry in manifest.classes]
     every = [record for _, record in read_records(folder, manifest)]
     chosen = every[:: max(1, len(every) // limit)]

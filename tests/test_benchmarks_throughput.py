@@ -27,7 +27,7 @@ from benchmarks import (
 )
 from benchmarks.bench_batch import Try
 from benchmarks.bench_cases import Setting
-from geokr import records
+from geokr import manifests
 from geokr.config import load
 from geokr.losses import kl_supervision
 from geokr.options import PretrainOptions, TrainOptions
@@ -51,7 +51,7 @@ def test_its_own_tiles_are_a_sound_dataset(tmp_path, monkeypatch):
     assert len({image.tobytes() for image in samples.images}) == 19
     reader.close()
     assert bench_tiles.make_tiles(20) == folder  # kept
-    (folder / records.MANIFEST).unlink()
+    (folder / manifests.MANIFEST).unlink()
     bench_tiles.make_tiles(20)  # made anew, the same
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from geokr import config
-from geokr.records import load_manifest
+from geokr.manifests import load_manifest
 from preprocess import estimate
 from preprocess.options import PackOptions
 from preprocess.plan import make_plan

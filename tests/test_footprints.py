@@ -9,7 +9,7 @@ import pytest
 gpd = pytest.importorskip("geopandas", reason="geopandas is not installed (pip install '.[dev]')")
 import shapely  # noqa: E402 - comes with geopandas
 
-from geokr import records  # noqa: E402
+from geokr import manifests, records  # noqa: E402
 from preprocess import footprints, tile_table  # noqa: E402
 from preprocess.coordinates import WGS84, transform_points  # noqa: E402
 from tests.scenes import NO_QUALITY, UTM31, command, noise, patches, write_raster  # noqa: E402
@@ -97,7 +97,7 @@ def packed(tmp_path_factory):
 def test_opens_in_geopandas_one_row_a_record(packed):
     out = packed[0] / "out"
     table = gpd.read_parquet(out / tile_table.NAME)
-    manifest = records.load_manifest(out)
+    manifest = manifests.load_manifest(out)
     names = [entry.name for entry in manifest.classes]
     assert table.crs == "OGC:CRS84"
     assert len(table) == manifest.train.records + manifest.val.records
@@ -194,16 +194,16 @@ def test_a_table_that_cannot_be_written_leaves_the_dataset_whole(packed, tmp_pat
     assert "No space left on device" in capsys.readouterr().err
     assert not list(out.glob("*.parquet"))
     assert not list(out.glob(".*"))
-    records.load_manifest(out)
+    manifests.load_manifest(out)
     monkeypatch.setattr(tile_table._Writer, "close", real)
     assert command(*inputs, out, *keys) == 0
-    assert tile_table.is_current(out, records.load_manifest(out))
+    assert tile_table.is_current(out, manifests.load_manifest(out))
 
 
 def test_rows_of_shards_that_stay_are_kept(packed, tmp_path, monkeypatch):
     """As after adding scenes: what the older table says of older shards, quality too, goes over as it is."""
     out = packed[0] / "out"
-    manifest = records.load_manifest(out)
+    manifest = manifests.load_manifest(out)
     first = manifest.train.shards[0]
     train = manifest.train.model_copy(update={"shards": (first,), "records": first.records})
     fewer = manifest.model_copy(update={"train": train, "val": manifest.val.model_copy(update={"shards": ()})})
@@ -230,7 +230,7 @@ def test_row_groups_hold_many_shards(packed, monkeypatch, tmp_path):
     out = packed[0] / "out"
     monkeypatch.setattr(tile_table, "ROW_GROUP", 50)
     (tmp_path / "x").mkdir()
-    manifest = records.load_manifest(out)
+    manifest = manifests.load_manifest(out)
     for path in out.glob("*-*"):
         (tmp_path / "x" / path.name).write_bytes(path.read_bytes())
     tile_table.write(tmp_path / "x", manifest, tmp_path, None, lambda done, total: None)

@@ -274,7 +274,7 @@ class QuietHandler(http.server.SimpleHTTPRequestHandler):
 
 def test_the_sample_is_spread_over_all_shards(tmp_path):
     folder = make_dataset(tmp_path / "d", tiles=64, val=0, shard_records=16)
-    shards = data.records.load_manifest(folder).train.shards
+    shards = data.manifests.load_manifest(folder).train.shards
     crc32c = data._crc32c()
     number, size, seconds = data.sample_shards(folder, shards, 8, crc32c)
     assert number == 8

@@ -10,9 +10,9 @@ from torch import nn
 
 from geokr import panels
 from geokr.assemble import _autocast
+from geokr.manifests import ClassInfo
 from geokr.metrics import Clock, LossError, MetricsFile, Window, read_metrics
 from geokr.progress import Console, clock_text
-from geokr.records import ClassInfo
 from geokr.validate import smoothed_prior, validate
 from tests import geokr_toy as toy
 

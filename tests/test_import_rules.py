@@ -9,7 +9,14 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LIGHT = {"numpy", "yaml", "pydantic"}
-LIGHT_MODULES = ["geokr/records.py", "geokr/example.py", "geokr/landcover.py", "geokr/config.py", "geokr/options.py"]
+LIGHT_MODULES = [
+    "geokr/records.py",
+    "geokr/manifests.py",
+    "geokr/example.py",
+    "geokr/landcover.py",
+    "geokr/config.py",
+    "geokr/options.py",
+]
 # reading files, coordinates of one CRS in another, RPCs and control points, writing the demo
 GDAL_MODULES = {
     *("gdal_files.py", "remote_reads.py", "raster.py", "scene_headers.py"),
@@ -50,7 +57,8 @@ def test_preprocess_imports(path):
     assert not rooms(path) & {"torch", "torchvision", "timm", "nvidia", "pipelines"}
     for name in imported(path):
         if name.startswith("geokr"):
-            assert name.split(".")[1] in {"records", "landcover", "config", "tile_codecs", "__version__"}, name
+            light = {"records", "manifests", "landcover", "config", "tile_codecs", "__version__"}
+            assert name.split(".")[1] in light, name
     if path.name not in GDAL_MODULES:
         assert not rooms(path) & {"rasterio", "osgeo", "pyproj"}, f"only {sorted(GDAL_MODULES)} touch GDAL"
 
@@ -60,7 +68,7 @@ def test_pipelines_imports(path):
     assert not rooms(path) & {"rasterio", "osgeo", "preprocess", "timm"}
     for name in imported(path):
         if name.startswith("geokr"):
-            assert name.split(".")[1] in {"records", "landcover", "config", "options", "tile_codecs"}, name
+            assert name.split(".")[1] in {"records", "manifests", "landcover", "config", "options", "tile_codecs"}, name
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "geokr").glob("*.py")), ids=lambda p: p.name)

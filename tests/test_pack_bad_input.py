@@ -9,7 +9,7 @@ import pytest
 import rasterio
 from rasterio.control import GroundControlPoint
 
-from geokr import records
+from geokr import manifests
 from preprocess import gdal_files, grid, pack_records, sampling
 from tests.scenes import NO_QUALITY, UTM31, ZION, command, noise, patches, read_records, write_raster
 
@@ -33,7 +33,7 @@ def refused(at, capsys, message, *rest, scenes=("scene.tif",), cover="cover.tif"
     said = capsys.readouterr().err
     assert "Traceback" not in said
     assert re.search(message, said, re.DOTALL), said
-    assert not (at / out / records.MANIFEST).exists()
+    assert not (at / out / manifests.MANIFEST).exists()
     assert not list((at / out).glob("*.tfrecord"))
     return said
 
@@ -71,7 +71,7 @@ def test_a_list_of_files(at, capsys):
     assert re.search(r"@.*scene\.tif: cannot be read as a text with a path a line", capsys.readouterr().err)
     (at / "list.txt").write_text("scene.tif\n./scene.tif\n")
     assert command([f"@{at}/list.txt"], [at / "cover.tif"], "worldcover", at / "out", *KEYS) == 0
-    assert records.load_manifest(at / "out").counts["scenes"] == 1
+    assert manifests.load_manifest(at / "out").counts["scenes"] == 1
 
 
 def test_names_with_brackets_are_files(at):
@@ -84,7 +84,7 @@ def test_scenes_of_one_name_in_different_folders_and_of_different_endings(at):
         (at / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(at / "scene.tif", at / name)
     assert command([at / "**/x.tif*"], [at / "cover.tif"], "worldcover", at / "out", *KEYS) == 0
-    ids = [scene.scene_id for scene in records.load_manifest(at / "out").scenes]
+    ids = [scene.scene_id for scene in manifests.load_manifest(at / "out").scenes]
     assert len(set(ids)) == 4
     tiles = [record.tile_id for _, record in read_records(at / "out")]
     assert len(set(tiles)) == len(tiles) == 64
@@ -106,7 +106,7 @@ def test_ground_control_points_alone_do_for_a_scene_but_not_for_land_cover(at, c
         file.write(bands)
         file.gcps = (points, rasterio.crs.CRS.from_epsg(32631))
     assert command([at / "gcp.tif"], [at / "cover.tif"], "worldcover", at / "out", *KEYS) == 0
-    assert records.load_manifest(at / "out").counts["kept"] == 16
+    assert manifests.load_manifest(at / "out").counts["kept"] == 16
     with rasterio.open(at / "map.tif", "w", **{**profile, "count": 1}) as file:
         file.write(bands[:1])
         file.gcps = (points, rasterio.crs.CRS.from_epsg(32631))
@@ -125,7 +125,7 @@ def test_bad_scenes_within_the_allowed_share_are_left_out(at, capsys):
     both = [at / "scene.tif", at / "bare.tif"]
     assert command(both, [at / "cover.tif"], "worldcover", at / "out", *KEYS, "max_bad_fraction=0.5") == 0
     assert "left out: bare (no_crs)" in capsys.readouterr().err
-    assert records.load_manifest(at / "out").counts["scenes_rejected"] == 1
+    assert manifests.load_manifest(at / "out").counts["scenes_rejected"] == 1
     refused(
         at, capsys, "1 of 2 scenes cannot be used", "max_bad_fraction=0.4", scenes=["scene.tif", "bare.tif"], out="o"
     )
@@ -141,7 +141,7 @@ def test_no_overlap_with_land_cover(at, capsys):
 def test_a_scene_without_land_cover_is_counted(at):
     write_raster(at / "far.tif", noise(1, (3, 50, 50)), (30, 0, 7e5, 0, -30, 5.2e6))
     assert command([at / "scene.tif", at / "far.tif"], [at / "cover.tif"], "worldcover", at / "out", *KEYS) == 0
-    manifest = records.load_manifest(at / "out")
+    manifest = manifests.load_manifest(at / "out")
     assert manifest.counts["scenes_without_land_cover"] == 1
     assert [scene.kept for scene in manifest.scenes] == [0, 16]
 
@@ -293,7 +293,7 @@ def test_a_truncated_scene_within_the_allowed_share_leaves_no_partial_tiles(at, 
     truncated(at)
     keys = (*KEYS, "max_bad_fraction=0.5", stretch, *(["stretch.mode=limits"] if "limits" in stretch else []))
     assert command([at / "scene.tif", at / "cut.tif"], [at / "cover.tif"], "worldcover", at / "out", *keys) == 0
-    manifest = records.load_manifest(at / "out")
+    manifest = manifests.load_manifest(at / "out")
     assert {record.scene_id for _, record in read_records(at / "out")} == {"scene"}
     assert manifest.counts["scenes_rejected"] == 1
     assert manifest.counts["rejected_unreadable"] == 16
@@ -368,7 +368,7 @@ def test_a_share_that_is_far_off_is_a_warning(at, capsys):
     keys = (*KEYS[:-2], "split.val_fraction=0.9", "split.block_m=2000", "seed=1", "workers=0")
     scene = write_raster(at / "s.tif", noise(1, (3, 120, 120)), PLACE)
     status = command([scene], [at / "cover.tif"], "worldcover", at / "out", *keys)
-    manifest = records.load_manifest(at / "out")
+    manifest = manifests.load_manifest(at / "out")
     share = manifest.val.records / manifest.counts["kept"]
     said = capsys.readouterr().err
     assert status == 0
@@ -390,14 +390,14 @@ def test_overrides_between_the_values_of_an_option(at):
     arguments = ["--scenes", str(at / "scene.tif"), *KEYS, "--land-cover", str(at / "cover.tif"), "--product",
                  "worldcover", "seed=3", "--out", str(at / "out")]  # fmt: skip
     assert pack_records.main(arguments) == 0
-    assert records.load_manifest(at / "out").config["seed"] == 3
+    assert manifests.load_manifest(at / "out").config["seed"] == 3
 
 
 def test_a_configuration_file(at, capsys):
     (at / "c.yaml").write_text("tile: {size: 20, step: 20}\nquality: {min_contrast: null}\n")
     rest = ("--config", str(at / "c.yaml"), "tile.step=40", "split.val_fraction=0", "workers=0")
     assert command([at / "scene.tif"], [at / "cover.tif"], "worldcover", at / "out", *rest) == 0
-    config = records.load_manifest(at / "out").config
+    config = manifests.load_manifest(at / "out").config
     assert (config["tile"]["size"], config["tile"]["step"]) == (20, 40)
     assert "workers" not in config
     (at / "c.yaml").write_text("tile: {size: 20, size: 30}\n")

@@ -7,7 +7,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from geokr import records  # noqa: E402
+from geokr import manifests, records  # noqa: E402
 from geokr.options import AugmentOptions, DataOptions, RecordsSource  # noqa: E402
 from geokr.records import RecordError  # noqa: E402
 from pipelines import native  # noqa: E402
@@ -75,16 +75,16 @@ def test_batches_and_what_a_run_sees(folder):
     assert [entry.name for entry in dataset.manifest.classes] == [f"nlcd{k}" for k in range(6)]
     # a run knows its dataset by the manifest's hash: another product is another run
     first = open_records(options.model_copy(update={"labels": None}))
-    assert records.dump_manifest(dataset.manifest) != records.dump_manifest(first.manifest)
-    written = json.loads(records.dump_manifest(first.manifest))
+    assert manifests.dump_manifest(dataset.manifest) != manifests.dump_manifest(first.manifest)
+    written = json.loads(manifests.dump_manifest(first.manifest))
     del written["digest"]  # the file has none (tests.datasets)
-    assert written == json.loads((folder / records.MANIFEST).read_bytes())
+    assert written == json.loads((folder / manifests.MANIFEST).read_bytes())
 
 
 def test_a_mixture_of_a_first_and_a_further_product(folder, tmp_path):
     """nlcd is the first product of one dataset and a further one of the other."""
     other = make_dataset(tmp_path / "o", tiles=12, size=8, codec="raw", classes=6, seed=5)
-    path = other / records.MANIFEST
+    path = other / manifests.MANIFEST
     tree = json.loads(path.read_bytes())
     tree["product"] = "nlcd"
     for entry in tree["classes"]:
@@ -109,10 +109,10 @@ def test_a_product_that_is_not_there(folder):
 
 def test_records_that_lack_what_the_manifest_lists(tmp_path):
     plain = make_dataset(tmp_path / "p", tiles=20, size=8, codec="raw")
-    path = plain / records.MANIFEST
+    path = plain / manifests.MANIFEST
     tree = json.loads(path.read_bytes())
     further = json.loads(
-        (make_dataset(tmp_path / "d", tiles=20, size=8, codec="raw", also=ALSO) / records.MANIFEST).read_bytes()
+        (make_dataset(tmp_path / "d", tiles=20, size=8, codec="raw", also=ALSO) / manifests.MANIFEST).read_bytes()
     )
     tree["products"] = further["products"]
     for split in records.SPLITS:

@@ -12,7 +12,7 @@ import pytest
 import simplejpeg
 import torch
 
-from geokr import records
+from geokr import manifests, records
 from geokr.options import AugmentOptions, DataOptions
 from geokr.records import RecordError
 from pipelines import augment, loaders
@@ -386,7 +386,7 @@ def test_the_helpers_fractions_can_be_learned(folders):
     solved = torch.linalg.lstsq(features, fractions).solution
     residual = (features @ solved - fractions).pow(2).mean() / fractions.var(0).mean()
     assert residual < 0.5
-    assert json.loads((folders["jpeg"] / records.MANIFEST).read_text())["tile"]["codec"] == "jpeg"
+    assert json.loads((folders["jpeg"] / manifests.MANIFEST).read_text())["tile"]["codec"] == "jpeg"
 
 
 @pytest.mark.parametrize(("decoding", "reading"), [(1, 4), (2, 4), (8, 4), (12, 6), (16, 8), (128, 8)])

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from geokr import pretrain, records
+from geokr import manifests, pretrain
 from geokr.config import ConfigError, load, to_yaml
 from geokr.metrics import read_metrics
 from geokr.options import AugmentOptions, DataOptions, PretrainOptions, RecordsSource
@@ -184,9 +184,9 @@ def mixed(folders, *names, weights=None, bands=None):
 
 def altered(folders, tmp_path, change):
     """A manifest like dataset a's, in another folder, with a change."""
-    tree = json.loads((folders / "a" / records.MANIFEST).read_text())
+    tree = json.loads((folders / "a" / manifests.MANIFEST).read_text())
     change(tree)
-    (tmp_path / records.MANIFEST).write_text(json.dumps(tree))
+    (tmp_path / manifests.MANIFEST).write_text(json.dumps(tree))
     return tmp_path
 
 
@@ -216,9 +216,9 @@ def test_datasets_that_differ_are_named_with_the_field(case, folders, tmp_path):
     change, message = CHANGES[case]
     other = altered(folders, tmp_path, change)
     given = (RecordsSource(path=str(folders / "a")), RecordsSource(path=str(other)))
-    manifests = [records.load_manifest(source.folder) for source in given]
+    there = [manifests.load_manifest(source.folder) for source in given]
     with pytest.raises(PipelineError, match=message) as error:
-        lay_out(given, manifests, None)
+        lay_out(given, there, None)
     assert str(tmp_path) in str(error.value)
     assert len(str(error.value).splitlines()) == 3  # that field and no other
     command = [sys.executable, "launch/preflight.py", f"data.records=[{given[0].path}, {tmp_path}]"]
@@ -261,7 +261,7 @@ def test_statistics_are_those_of_all_pixels(weights, folders):
     std = np.sqrt(np.average((every - mean) ** 2, axis=0, weights=each))
     np.testing.assert_allclose(manifest.train.mean, mean, rtol=1e-12)
     np.testing.assert_allclose(manifest.train.std, std, rtol=1e-12)
-    priors = [records.load_manifest(folders / name).train.prior for name in ("wide", "narrow")]
+    priors = [manifests.load_manifest(folders / name).train.prior for name in ("wide", "narrow")]
     np.testing.assert_allclose(manifest.train.prior, np.average(priors, axis=0, weights=share), rtol=1e-12)
     assert [band.name for band in manifest.bands] == ["blue", "red"]
     assert (manifest.train.records, manifest.val.records) == (27, 6)

@@ -13,7 +13,7 @@ import google_crc32c
 import numpy as np
 import pytest
 
-from geokr import example, records
+from geokr import example, manifests, records
 from geokr.records import RecordError
 from pipelines import native, parse
 from pipelines.dataset import Dataset
@@ -59,11 +59,11 @@ def way(request, monkeypatch):
 
 def payloads_of(folder, split="train"):
     """Every payload, by the plain way: index by index, frame by frame."""
-    manifest = records.load_manifest(folder)
+    manifest = manifests.load_manifest(folder)
     found = []
     for shard in manifest.split(split).shards:
         data = (folder / shard.name).read_bytes()
-        for offset, size in records.open_index(folder, shard):
+        for offset, size in manifests.open_index(folder, shard):
             found.append(records.unframe(data[offset : offset + size], google_crc32c.value, "test"))
     return found
 
@@ -76,7 +76,7 @@ def opened(folder, split="train", **options):
 def rewrite_first_shard(folder, payloads, **changes):
     """Other payloads in the first training shard, with manifest and index that fit them."""
     shard = write_shard(folder, "train-00000.tfrecord", payloads)
-    path = folder / records.MANIFEST
+    path = folder / manifests.MANIFEST
     tree = json.loads(path.read_bytes())
     tree["train"]["records"] += shard.records - tree["train"]["shards"][0]["records"]
     tree["train"]["shards"][0] = shard.model_dump()
@@ -84,7 +84,7 @@ def rewrite_first_shard(folder, payloads, **changes):
 
 
 def edit_manifest(folder, change):
-    path = folder / records.MANIFEST
+    path = folder / manifests.MANIFEST
     tree = json.loads(path.read_bytes())
     change(tree)
     path.write_text(json.dumps(tree))
@@ -390,7 +390,7 @@ def fewer_means(folder):
 
 
 OPENING = {
-    "no manifest": (lambda folder: (folder / records.MANIFEST).unlink(), "not a dataset"),
+    "no manifest": (lambda folder: (folder / manifests.MANIFEST).unlink(), "not a dataset"),
     "missing shard": (lambda folder: (folder / "train-00001.tfrecord").unlink(), r"train-00001\.tfrecord: missing"),
     "missing index": (lambda folder: (folder / "val-00000.idx").unlink(), r"val-00000\.idx: missing"),
     "cut short": (cut, r"train-00002\.tfrecord: 50 bytes, the manifest says"),
@@ -574,7 +574,7 @@ def test_dali_reads_the_same_shards(jpegs):
     dali = pytest.importorskip("nvidia.dali")
     from nvidia.dali import fn, tfrecord
 
-    manifest = records.load_manifest(jpegs)
+    manifest = manifests.load_manifest(jpegs)
     paths = [str(jpegs / shard.name) for shard in manifest.train.shards]
     pipeline = dali.pipeline.Pipeline(batch_size=manifest.train.records, num_threads=1, device_id=None)
     with pipeline:
@@ -599,6 +599,6 @@ def test_dali_reads_the_same_shards(jpegs):
 
 def test_manifest_hashes_are_the_files(raws):
     """The helper's manifest is a true one: otherwise the tests above would pass for the wrong reason."""
-    manifest = records.load_manifest(raws)
+    manifest = manifests.load_manifest(raws)
     for shard in (*manifest.train.shards, *manifest.val.shards):
         assert hashlib.sha256((raws / shard.name).read_bytes()).hexdigest() == shard.sha256

@@ -18,7 +18,7 @@ import torch
 fsspec = pytest.importorskip("fsspec")
 pytest.importorskip("aiohttp", reason="aiohttp (extra `remote`) is not installed")
 
-from geokr import pretrain, records  # noqa: E402
+from geokr import manifests, pretrain  # noqa: E402
 from geokr.checkpoint import load_latest  # noqa: E402
 from geokr.metrics import read_metrics  # noqa: E402
 from geokr.options import AugmentOptions, DataOptions, RecordsSource  # noqa: E402
@@ -485,11 +485,11 @@ def test_another_dataset_at_the_same_url_gets_a_folder_of_its_own(options, serve
 
 @pytest.mark.parametrize("name", ["../train-00000.tfrecord", "/etc/train-00000.tfrecord", "a/train-00000.tfrecord"])
 def test_names_that_lead_elsewhere_are_refused(name, options, server, tmp_path, folder):
-    tree = json.loads((folder / records.MANIFEST).read_text())
+    tree = json.loads((folder / manifests.MANIFEST).read_text())
     tree["train"]["shards"][0]["name"] = name
     server.folder = tmp_path / "served"
     server.folder.mkdir()
-    (server.folder / records.MANIFEST).write_text(json.dumps(tree))
+    (server.folder / manifests.MANIFEST).write_text(json.dumps(tree))
     with pytest.raises(RecordError, match=rf"{server.url}: .*train\.shards\.0\.name"):
         open_records(options())
     assert server.requests == ["manifest.json"]

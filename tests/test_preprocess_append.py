@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from geokr import records
+from geokr import manifests, records
 from geokr.config import ConfigError
 from geokr.identity import check_identity
 from geokr.records import RecordError
@@ -80,16 +80,16 @@ def out(world, tmp_path):
 
 
 def parts(folder, name="manifest.json"):
-    return records.load_manifest(folder if name == "manifest.json" else folder / name)
+    return manifests.load_manifest(folder if name == "manifest.json" else folder / name)
 
 
 def test_old_files_stay_and_new_ones_follow(world):
     before = contents(world.first)
     old, new = parts(world.first), parts(world.grown)
-    assert {name: data for name, data in world.bytes.items() if name in before and name != records.MANIFEST} == {
-        name: data for name, data in before.items() if name != records.MANIFEST
+    assert {name: data for name, data in world.bytes.items() if name in before and name != manifests.MANIFEST} == {
+        name: data for name, data in before.items() if name != manifests.MANIFEST
     }
-    assert world.bytes["manifest-v1.json"] == before[records.MANIFEST]
+    assert world.bytes["manifest-v1.json"] == before[manifests.MANIFEST]
     for split in records.SPLITS:
         names = [shard.name for shard in new.split(split).shards]
         assert names == [f"{split}-{number:05d}.tfrecord" for number in range(len(names))]
@@ -248,11 +248,11 @@ def test_the_same_scene_under_another_name(world, out, tmp_path):
 
 
 def test_a_dataset_without_sums(world, out):
-    tree = json.loads((out / records.MANIFEST).read_bytes())
+    tree = json.loads((out / manifests.MANIFEST).read_bytes())
     for split in records.SPLITS:
         del tree[split]["moments"]
     del tree["digest"]
-    (out / records.MANIFEST).write_text(json.dumps({**tree, "schema_version": 1}))
+    (out / manifests.MANIFEST).write_text(json.dumps({**tree, "schema_version": 1}))
     refused(world, out, "abcd", match=r"packed by an earlier version.*data\.records takes a list", append=True)
 
 
@@ -340,14 +340,14 @@ def test_shards_that_nobody_speaks_of_are_still_refused(world, out, monkeypatch)
 
 def test_the_smaller_dataset_can_be_opened_from_the_larger_folder(world):
     """A reader that took the old manifest just before the new one came."""
-    records.check_folder(world.grown, parts(world.first))
+    manifests.check_folder(world.grown, parts(world.first))
 
 
 def test_training_goes_on_with_the_smaller_dataset(world):
     """Its hash is the one that a run began with; the larger one is another dataset, and the message says what to do."""
     small, large = Dataset.open(world.grown / "manifest-v1.json"), Dataset.open(world.grown)
     first = Dataset.open(world.first)
-    assert records.dump_manifest(small.manifest) == records.dump_manifest(first.manifest)
+    assert manifests.dump_manifest(small.manifest) == manifests.dump_manifest(first.manifest)
     assert (small.train.records, small.val.records) == (first.train.records, first.val.records)
     assert small.train.records < large.train.records
     where = "out/run"

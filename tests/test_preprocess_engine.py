@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from geokr.records import MANIFEST
+from geokr.manifests import MANIFEST
 from preprocess import engine
 from preprocess.engine import InCaller, ProcessPool, WorkerLost, open_engine
 from preprocess.workfolder import PackError

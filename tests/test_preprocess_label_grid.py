@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from geokr import records
+from geokr import manifests, records
 from geokr.records import RecordError
 from preprocess import pack_records, shards, verify_records
 from preprocess.cells import Cells
@@ -168,7 +168,7 @@ def test_cut_tiles_have_squares_of_their_own_size(world, tmp_path, capsys):
     keys = [key for key in KEYS if not key.startswith("tile.s")]
     given = ["--tiles", str(tmp_path / "tiles"), "--land-cover", str(world[1]), "--product", "worldcover"]
     assert pack_records.main([*given, "--out", str(tmp_path / "d"), *keys, "labels.grid=8", "workers=0"]) == 0
-    names = [entry.name for entry in records.load_manifest(tmp_path / "d").classes]
+    names = [entry.name for entry in manifests.load_manifest(tmp_path / "d").classes]
     other = OtherWay("worldcover", [world[1]])
     for _, record in read_records(tmp_path / "d"):
         labels = other.labels(record.transform, record.crs, 40, 3, 3)

@@ -13,7 +13,7 @@ from rasterio.enums import Resampling
 from rasterio.vrt import WarpedVRT
 from rasterio.warp import transform as warp_points
 
-from geokr import records
+from geokr import manifests
 from geokr.landcover import build_legend, load_product
 from preprocess import label_kernels, labels, lattice, sheet_headers, sheets
 from preprocess.coordinates import transform_points
@@ -389,7 +389,7 @@ def test_unknown_codes_are_listed_with_their_counts(tmp_path):
     sheet = write_raster(tmp_path / "cover.tif", codes, at(UTM31, 4.0, 47.0, 30, 300, 300))
     with pytest.raises(LabelError, match=r"cover\.tif: holds codes .*13 \(30 pixels\), 177 \(100 pixels\).*--product"):
         packed(tmp_path, [scene(tmp_path, at(UTM31, 4.0, 47.0, 30, 90, 70))], [sheet])
-    assert not (tmp_path / "out" / records.MANIFEST).exists()
+    assert not (tmp_path / "out" / manifests.MANIFEST).exists()
 
 
 def test_damaged_land_cover_is_not_blamed_on_the_scene(tmp_path):

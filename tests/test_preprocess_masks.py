@@ -15,7 +15,7 @@ from rasterio.warp import reproject
 from rasterio.warp import transform as warp_points
 
 from geokr.config import ConfigError
-from geokr.records import load_manifest
+from geokr.manifests import load_manifest
 from preprocess import masks
 from preprocess.grid import MAX_CHUNK_TILES
 from preprocess.inputs import PlanError

@@ -17,7 +17,7 @@ import pytest
 import rasterio
 import simplejpeg
 
-from geokr import config, records
+from geokr import config, manifests, records
 from preprocess import blocks, grid, phases, raster, sampling, shards, spill, workfolder
 from preprocess.grid import Grid
 from preprocess.inputs import PlanError
@@ -87,7 +87,7 @@ def test_the_undisturbed_dataset_is_whole(inputs):
     assert len(manifest.train.shards) > 2
     assert len(manifest.val.shards) >= 1
     parts = (*manifest.train.shards, *manifest.val.shards)
-    assert set(inputs.bytes) == {records.MANIFEST, *(s.name for s in parts), *(s.index_name for s in parts)}
+    assert set(inputs.bytes) == {manifests.MANIFEST, *(s.name for s in parts), *(s.index_name for s in parts)}
     counts = manifest.counts
     assert counts["positions"] == 7 * 8 + 5 * 6
     assert counts["positions"] == counts["kept"] + sum(v for k, v in counts.items() if k.startswith("rejected_"))
@@ -299,7 +299,7 @@ def test_signals(long, tmp_path):
         while any(alive(pid) for pid in workers):
             assert time.monotonic() - start < 15, "workers outlive their caller"
             time.sleep(0.05)
-        assert not (out / records.MANIFEST).exists()
+        assert not (out / manifests.MANIFEST).exists()
         pack_quietly(scenes, covers, product, out, *keys, "workers=0")
         assert contents(out) == expected
 
@@ -538,7 +538,8 @@ def test_memory_does_not_grow_with_the_scene(tmp_path):
             [sys.executable, "-c", MEASURE, str(folder)], cwd=ROOT, capture_output=True, text=True, check=True
         )
         used[side] = int(done.stdout)
-        assert records.load_manifest(folder / "out").counts["kept"] == len(range(0, side - 255, 500)) ** 2 + extra(side)
+        kept = manifests.load_manifest(folder / "out").counts["kept"]
+        assert kept == len(range(0, side - 255, 500)) ** 2 + extra(side)
     assert used[12000] < used[3000] + 150
 
 
@@ -898,7 +899,7 @@ def test_the_bytes_of_a_small_dataset_stay(inputs):
         total.update(split.encode() + record.image + record.fractions.tobytes() + record.tile_id.encode())
         total.update(np.array([record.valid_fraction, *record.transform], "<f8").tobytes())
     assert total.hexdigest()[:16] == "fb937bf89f413780"
-    tree = json.loads(inputs.bytes[records.MANIFEST])
+    tree = json.loads(inputs.bytes[manifests.MANIFEST])
     assert (tree["schema"], tree["schema_version"]) == ("geokr-records", 2)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import rasterio
 
-from geokr import records
+from geokr import manifests
 from preprocess import pack_records, precut, verify_records
 from preprocess.image_codecs import decode_image
 from tests.scenes import (
@@ -86,7 +86,7 @@ def test_tiles_are_the_scenes_own(labels, world, from_scene, tmp_path):
         column, row = round((where[2] - 5e5) / 10), round((4e6 - where[5]) / 10)
         assert record.tile_id == f"tiles/{row // SIZE}/tile_{column:03d}"
         np.testing.assert_allclose(record.lonlat, same.lonlat, rtol=1e-7)
-    manifest = records.load_manifest(tmp_path / "d")
+    manifest = manifests.load_manifest(tmp_path / "d")
     assert manifest.tile.size == SIZE
     assert [(scene.scene_id, scene.kept) for scene in manifest.scenes] == [("tiles", 20)]
     assert manifest.counts["positions"] == manifest.counts["kept"] == 20
@@ -149,7 +149,7 @@ def test_another_folder_is_added(world, tmp_path, capsys):
         assert command(tmp_path / name, tmp_path / "d", "--labels", str(tmp_path / name), *KEYS, "--append") == 0
     found = {record.tile_id for _, record in read_records(tmp_path / "d")}
     assert found == {f"{name}/t{column}" for name in ("north", "south") for column in range(5)}
-    assert [scene.scene_id for scene in records.load_manifest(tmp_path / "d").scenes] == ["north", "south"]
+    assert [scene.scene_id for scene in manifests.load_manifest(tmp_path / "d").scenes] == ["north", "south"]
     assert verify_records.verify(tmp_path / "d", 1)[0] == []
 
 
@@ -162,7 +162,7 @@ def test_labels_on_other_grids_and_a_rotated_tile(tmp_path):
     assert command(tmp_path / "tiles", tmp_path / "d", "--labels", str(tmp_path / "labels"), *KEYS) == 0
     ((_, record),) = read_records(tmp_path / "d")
     assert np.allclose(record.transform, turned)
-    names = [entry.name for entry in records.load_manifest(tmp_path / "d").classes]
+    names = [entry.name for entry in manifests.load_manifest(tmp_path / "d").classes]
     other = OtherWay("worldcover", [tmp_path / "labels/a.tif"])
     expected, share = other.fractions(names, turned, record.crs, SIZE, 1, 1, np.ones((SIZE, SIZE), bool))
     np.testing.assert_allclose(record.fractions, expected, atol=1e-6)
@@ -177,7 +177,7 @@ def test_json_by_names_and_what_does_not_count(tmp_path):
     keys = (*KEYS, "labels.drop=[grassland]", "labels.min_valid_fraction=0.3")
     assert command(tmp_path / "tiles", tmp_path / "d", "--labels", str(tmp_path / "tiles"), *keys) == 0
     ((_, record),) = read_records(tmp_path / "d")
-    names = [entry.name for entry in records.load_manifest(tmp_path / "d").classes]
+    names = [entry.name for entry in manifests.load_manifest(tmp_path / "d").classes]
     found = dict(zip(names, record.fractions.tolist(), strict=True))
     assert found["tree_cover"] == pytest.approx(0.75)
     assert found["shrubland"] == pytest.approx(0.25)
@@ -200,7 +200,7 @@ def test_the_year_of_labels_that_tiles_bring(labels, world, tmp_path):
         ((_, record),) = read_records(tmp_path / str(year))
         assert record.date == "2020-07-01"
         assert record.label_gap_years == (gap if gap is None else pytest.approx(gap, abs=0.01))
-        years = records.load_manifest(tmp_path / str(year)).land_cover_years
+        years = manifests.load_manifest(tmp_path / str(year)).land_cover_years
         assert years == (() if year is None else (year,))
 
 
@@ -219,7 +219,7 @@ def test_masks_of_tiles(world, tmp_path, capsys):
     assert {record.tile_id for _, record in read_records(tmp_path / "d")} == {
         f"tiles/tile_{n}" for n in ("000", "048", "096")
     }
-    assert records.load_manifest(tmp_path / "d").counts["rejected_cloud"] == 2
+    assert manifests.load_manifest(tmp_path / "d").counts["rejected_cloud"] == 2
     assert command(tmp_path / "tiles", tmp_path / "d", *how, clouds) == 0
     capsys.readouterr()
     assert command(tmp_path / "tiles", tmp_path / "d", *how, "mask.pattern=../others/{stem}.tif") == 1
@@ -240,7 +240,7 @@ def test_sixteen_bits_are_stretched_over_all_tiles(world, tmp_path):
         with rasterio.open(tmp_path / f"{record.tile_id}.tif") as file:
             assert np.array_equal(decode_image(record, "").transpose(2, 0, 1), file.read())
     assert command(tmp_path / "tiles", tmp_path / "jpeg", *land, *keys, "tile.bands=[1,2,3]") == 0
-    (scene,) = records.load_manifest(tmp_path / "jpeg").scenes
+    (scene,) = manifests.load_manifest(tmp_path / "jpeg").scenes
     ((low, high), *_) = scene.stretch_limits
     assert 1 <= low < 400
     assert 2500 < high < 2900
@@ -259,7 +259,7 @@ def test_the_rules_for_scenes_hold(world, tmp_path):
     (tmp_path / "tiles/dark.json").write_text('{"10": 1}')
     keys = ("workers=0", "split.block_m=5000", "split.val_fraction=0.4")
     assert command(tmp_path / "tiles", tmp_path / "d", "--labels", str(tmp_path / "tiles"), *keys) == 0
-    manifest = records.load_manifest(tmp_path / "d")
+    manifest = manifests.load_manifest(tmp_path / "d")
     assert manifest.counts["rejected_dark"] == 1
     assert manifest.train.records + manifest.val.records == manifest.counts["kept"]
     from preprocess import blocks, scan
@@ -290,7 +290,7 @@ def test_bad_files_are_counted_or_stop_the_run(world, tmp_path, capsys):
     assert re.search(r"2 of 20 tiles cannot be used \(max_bad_fraction=0.07\)", error)
     assert "1_tile_024.tif" in error
     assert command(tmp_path / "tiles", tmp_path / "f", *land, *KEYS, "max_bad_fraction=0.2") == 0
-    counts = records.load_manifest(tmp_path / "f").counts
+    counts = manifests.load_manifest(tmp_path / "f").counts
     assert (counts["rejected_unreadable"], counts["kept"]) == (2, 18)
 
 

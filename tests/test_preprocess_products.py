@@ -10,7 +10,7 @@ import yaml
 from affine import Affine
 from rasterio.warp import transform as warp_points
 
-from geokr import landcover, records
+from geokr import landcover, manifests, records
 from geokr.config import ConfigError
 from preprocess import pack_records, sheet_headers, verify_records
 from preprocess.errors import RasterError
@@ -401,7 +401,7 @@ def several(tmp_path_factory):
 
 def test_each_product_has_its_own_fractions(several):
     folder, sheets, *_ = several
-    manifest = records.load_manifest(folder)
+    manifest = manifests.load_manifest(folder)
     assert list(manifest.products) == ["again", "dynamicworld", "worldcover"]
     ways = {
         "globeland30": (OtherWay("globeland30", sheets["globeland30"], drop=["grassland"]), 1, 1),
@@ -431,7 +431,7 @@ def test_each_product_has_its_own_fractions(several):
 
 def test_what_the_manifest_says_of_further_products(several):
     folder, *_ = several
-    manifest = records.load_manifest(folder)
+    manifest = manifests.load_manifest(folder)
     again, world = manifest.products["again"], manifest.products["worldcover"]
     assert (again.product, again.land_cover_years) == ("globeland30", (2010,))
     assert (world.product, world.land_cover_years) == ("worldcover", (2021,))
@@ -443,7 +443,7 @@ def test_what_the_manifest_says_of_further_products(several):
     for name in records.SPLITS:
         mine = [record for split, record in read_records(folder) if split == name]
         for product in manifest.products:
-            chosen, key = records.labelled_by(manifest, product, "here")
+            chosen, key = manifests.labelled_by(manifest, product, "here")
             assert key == product
             mean = np.mean([record.also[product].fractions for record in mine], axis=0, dtype=np.float64)
             np.testing.assert_allclose(chosen.split(name).prior, mean / mean.sum(), atol=1e-6)
@@ -525,7 +525,7 @@ def test_a_table_of_ones_own_as_a_further_product(tmp_path):
     out = tmp_path / "out"
     packed = pack_quietly([scene_at(tmp_path)], [cover], "globeland30", out, *SMALL, *own, also=also)
     assert packed.manifest.products["our_map"].land_cover_years == (2019,)
-    assert str(tmp_path) not in (out / records.MANIFEST).read_text()
+    assert str(tmp_path) not in (out / manifests.MANIFEST).read_text()
     way = OtherWay(str(table), [mine])
     for _, record in list(read_records(out))[::4]:
         expected, _ = way.fractions(["a", "b"], record.transform, record.crs, 32, 1, 1, np.ones((32, 32), bool))
@@ -552,7 +552,7 @@ def test_cut_tiles_by_several_products(several, tmp_path):
     assert len(found) > 3
     way = OtherWay("worldcover", sheets["worldcover"])
     for record in found.values():
-        names = [entry.name for entry in records.load_manifest(tmp_path / "by_map").products["worldcover"].classes]
+        names = [entry.name for entry in manifests.load_manifest(tmp_path / "by_map").products["worldcover"].classes]
         expected, _ = way.fractions(names, record.transform, record.crs, 32, 2, 2, np.ones((32, 32), bool))
         np.testing.assert_allclose(record.also["worldcover"].fractions, expected, atol=1e-6)
         assert set(record.also) == {"again", "dynamicworld", "worldcover"}
@@ -577,14 +577,14 @@ def test_scenes_added_to_a_dataset_of_several_products(several, tmp_path):
     out, first = tmp_path / "out", sheets["globeland30"]
     assert command(scenes[:1], first, "globeland30", out, *arguments, *last) == 0
     assert command(scenes, first, "globeland30", out, *arguments, *last, "--append") == 0
-    grown = records.load_manifest(out)
+    grown = manifests.load_manifest(out)
     assert grown.version == 2
-    assert grown.products == records.load_manifest(folder).products
+    assert grown.products == manifests.load_manifest(folder).products
     every = [record for _, record in read_records(out)]
     assert {record.scene_id for record in every} == {"s_20200817", "t_20210102"}
     for product in grown.products:
         mean = np.mean([record.also[product].fractions for record in every], axis=0, dtype=np.float64)
-        chosen, _ = records.labelled_by(grown, product, "here")
+        chosen, _ = manifests.labelled_by(grown, product, "here")
         np.testing.assert_allclose(chosen.train.prior, mean / mean.sum(), atol=1e-6)
     before = contents(out)
     assert command(scenes, first, "globeland30", out, *arguments, *last) == 0

@@ -14,7 +14,7 @@ from rasterio.transform import from_origin
 from rasterio.warp import reproject
 from scipy.interpolate import RBFInterpolator
 
-from geokr import records
+from geokr import manifests
 from geokr.landcover import build_legend, load_product
 from preprocess import labels, pack_records, rpc, scene_headers, sheet_headers, sheets
 from preprocess.errors import RasterError
@@ -59,7 +59,7 @@ def rpc_scene(tmp_path, pixel=30.0, name="s.tif", seed=0, tilt=0.3):
 
 def check(out, cover, where, k=(1, 1), crs="EPSG:4326"):
     """Every record's fractions against land cover looked up where ``where`` (columns, rows -> x, y) says."""
-    manifest, other = records.load_manifest(out), OtherWay("globeland30", [cover])
+    manifest, other = manifests.load_manifest(out), OtherWay("globeland30", [cover])
     names = [entry.name for entry in manifest.classes]
     worst, count = 0.0, 0
     for _, record in read_records(out, manifest):
@@ -576,7 +576,7 @@ def test_cut_tiles_are_placed_as_scenes_are(tmp_path, cover):
     def as_tiles(out, *keys):
         tiles = ["--tiles", str(tmp_path / "tiles"), "--land-cover", str(cover), "--product", "globeland30"]
         assert pack_records.main([*tiles, "--out", str(tmp_path / out), *RAW, *keys]) == 0
-        manifest = records.load_manifest(tmp_path / out)
+        manifest = manifests.load_manifest(tmp_path / out)
         return {record.transform: record for _, record in read_records(tmp_path / out)}, manifest.scenes[0].fingerprint
 
     identities, places = set(), set()

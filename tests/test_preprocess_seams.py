@@ -19,7 +19,7 @@ from rasterio.io import MemoryFile
 from rasterio.vrt import WarpedVRT
 from rasterio.warp import transform as warp_points
 
-from geokr import records
+from geokr import manifests
 from preprocess import labels, scene_headers, sheet_headers, sheets
 from preprocess.place import AffinePlace
 from tests.scenes import RAW, UTM31, noise, pack_quietly, packaged, patches, read_records, write_raster
@@ -102,7 +102,7 @@ def check(folder, scenes, paths, *keys, k=None, product="globeland30", oracle=No
     out = Path(folder) / "out"
     keys = (*RAW, f"tile.size={SIZE}", "tile.step=18", "labels.min_valid_fraction=0.01", *keys)
     manifest = pack_quietly(scenes, paths, product, out, *keys).manifest
-    classes = [entry.name for entry in records.load_manifest(out).classes]
+    classes = [entry.name for entry in manifests.load_manifest(out).classes]
     oracle = oracle or Warped(product, paths)
     every = [record for _, record in read_records(out, manifest)]
     assert len(every) >= atleast

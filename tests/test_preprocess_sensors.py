@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from geokr import config, records
+from geokr import config, manifests
 from geokr.config import ConfigError
 from preprocess import sensor
 from preprocess.inputs import PlanError
@@ -235,7 +235,7 @@ def test_the_sensor_is_part_of_the_dataset(cover, tmp_path, capsys):
     path = scene(tmp_path / GF1, 4, photometric="minisblack")
     keys = (*NO_QUALITY, "tile.size=32", "tile.step=32", "split.val_fraction=0", "workers=0")
     assert command([path], [cover], "worldcover", tmp_path / "out", "--sensor", "gaofen1", *keys) == 0
-    manifest = records.load_manifest(tmp_path / "out")
+    manifest = manifests.load_manifest(tmp_path / "out")
     assert [band.wavelength_nm for band in manifest.bands] == [660, 555, 485]
     assert manifest.config["scene"]["sensor"] == "gaofen1"
     assert command([path], [cover], "worldcover", tmp_path / "out", "--sensor", "gaofen2", *keys) == 1

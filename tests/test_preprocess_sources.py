@@ -12,7 +12,7 @@ from rasterio.enums import Resampling
 from rasterio.io import MemoryFile
 from rasterio.vrt import WarpedVRT
 
-from geokr import config, records
+from geokr import config, manifests
 from geokr.config import ConfigError
 from preprocess import raster
 from preprocess.alignment import align
@@ -225,7 +225,7 @@ def test_turned_alike_is_aligned():
 def test_a_safe_folder(safe, cover, tmp_path, method):
     keys = ("scene.sensor=sentinel2", f"scene.resampling={method}", "tile.bands=[red, nir, B8A, swir16, coastal]")
     tiles = packed([safe], cover, tmp_path / "out", *keys)
-    manifest = records.load_manifest(tmp_path / "out")
+    manifest = manifests.load_manifest(tmp_path / "out")
     assert [(band.name, band.number, band.wavelength_nm) for band in manifest.bands] == [
         ("red", 4, 664.6), ("nir", 8, 832.8), ("nir08", 9, 864.7), ("swir16", 12, 1613.7), ("coastal", 1, 442.7),
     ]  # fmt: skip
@@ -252,7 +252,7 @@ def test_the_default_is_red_green_blue_at_10_m(safe, cover, tmp_path):
     tiles = packed([safe], cover, tmp_path / "out", "scene.sensor=sentinel2", "tile.bands=rgb")
     with rasterio.open(next(safe.rglob("*B02_10m.jp2"))) as file:
         np.testing.assert_array_equal(tiles[f"{SAFE[:-5]}:32:64"][..., 2], file.read(1)[64:96, 32:64])
-    bands = records.load_manifest(tmp_path / "out").bands
+    bands = manifests.load_manifest(tmp_path / "out").bands
     assert [band.name for band in bands] == ["red", "green", "blue"]
 
 
@@ -299,8 +299,8 @@ def test_zions_four_files_give_the_tiles_of_the_stacked_one(tmp_path):
         assert record.image == other[place].image
         np.testing.assert_array_equal(record.fractions, other[place].fractions)
         assert (record.transform, record.crs) == (other[place].transform, other[place].crs)
-    assert records.load_manifest(tmp_path / "apart").train.mean == pytest.approx(
-        records.load_manifest(tmp_path / "stacked").train.mean, rel=1e-15
+    assert manifests.load_manifest(tmp_path / "apart").train.mean == pytest.approx(
+        manifests.load_manifest(tmp_path / "stacked").train.mean, rel=1e-15
     )
 
 
@@ -536,7 +536,7 @@ def test_a_stac_item(stac, cover, tmp_path):
     )  # rededge would be two; the picture's do not count
     assert scene.mask_path == str(folder / "img/SCL.tif")
     tiles = packed([path], cover, tmp_path / "out", "tile.bands=[red, B06, blue]")
-    manifest = records.load_manifest(tmp_path / "out")
+    manifest = manifests.load_manifest(tmp_path / "out")
     assert [(band.name, band.wavelength_nm) for band in manifest.bands] == [("red", 665), ("B06", None), ("blue", 490)]
     with rasterio.open(folder / "img/B06.tif") as file:
         np.testing.assert_array_equal(tiles["S2_item:0:32"][..., 1], file.read(1)[32:, :32])

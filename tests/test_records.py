@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tfrecord import example_pb2
 
-from geokr import example, records
+from geokr import example, manifests, records
 from geokr.records import RecordError
 from preprocess import shards, verify_records
 from tests.datasets import make_dataset, make_images, make_records
@@ -138,7 +138,7 @@ def folder(tmp_path):
 
 def test_another_package_reads_the_shards(folder):
     """Every frame through the tfrecord package; masked checksums by the crc32c package."""
-    manifest = records.load_manifest(folder)
+    manifest = manifests.load_manifest(folder)
     seen = 0
     for shard in (*manifest.train.shards, *manifest.val.shards):
         path = folder / shard.name
@@ -167,7 +167,7 @@ def test_dali_reads_the_shards(folder):
     from nvidia.dali import pipeline_def
     from nvidia.dali import tfrecord as tfrec
 
-    manifest = records.load_manifest(folder)
+    manifest = manifests.load_manifest(folder)
     parts = manifest.train.shards
 
     @pipeline_def(batch_size=5, num_threads=1, device_id=None)
@@ -226,7 +226,7 @@ def test_every_flipped_bit_is_found(tmp_path):
     folder = make_dataset(tmp_path / "d", tiles=2, val=1, size=8, codec="raw", dtype="uint8", bands=1, shard_records=4)
     path = folder / "train-00000.tfrecord"
     data, missed = path.read_bytes(), []
-    spans = records.open_index(folder, records.load_manifest(folder).train.shards[0])
+    spans = manifests.open_index(folder, manifests.load_manifest(folder).train.shards[0])
     spoiled = folder / "spoiled"
     for bit in range(len(data) * 8):
         changed = bytearray(data)
@@ -249,7 +249,7 @@ def test_every_flipped_bit_is_found(tmp_path):
 def test_a_flipped_bit_is_reported_by_the_command(folder, capsys):
     assert verify_records.main([str(folder), "--workers", "1"]) == 0
     path = folder / "train-00001.tfrecord"
-    spans = records.open_index(folder, records.load_manifest(folder).train.shards[1])
+    spans = manifests.open_index(folder, manifests.load_manifest(folder).train.shards[1])
     data = bytearray(path.read_bytes())
     data[int(spans[2, 0]) + 100] ^= 4
     path.write_bytes(data)
@@ -261,7 +261,7 @@ def test_a_flipped_bit_is_reported_by_the_command(folder, capsys):
 
 
 def edit(folder, change):
-    path = folder / records.MANIFEST
+    path = folder / manifests.MANIFEST
     tree = json.loads(path.read_bytes())
     change(tree)
     path.write_text(json.dumps(tree))
@@ -305,15 +305,15 @@ DAMAGE = {
         lambda f: edit(f, lambda t: t["train"]["shards"].__setitem__(-1, {**t["val"]["shards"][0], "records": 2})),
         "another split",
     ),
-    "empty": (lambda f: (f / records.MANIFEST).write_bytes(b""), "damaged"),
-    "no manifest": (lambda f: (f / records.MANIFEST).unlink(), "not a dataset"),
+    "empty": (lambda f: (f / manifests.MANIFEST).write_bytes(b""), "damaged"),
+    "no manifest": (lambda f: (f / manifests.MANIFEST).unlink(), "not a dataset"),
     "same tile twice": (
         lambda f: rewrite(f, FIRST, payloads_of(f, FIRST)[:3] + payloads_of(f, FIRST)[:1]),
         "1 tiles stand in it twice",
     ),
     "reordered": (
         lambda f: (
-            hashes := json.loads((f / records.MANIFEST).read_bytes())["train"]["shards"][0]["sha256"],
+            hashes := json.loads((f / manifests.MANIFEST).read_bytes())["train"]["shards"][0]["sha256"],
             rewrite(f, FIRST, payloads_of(f, FIRST)[::-1]),
             edit(f, lambda t: t["train"]["shards"][0].update(sha256=hashes)),
         ),
@@ -345,10 +345,10 @@ def test_verification_in_processes_says_the_same(folder):
 
 def test_no_such_folder(tmp_path):
     with pytest.raises(RecordError, match="there is no such folder"):
-        records.load_manifest(tmp_path / "nowhere")
+        manifests.load_manifest(tmp_path / "nowhere")
     (tmp_path / "begun/.work").mkdir(parents=True)
     with pytest.raises(RecordError, match="unfinished packing run"):
-        records.load_manifest(tmp_path / "begun")
+        manifests.load_manifest(tmp_path / "begun")
 
 
 # ------------------------------------------------------------------------------------------------- fuzzing
@@ -374,35 +374,35 @@ def small(tmp_path_factory):
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_manifest_with_anything_in_place_of_anything(small, tmp_path, data):
-    tree = json.loads((small / records.MANIFEST).read_bytes())
+    tree = json.loads((small / manifests.MANIFEST).read_bytes())
     path = data.draw(st.sampled_from([p for p in leaves(tree) if p]))
     node = tree
     for key in path[:-1]:
         node = node[key]
     node[path[-1]] = data.draw(json_values)
-    (tmp_path / records.MANIFEST).write_text(json.dumps(tree))
+    (tmp_path / manifests.MANIFEST).write_text(json.dumps(tree))
     with contextlib.suppress(RecordError):
-        manifest = records.load_manifest(tmp_path)
+        manifest = manifests.load_manifest(tmp_path)
         for name in records.SPLITS:
             for shard in manifest.split(name).shards:
-                records.open_index(small, shard)
+                manifests.open_index(small, shard)
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.binary(max_size=60))
 def test_a_manifest_of_any_bytes(tmp_path, data):
-    (tmp_path / records.MANIFEST).write_bytes(data)
+    (tmp_path / manifests.MANIFEST).write_bytes(data)
     with pytest.raises(RecordError):
-        records.load_manifest(tmp_path)
+        manifests.load_manifest(tmp_path)
 
 
 @pytest.mark.parametrize(
     "text", ["[" * 100_000, '{"schema": ' + "9" * 10_000 + "}", "\ufeff{}", '{"a": 1e999}', "null"]
 )
 def test_manifests_made_to_hurt(tmp_path, text):
-    (tmp_path / records.MANIFEST).write_text(text)
+    (tmp_path / manifests.MANIFEST).write_text(text)
     with pytest.raises(RecordError):
-        records.load_manifest(tmp_path)
+        manifests.load_manifest(tmp_path)
 
 
 @settings(max_examples=300, deadline=None)
@@ -439,7 +439,7 @@ def test_features_of_another_kind(name, value):
 @given(st.text(alphabet="0123456789 -\n.x", max_size=40))
 def test_an_index_of_any_text(text):
     with contextlib.suppress(RecordError):
-        spans = records.read_index(text, "here")
+        spans = manifests.read_index(text, "here")
         assert spans.shape[1] == 2
         assert (spans[:, 1] >= records.FRAME_OVERHEAD).all()
 

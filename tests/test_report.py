@@ -12,7 +12,7 @@ import rasterio
 from rasterio.io import MemoryFile
 from rasterio.warp import transform as warp_points
 
-from geokr import records
+from geokr import manifests
 from geokr.landcover import build_legend, load_product
 from preprocess import report_base, report_page, report_pictures, report_sections, report_tiles, tile_table
 from preprocess.grid import Grid
@@ -90,7 +90,7 @@ def test_the_map_holds_every_tile_in_its_place(packed):
 
 def test_rejected_tiles_come_with_examples(packed):
     out = packed[0] / "out"
-    text, counts = (out / report_page.NAME).read_text(), records.load_manifest(out).counts
+    text, counts = (out / report_page.NAME).read_text(), manifests.load_manifest(out).counts
     section = re.search(r'<section id="rejected">.*?</section>', text, re.S)[0]
     found = {
         match[1].replace(" ", "_"): (int(match[2].replace(",", "")), match[0].count("<img"))
@@ -140,7 +140,7 @@ def test_a_report_that_fails_leaves_the_dataset_whole(packed, tmp_path, monkeypa
     monkeypatch.setattr(report_page, "page", full)
     assert command(*packed[1], tmp_path / "out", *KEYS) == 0
     assert "report.html could not be made" in capsys.readouterr().err
-    assert tile_table.is_current(tmp_path / "out", records.load_manifest(tmp_path / "out"))
+    assert tile_table.is_current(tmp_path / "out", manifests.load_manifest(tmp_path / "out"))
     assert not (tmp_path / "out" / ".work").exists()
 
 
@@ -171,12 +171,12 @@ def test_further_products_and_probabilities(packed, tmp_path, capsys):
     likely = write_raster(tmp_path / "likely.tif", shares, (30, 0, 499_000, 0, -30, 5_402_000))
     also = ("--also", "esa", *map(str, covers), "labels.also={esa: {product: worldcover}}")
     assert command([scene], [likely], "dynamicworld", tmp_path / "out", *KEYS, *also) == 0
-    manifest, said = records.load_manifest(tmp_path / "out"), capsys.readouterr().out
+    manifest, said = manifests.load_manifest(tmp_path / "out"), capsys.readouterr().out
     text = (tmp_path / "out" / report_page.NAME).read_text()
     assert "class of dynamicworld" in said
     assert "class of esa" in said
     section = re.search(r'<section id="classes">.*?</section>', text, re.S)[0]
-    for name, seen in (("dynamicworld", manifest), ("esa", records.labelled_by(manifest, "esa", "")[0])):
+    for name, seen in (("dynamicworld", manifest), ("esa", manifests.labelled_by(manifest, "esa", "")[0])):
         part = section.split("<h3>esa: ")[name == "esa"]
         for entry, train, val in zip(seen.classes, seen.train.prior, seen.val.prior, strict=True):
             if train > 0:
@@ -388,7 +388,7 @@ def test_a_million_tiles_in_a_browser(browser, packed, tmp_path, monkeypatch):
     """The page of a million tiles: small, and drawn at once."""
     out = tmp_path / "out"
     shutil.copytree(packed[0] / "out", out)
-    manifest = records.load_manifest(out)
+    manifest = manifests.load_manifest(out)
     classes = len(manifest.classes)
     many(out / tile_table.NAME, 1_000_000, classes)
     renamed = [entry.model_copy(update={"name": f"c{k}"}) for k, entry in enumerate(manifest.classes)]

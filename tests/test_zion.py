@@ -21,7 +21,8 @@ from rasterio.warp import transform as warp_points
 import geokr
 from geokr import pretrain
 from geokr.export import main as export
-from geokr.records import decode_record, load_manifest
+from geokr.manifests import load_manifest
+from geokr.records import decode_record
 from preprocess import pack_records, shards, verify_records
 
 ROOT = Path(__file__).resolve().parents[1]

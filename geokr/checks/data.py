@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from geokr import records
+from geokr import manifests, records
 from geokr.checks.finding import Finding, TrialError, failure, ok, trial, warning
-from geokr.records import Manifest, RecordError, Shard
+from geokr.manifests import Manifest, Shard
+from geokr.records import RecordError
 
 SAMPLE = 256  # records; damage that touches a share p of them is missed with probability (1 - p)^256
 _SEED = 0
@@ -65,7 +66,7 @@ def sample_shards(
     rng = np.random.default_rng(_SEED)
     number, size, seconds = 0, 0, 0.0
     for shard in shards:
-        spans = records.open_index(folder, shard)
+        spans = manifests.open_index(folder, shard)
         share = min(len(spans), max(1, round(count / len(shards))))
         chosen = spans[np.sort(rng.choice(len(spans), share, replace=False))]
         begin = time.perf_counter()
@@ -81,8 +82,8 @@ def check_records(folder: Path, shown: str | None = None) -> Finding:
     """A dataset on this machine. shown: what to call it."""
     name = f"records {shown or folder}"
     try:
-        manifest = records.load_manifest(folder)
-        records.check_folder(folder, manifest)
+        manifest = manifests.load_manifest(folder)
+        manifests.check_folder(folder, manifest)
         shards = [shard for split in records.SPLITS for shard in manifest.split(split).shards]
         crc32c = _crc32c()
         number, size, seconds = sample_shards(folder, shards, SAMPLE, crc32c)

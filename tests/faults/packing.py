@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from geokr import records
+from geokr import manifests, records
 from geokr.records import RecordError
 from tests.faults.conftest import Tally
 from tests.faults.zygote import Child, Zygote
@@ -58,12 +58,12 @@ class Job:
     def sound(self, out: Path) -> bool:
         """Whether what lies there is sound: nothing but files of the finished dataset beside .work; and a dataset that
         was there is there still, unless the new one is."""
-        there = {name: data for name, data in files(out).items() if not name.startswith(records.WORK)}
-        manifest = there.pop(records.MANIFEST, None)
+        there = {name: data for name, data in files(out).items() if not name.startswith(manifests.WORK)}
+        manifest = there.pop(manifests.MANIFEST, None)
         if not there.items() <= self.expected.items():
             return False
-        before = None if self.start is None else (self.start / records.MANIFEST).read_bytes()
-        return manifest in (before, self.expected[records.MANIFEST]) and (manifest is None or opens(out))
+        before = None if self.start is None else (self.start / manifests.MANIFEST).read_bytes()
+        return manifest in (before, self.expected[manifests.MANIFEST]) and (manifest is None or opens(out))
 
     def finish(self, out: Path, tally: Tally) -> None:
         """The same command again, which must leave what an undisturbed run does. Takes the folder away."""
@@ -82,10 +82,10 @@ def files(folder: Path) -> dict[str, bytes]:
 
 def opens(folder: Path) -> bool:
     try:
-        records.check_folder(folder, manifest := records.load_manifest(folder))
+        manifests.check_folder(folder, manifest := manifests.load_manifest(folder))
         for split in records.SPLITS:
             for shard in manifest.split(split).shards:
-                records.open_index(folder, shard)
+                manifests.open_index(folder, shard)
     except RecordError:
         return False
     return True
@@ -105,7 +105,7 @@ def make_jobs(zygote: Zygote, folder: Path) -> dict[str, Job]:
     new.measure(folder / "new")
     append = Job(zygote, "append", ["--scenes", *three, *rest, "--append"], start=folder / "new")
     append.measure(folder / "append")
-    assert json.loads(append.expected[records.MANIFEST])["version"] == 2
+    assert json.loads(append.expected[manifests.MANIFEST])["version"] == 2
     return {"new": new, "append": append}
 
 

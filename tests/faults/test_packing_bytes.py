@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from geokr import records
+from geokr import manifests, records
 from geokr.records import RecordError
 from pipelines.dataset import Dataset
 from pipelines.reader import Reader
@@ -23,8 +23,8 @@ def small(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bytes") / "d"
     make_dataset(folder, tiles=2, val=1, size=8, codec="raw", dtype="uint8", bands=1, shard_records=4)
     # with its digest, as the packer writes it
-    manifest = records.load_manifest(folder)
-    (folder / records.MANIFEST).write_bytes(records.dump_manifest(manifest))
+    manifest = manifests.load_manifest(folder)
+    (folder / manifests.MANIFEST).write_bytes(manifests.dump_manifest(manifest))
     return folder
 
 
@@ -36,8 +36,8 @@ def copy(small, tmp_path):
 def found_by_verification(folder):
     """What verify_records says of the first shard."""
     try:
-        manifest = records.load_manifest(folder)
-        records.check_folder(folder, manifest)
+        manifest = manifests.load_manifest(folder)
+        manifests.check_folder(folder, manifest)
     except RecordError as error:
         return [str(error)]
     return verify_records.verify_shard(folder, manifest.train.shards[0], manifest)[0]
@@ -74,7 +74,7 @@ def flip_bits(copy, name, bits, row, packing, *, neutral=lambda folder: False):
 
 def rows(small, name=SHARD):
     """Bits of payloads, and bits of lengths and checksums, of the shard."""
-    spans = records.open_index(small, records.load_manifest(small).train.shards[0])
+    spans = manifests.open_index(small, manifests.load_manifest(small).train.shards[0])
     payload = [
         bit
         for offset, size in spans.tolist()
@@ -128,11 +128,11 @@ def test_missing_and_surplus_shards(copy, packing):
 
 def same_manifest(small):
     """Whether a damaged manifest still says the same, as when white space changes."""
-    expected = records.load_manifest(small)
+    expected = manifests.load_manifest(small)
 
     def neutral(folder):
         try:
-            return records.load_manifest(folder) == expected
+            return manifests.load_manifest(folder) == expected
         except RecordError:
             return False
 
@@ -141,22 +141,22 @@ def same_manifest(small):
 
 def damage_manifest(small, copy, bits, packing):
     """Refused, or it says the same: not a digit changes unseen."""
-    flip_bits(copy, records.MANIFEST, bits, 31, packing, neutral=same_manifest(small))
+    flip_bits(copy, manifests.MANIFEST, bits, 31, packing, neutral=same_manifest(small))
 
 
 def test_some_flipped_bits_of_the_manifest(small, copy, packing):
-    damage_manifest(small, copy, range(0, (small / records.MANIFEST).stat().st_size * 8, 97), packing)
+    damage_manifest(small, copy, range(0, (small / manifests.MANIFEST).stat().st_size * 8, 97), packing)
 
 
 @pytest.mark.slow
 def test_every_flipped_bit_of_the_manifest(small, copy, packing):
-    damage_manifest(small, copy, range((small / records.MANIFEST).stat().st_size * 8), packing)
+    damage_manifest(small, copy, range((small / manifests.MANIFEST).stat().st_size * 8), packing)
 
 
 def test_a_manifest_cut_short(small, copy, packing):
-    data, same = (small / records.MANIFEST).read_bytes(), same_manifest(small)
+    data, same = (small / manifests.MANIFEST).read_bytes(), same_manifest(small)
     for length in range(0, len(data) - 1, 17):
-        (copy / records.MANIFEST).write_bytes(data[:length])
+        (copy / manifests.MANIFEST).write_bytes(data[:length])
         packing.inject(31, "the manifest cut short")
         packing.right(not same(copy) and bool(found_by_training(copy)), f"a manifest of {length} bytes is not noticed")
 

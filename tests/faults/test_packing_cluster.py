@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from geokr import records
+from geokr import manifests
 from tests.faults.packing import files, seeded
 from tests.scenes import NO_QUALITY, noise, pack_quietly, patches, write_raster
 from tests.test_preprocess_engine import Cluster
@@ -144,4 +144,4 @@ def test_all_workers_go_and_others_come(cluster, world, tmp_path, packing):
             packing.inject(9, "SIGKILL of all of a cluster's workers")
     thread.join(120)
     assert not thread.is_alive()
-    assert (out / records.MANIFEST).exists()
+    assert (out / manifests.MANIFEST).exists()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from geokr import records
+from geokr import manifests
 from preprocess import shards
 from tests.faults.packing import files, make_jobs
 from tests.scenes import pack_quietly
@@ -144,6 +144,6 @@ def test_the_recorder_notices_what_is_missing(tmp_path, monkeypatch):
     os.replace(tmp_path / "x", tmp_path / "y")
     assert recorder.faults
     monkeypatch.setattr(shards, "sync_folder", lambda folder: None)
-    shards.write_whole(tmp_path / records.MANIFEST, b"{}")
+    shards.write_whole(tmp_path / manifests.MANIFEST, b"{}")
     assert recorder.unsafe
     shutil.rmtree(tmp_path)

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import rasterio
 
-from geokr import records
+from geokr import manifests
 from tests.faults.packing import KEYS, files, seeded
 from tests.scenes import command, noise, patches, read_records, write_raster
 
@@ -55,12 +55,12 @@ def truncated(world, tmp_path, lengths, packing, capsys):
         assert world.pack(out) == 1
         packing.inject(10, "a scene cut short")
         assert "bad.tif" in capsys.readouterr().err
-        packing.right(not (out / records.MANIFEST).exists(), "a dataset of a scene that was cut short")
+        packing.right(not (out / manifests.MANIFEST).exists(), "a dataset of a scene that was cut short")
         shutil.rmtree(out, ignore_errors=True)
         assert world.pack(out, "max_bad_fraction=0.5") == 0
         left = tiles(out)
         packing.right(bool(left) and all(name.startswith("good:") for name in left), "tiles of a scene cut short")
-        assert records.load_manifest(out).counts["scenes_rejected"] == 1
+        assert manifests.load_manifest(out).counts["scenes_rejected"] == 1
         shutil.rmtree(out)
     world.bad.write_bytes(world.sound)
 
@@ -128,7 +128,7 @@ def test_the_same_command_goes_on_when_the_file_is_fetched_again(tmp_path, packi
     packing.inject(11, "a scene fetched again")
     assert world.pack(out, *sums) == 0
     assert world.pack(other) == 0
-    packing.resumed(files(out)[records.MANIFEST] == files(other)[records.MANIFEST])
+    packing.resumed(files(out)[manifests.MANIFEST] == files(other)[manifests.MANIFEST])
     assert tiles(silent) != tiles(out)
     capsys.readouterr()
     assert world.pack(out, *sums) == 0

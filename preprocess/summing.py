@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from geokr import records
-from geokr.records import ClassInfo, Manifest, Moments, ProductInfo, SceneInfo, Shard, SplitInfo, Tile
+from geokr.manifests import ClassInfo, Manifest, Moments, ProductInfo, SceneInfo, Shard, SplitInfo, Tile
 from preprocess import blocks, scan
 from preprocess.covers import Cover
 from preprocess.damaged import Damaged
