@@ -58,21 +58,34 @@ def build_student(options: PretrainOptions, spec: BackboneSpec, classes: int, *,
     return student
 
 
-def _crops(options: PretrainOptions, spec: BackboneSpec, model: LandCoverModel, squares: int) -> Crops | None:
-    """How batches are cropped, where they are. Raises ConfigError where squares or backbone do not allow it."""
+def _crops(
+    options: PretrainOptions, spec: BackboneSpec, model: LandCoverModel, squares: int, steps: int
+) -> Crops | None:
+    """How batches are cropped, where they are. Raises ConfigError where squares or backbone do not allow what was asked
+    for."""
     if not options.augment.crop_probability:
         return None
-    crops = Crops(options.augment, options.run.seed, spec.image_size, squares)
+    try:
+        crops = Crops(options.augment, options.run.seed, spec.image_size, squares, steps)
+        _check_sides(crops, spec, model)
+    except ConfigError as error:
+        if options.augment.crop_probability != "auto":
+            raise
+        log.info("images stay whole: %s", error)
+        return None
+    return crops
+
+
+def _check_sides(crops: Crops, spec: BackboneSpec, model: LandCoverModel) -> None:
     for side in crops.sides:
         try:
             feature_count(model.backbone, replace(spec, image_size=side))
         except ConfigError as error:
             raise ConfigError(
-                f"augment.crop_probability={options.augment.crop_probability:g}: model.backbone={spec.name!r} does not "
+                f"augment.crop_probability={crops.options.crop_probability}: model.backbone={spec.name!r} does not "
                 f"take crops of {side} px ({error.__cause__ or error}): use augment.crop_probability=0, a larger "
                 "augment.crop_min, or another backbone"
             ) from error
-    return crops
 
 
 def _autocast(precision: str, device: torch.device) -> Callable[[], AbstractContextManager]:
@@ -181,11 +194,11 @@ def build_learner(
     at_once = images_at_once(options.data.global_batch, world.size, options.train.accumulate)
     synchronized = _synchronize(options, world, at_once)
     student = build_student(options, spec, classes, fresh=restore is None)
-    crops = _crops(options, spec, student, squares)
+    crops = _crops(options, spec, student, squares, steps)
     student, teacher = _pair(options, student, world, synchronized)
     fused = fuse_norms(options, student, world, synchronized=synchronized)
     precision = choose_precision(options.train.precision, world.device)
-    run_step = choose_compute(options, world, precision)
+    run_step = choose_compute(options, world, precision, cropped=crops is not None)
     optimizer, ran = build_optimizer(student, options.optim, world.device, capturable=isinstance(run_step, Recorded))
     scaler = Scaler(world.device.type, enabled=precision == "fp16")
     if restore is not None:

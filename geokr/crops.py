@@ -16,6 +16,7 @@ from geokr.batch import Batch
 from geokr.config import ConfigError
 from geokr.options import AugmentOptions
 
+AUTO = 0.5  # augment.crop_probability=auto
 _SALT = 7703  # of the draws, so that they are none of step_seed's
 # Share of the tile's labelled ground under which a crop knows nothing of its own: its labels are the whole tile's then.
 _LITTLE = 1e-3
@@ -37,16 +38,18 @@ class Crops:
     """Where a step's images are cropped: a function of seed and step, so that every process, and every part of a step,
     crops alike, however many there are.
 
-    side: of the images in pixels. squares: G, along an image's side. Raises ConfigError if they do not fit.
+    side: of the images in pixels. squares: G, along an image's side. steps: of the run. Raises ConfigError if they do
+    not fit.
     """
 
     options: AugmentOptions
     seed: int
     side: int
     squares: int
+    steps: int
 
     def __post_init__(self) -> None:
-        asked = f"augment.crop_probability={self.options.crop_probability:g}"
+        asked = f"augment.crop_probability={self.options.crop_probability}"
         if not self.squares:
             raise ConfigError(
                 f"{asked}: the records of the run do not say where in their tiles classes lie, by one number of "
@@ -65,6 +68,16 @@ class Crops:
             )
 
     @property
+    def probability(self) -> float:
+        chosen = self.options.crop_probability
+        return AUTO if chosen == "auto" else chosen
+
+    @property
+    def last(self) -> int:
+        """The last step whose images may be cropped."""
+        return round(self.options.crop_until * self.steps)
+
+    @property
     def sides(self) -> list[int]:
         """Sides of crops in pixels."""
         return [number * (self.side // self.squares) for number in range(self._fewest, self.squares)]
@@ -76,7 +89,7 @@ class Crops:
     def window(self, step: int) -> tuple[int, int, int]:
         """(row, column, side) in squares; all of them where the images stay whole."""
         rng = np.random.default_rng([_SALT, self.seed, step])
-        if rng.random() >= self.options.crop_probability:
+        if step > self.last or rng.random() >= self.probability:
             return 0, 0, self.squares
         side = int(rng.integers(self._fewest, self.squares))
         row, column = rng.integers(0, self.squares - side + 1, 2).tolist()

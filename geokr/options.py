@@ -1,6 +1,6 @@
 """The configuration of a pretraining run, section by section. Every key's meaning is the text under it."""
 
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
@@ -131,9 +131,12 @@ class AugmentOptions(Options):
     """Factor drawn for each band, where there are other than three 8-bit bands."""
     band_offset: Range = (-0.1, 0.1)
     """Offset drawn for each band in its standard deviations, where there are other than three 8-bit bands."""
-    crop_probability: float = Field(default=0.0, ge=0, le=1)
+    crop_probability: Literal["auto"] | Annotated[float, Field(ge=0, le=1)] = 0.0
     """Share of the steps whose images are cropped, all alike, with the fractions of what is left; for records packed
-    with `labels.grid`. Crops keep the scale, so they cost less; their steps are not recorded as CUDA graphs."""
+    with `labels.grid`. Crops keep the scale, so they cost less; their steps are not recorded as CUDA graphs. `auto`:
+    half of the steps where squares, images and backbone allow it, else none."""
+    crop_until: float = Field(default=0.7, gt=0, le=1)
+    """Share of the run's steps after which images stay whole, as they will be when the backbone is used."""
     crop_min: float = Field(default=0.5, gt=0, lt=1)
     """Smallest side of a crop as a share of the image's; every side between is equally likely."""
     published: bool = False

@@ -117,6 +117,7 @@ def _train(
             seed=options.run.seed,
             start_sample=start * options.data.global_batch,
             accumulate=options.train.accumulate,
+            by_square=learner.crops is not None,
             **_place(facts, world),
         ) as batches,
     ):
@@ -223,6 +224,9 @@ def _announce(
         _fast_paths(chosen),
         "all processes" if chosen["synchronized"] else "each process's images",
     )
+    if crops := learner.crops:
+        sides = f"{crops.sides[0]} to {crops.sides[-1]} px"
+        log.info("%.4g %% of the steps up to step %d on crops of %s", 100 * crops.probability, crops.last, sides)
 
 
 def _fast_paths(chosen: Mapping[str, Any]) -> str:

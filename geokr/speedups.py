@@ -105,15 +105,15 @@ def fold_teacher(
     return folded
 
 
-def choose_compute(options: PretrainOptions, world: World, precision: str) -> Compute:
+def choose_compute(options: PretrainOptions, world: World, precision: str, *, cropped: bool) -> Compute:
     """Steps as they come or recorded. Raises ConfigError where ``train.cuda_graph=on`` cannot be.
 
-    precision: as :func:`geokr.precision.choose_precision` resolved it.
+    precision: as :func:`geokr.precision.choose_precision` resolved it. cropped: whether sides of images change.
     """
     choice = options.train.cuda_graph
     if choice == "off":
         return compute
-    obstacle = _graph_obstacle(options, world, precision)
+    obstacle = _graph_obstacle(options, world, precision, cropped=cropped)
     if obstacle is None:
         return Recorded(required=choice == "on")
     if choice == "on":
@@ -121,14 +121,14 @@ def choose_compute(options: PretrainOptions, world: World, precision: str) -> Co
     return compute
 
 
-def _graph_obstacle(options: PretrainOptions, world: World, precision: str) -> str | None:
+def _graph_obstacle(options: PretrainOptions, world: World, precision: str, *, cropped: bool) -> str | None:
     if world.device.type != "cuda":
         return f"this run is on {world.device.type}"
     if world.size > 1:
         return "steps of several processes are not recorded"
     if options.train.accumulate > 1:
         return "steps of several parts (train.accumulate) are not recorded"
-    if options.augment.crop_probability:
+    if cropped:
         return "images of augment.crop_probability have different sides"
     if options.optim.implementation == "apex":
         return "apex's optimizers are not recorded"

@@ -85,25 +85,25 @@ def train_batches(
     image_size: int | None = None,
     bands: tuple[int, ...] | None = None,
     local_ranks: int | None = None,
+    by_square: bool = False,
 ) -> Loader:
     """Endless micro-batches of ``global_batch / (world_size * accumulate)`` samples for this rank.
 
     seed, start_sample: the stream and the samples of it already consumed, over all ranks: the loader's whole state.
     image_size: None for the tiles' own. bands: indices into the record's bands, None for all.
     local_ranks: processes that share this machine's cores (None: all of them).
+    by_square: batches have the fractions of the tiles' squares, too.
     Raises PipelineError for a batch, image size, band or loader that cannot be; while iterating RecordError for
     damaged records and ReadTimeoutError for storage that hangs.
     """
     share = Share(options.global_batch, rank, world_size, accumulate)
     setting = _setting(dataset, dataset.train, options, device, image_size, bands, local_ranks or world_size)
     facts = setting.transform.facts
-    by_square = augmentation.crop_probability > 0
     if by_square and not dataset.manifest.tile.grid:
         raise PipelineError(
-            f"augment.crop_probability={augmentation.crop_probability:g}: {dataset.name} does not say where in its "
-            "tiles classes lie, by one number of squares: pack with labels.grid=8, or set augment.crop_probability=0"
+            f"{dataset.name} does not say where in its tiles classes lie, by one number of squares: pack with "
+            "labels.grid=8"
         )
-
     if options.loader == "synthetic":
         return _synthetic(setting, share.micro_batch, seed + rank, dataset.manifest.tile.grid if by_square else 0)
 

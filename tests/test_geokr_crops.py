@@ -73,8 +73,8 @@ def test_records_of_unusual_form(tmp_path):
 @pytest.mark.parametrize("loader", LOADERS)
 def test_squares_are_turned_as_their_images_are(folder, known, loader):
     options = DataOptions(records=str(folder), loader=loader, global_batch=64, threads=1)
-    augmentation = AugmentOptions(colour_probability=0, crop_probability=0.5)
-    with train_batches(open_records(options), options, augmentation, seed=3) as batches:
+    augmentation = AugmentOptions(colour_probability=0)
+    with train_batches(open_records(options), options, augmentation, seed=3, by_square=True) as batches:
         batch = next(batches)
     seen = set()
     for n, record_id in enumerate(batch.record_ids.tolist()):
@@ -90,8 +90,9 @@ def test_squares_are_turned_as_their_images_are(folder, known, loader):
 # -------------------------------------------------------------------------------------------------------- crops
 
 
-def crops(probability=1.0, least=0.5, squares=4, side=32, seed=0) -> Crops:
-    return Crops(AugmentOptions(crop_probability=probability, crop_min=least), seed, side, squares)
+def crops(probability=1.0, least=0.5, squares=4, side=32, seed=0, steps=10_000, until=1.0) -> Crops:
+    options = AugmentOptions(crop_probability=probability, crop_min=least, crop_until=until)
+    return Crops(options, seed, side, squares, steps)
 
 
 def test_a_crop_has_the_pixels_and_the_fractions_of_its_squares():
@@ -147,6 +148,13 @@ def test_windows_are_a_function_of_seed_and_step():
     assert {crops(probability=0.0).window(step) for step in range(40)} == {(0, 0, 4)}
 
 
+def test_images_stay_whole_at_the_end_of_a_run():
+    chosen = crops(steps=40, until=0.7)
+    assert chosen.last == 28
+    assert [step for step in range(1, 41) if chosen.window(step) == (0, 0, 4)] == list(range(29, 41))
+    assert [chosen.window(step) for step in range(1, 29)] == [crops().window(step) for step in range(1, 29)]
+
+
 def test_parts_of_a_step_are_cropped_alike():
     """So a step is the same however it is cut into parts and processes."""
     squares = torch.rand(8, 4, 4, 3)
@@ -171,7 +179,7 @@ def test_a_run_with_crops_goes_on_where_it_was(folder, tmp_path):
     assert run(folder, tmp_path / "whole", *keys) == 0
     assert run(folder, tmp_path / "plain", "train.max_steps=6", "checkpoint.every_steps=2") == 0
     assert not same_tensors(tmp_path / "whole", tmp_path / "plain")
-    again = (*keys, "optim.schedule=constant", "optim.warmup=0", "method.consistency_ramp=0")
+    again = (*keys, "optim.schedule=constant", "optim.warmup=0", "method.consistency_ramp=0", "augment.crop_until=1")
     assert run(folder, tmp_path / "whole2", *again) == 0
     assert run(folder, tmp_path / "cut2", *again, "train.max_steps=4") == 0
     assert run(folder, tmp_path / "cut2", *again) == 0
@@ -200,9 +208,40 @@ def test_records_without_squares(tmp_path, capsys):
     assert "pack them with labels.grid=8" in capsys.readouterr().err
     options = DataOptions(records=str(plain), loader="torch", global_batch=8)
     with pytest.raises(PipelineError, match=r"labels\.grid=8"):
-        train_batches(open_records(options), options, AugmentOptions(crop_probability=1), seed=0)
+        train_batches(open_records(options), options, AugmentOptions(), seed=0, by_square=True)
     with pytest.raises(ConfigError, match="by one number of squares"):
         crops(squares=0)
+
+
+def test_auto_crops_half_of_the_steps_where_it_can(folder, tmp_path, capsys):
+    keys = ("train.max_steps=4", "augment.crop_until=1")
+    for name, chosen in (("auto", "auto"), ("half", "0.5"), ("none", "0")):
+        assert run(folder, tmp_path / name, *keys, f"augment.crop_probability={chosen}") == 0
+    assert same_tensors(tmp_path / "auto", tmp_path / "half")
+    assert not same_tensors(tmp_path / "auto", tmp_path / "none")
+    assert capsys.readouterr().err.count("50 % of the steps up to step 4 on crops of 16 to 24 px") == 2
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        (("augment.crop_min=0.9",), "leaves no crop smaller than the image"),
+        (("data.image_size=30",), "cannot be cut along the records' 4 x 4 squares"),
+        (("model.backbone=vit_tiny_patch16_224",), "does not take crops of 16 px"),
+    ],
+)
+def test_auto_leaves_images_whole_where_it_must(folder, tmp_path, capsys, keys, said):
+    for name, chosen in (("auto", "auto"), ("none", "0")):
+        assert run(folder, tmp_path / name, *keys, "train.max_steps=2", f"augment.crop_probability={chosen}") == 0
+    assert same_tensors(tmp_path / "auto", tmp_path / "none")
+    told = capsys.readouterr().err
+    assert told.count("images stay whole: augment.crop_probability=auto: ") == 1
+    assert said in told
+
+
+def test_auto_without_squares(tmp_path):
+    plain = make_dataset(tmp_path / "d", tiles=40, val=8)
+    assert run(plain, tmp_path / "run", "augment.crop_probability=auto", "train.max_steps=1") == 0
 
 
 def test_datasets_of_different_squares_are_trained_whole(folder, tmp_path, capsys):
