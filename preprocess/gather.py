@@ -16,7 +16,7 @@ from geokr.records import RecordError, Split
 from preprocess import blocks, shards, spill, tile_table
 from preprocess.plan import Plan
 from preprocess.stages import Clock
-from preprocess.tile_facts import unpack_facts
+from preprocess.tile_facts import further, unpack_facts
 from preprocess.workfolder import PackError
 
 
@@ -24,7 +24,7 @@ from preprocess.workfolder import PackError
 class ShardJob:
     """Which frames make a shard, in order: chunk number, offset and length of each, and length of the facts behind it.
 
-    classes: their names.
+    classes: their names. also: those of further products.
     """
 
     split: Split
@@ -34,6 +34,7 @@ class ShardJob:
     lengths: np.ndarray
     facts: np.ndarray
     classes: tuple[str, ...]
+    also: dict[str, tuple[str, ...]]
     out: str
     work: str
 
@@ -47,13 +48,14 @@ def gather(job: ShardJob) -> dict[str, Any]:
     with clock("footprints"):
         ends = np.cumsum(job.lengths, dtype=np.int64)
         table = tile_table.make_table(
-            unpack_facts(facts, len(job.classes)),
+            unpack_facts(facts, len(job.classes), further(job.also)),
             job.split,
             shard.name,
             0,
             ends - job.lengths,
             job.lengths,
             job.classes,
+            job.also,
         )
         tile_table.write_part(work / tile_table.PARTS, table, shard.name)
     entry = {"shard": shard.model_dump(), "stages": clock.times}
@@ -130,6 +132,7 @@ def shard_jobs(
 ) -> Iterator[ShardJob]:
     """first: number of each split's first shard."""
     names = tuple(entry.name for entry in plan.legend.classes)
+    also = {cover.name: tuple(entry.name for entry in cover.legend.classes) for cover in plan.covers[1:]}
     splits: tuple[tuple[int, Split], ...] = ((blocks.TRAIN, "train"), (blocks.VAL, "val"))
     for side, split in splits:
         begin, end = np.searchsorted(table["split"], [side, side + 1]).tolist()
@@ -138,5 +141,14 @@ def shard_jobs(
             here = slice(start, min(start + size, end))  # views, so that all jobs together hold nothing of their own
             rows = table[here]
             yield ShardJob(
-                split, number, chunk_of[here], rows["offset"], rows["length"], rows["facts"], names, str(out), str(work)
+                split,
+                number,
+                chunk_of[here],
+                rows["offset"],
+                rows["length"],
+                rows["facts"],
+                names,
+                also,
+                str(out),
+                str(work),
             )

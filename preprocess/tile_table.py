@@ -6,10 +6,11 @@ hold many shards, and the driver holds one row group at a time.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import date
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Self
 
 import numpy as np
@@ -20,7 +21,7 @@ import pyarrow.parquet as pq
 from geokr import manifests, records
 from geokr.manifests import Manifest, Shard
 from preprocess import footprints, shards
-from preprocess.tile_facts import QUALITY, Facts, facts_of_records
+from preprocess.tile_facts import QUALITY, Facts, facts_of_records, further
 
 NAME = "tiles.parquet"
 PARTS = "tiles"  # folder of the parts in .work
@@ -38,12 +39,14 @@ _BEFORE = (
     ("dominant", pa.string()),
     ("dominant_share", pa.float32()),
     ("valid_fraction", pa.float32()),
+    ("label_gap_years", pa.float32()),
     *((name, pa.float32()) for name in QUALITY),
     ("shard", pa.string()),
     ("record", pa.int64()),
     ("offset", pa.int64()),
     ("bytes", pa.int64()),
 )
+Classes = Mapping[str, Sequence[str]]  # names of further products' classes, by product
 _AFTER = (("bbox", _BBOX), ("geometry", pa.binary()))
 
 
@@ -53,17 +56,41 @@ def class_columns(names: Sequence[str]) -> list[str]:
     return [f"class_{name}" if name in taken else name for name in names]
 
 
-def schema(names: Sequence[str]) -> pa.Schema:
-    """names: of the classes."""
-    return pa.schema([*_BEFORE, *((name, pa.float32()) for name in class_columns(names)), *_AFTER])
+def further_columns(names: Sequence[str], also: Classes) -> dict[str, list[str]]:
+    """The columns of each further product, its name before each: valid fraction, gap to its year, classes. names: of
+    the first product's classes. A name that is taken gets ``_`` behind it."""
+    taken = {name for name, _ in (*_BEFORE, *_AFTER)} | set(class_columns(names))
+    found: dict[str, list[str]] = {}
+    for product in sorted(also):
+        found[product] = []
+        for name in ("valid_fraction", "label_gap_years", *also[product]):
+            column = f"{product}_{name}"
+            while column in taken:
+                column += "_"
+            taken.add(column)
+            found[product].append(column)
+    return found
+
+
+def schema(names: Sequence[str], also: Classes = MappingProxyType({})) -> pa.Schema:
+    """names: of the classes. also: of further products' classes."""
+    columns = [*class_columns(names), *(name for part in further_columns(names, also).values() for name in part)]
+    return pa.schema([*_BEFORE, *((name, pa.float32()) for name in columns), *_AFTER])
 
 
 def make_table(
-    facts: Facts, split: str, shard: str, first: int, offsets: np.ndarray, sizes: np.ndarray, names: Sequence[str]
+    facts: Facts,
+    split: str,
+    shard: str,
+    first: int,
+    offsets: np.ndarray,
+    sizes: np.ndarray,
+    names: Sequence[str],
+    also: Classes = MappingProxyType({}),
 ) -> pa.Table:
     """Rows of tiles that follow one another in a shard. first: record number, in the shard, of the first of them.
 
-    offsets, sizes: int64 of their frames in the shard.
+    offsets, sizes: int64 of their frames in the shard. names, also: as in :func:`schema`.
     """
     rows, count = facts.rows, len(facts.rows)
     geometry, bounds = footprints.wkb(rows["ring"])
@@ -81,17 +108,26 @@ def make_table(
         pa.array(np.array(names, object)[best], pa.string()),
         pa.array(rows["fractions"][np.arange(count), best]),
         pa.array(np.ascontiguousarray(rows["valid_fraction"])),
+        pa.array(np.ascontiguousarray(rows["label_gap_years"]), from_pandas=True),
         *quality,
         pa.array([shard] * count),
         pa.array(np.arange(first, first + count)),
         pa.array(np.asarray(offsets, np.int64)),
         pa.array(np.asarray(sizes, np.int64)),
     ]
-    shares = [pa.array(column) for column in np.ascontiguousarray(rows["fractions"].T)]
+    shares = _shares(rows)
+    for product in sorted(also):
+        part = rows["further"][product]
+        gaps = pa.array(np.ascontiguousarray(part["label_gap_years"]), from_pandas=True)
+        shares += [pa.array(np.ascontiguousarray(part["valid_fraction"])), gaps, *_shares(part)]
     bbox = pa.StructArray.from_arrays(
         [pa.array(c, from_pandas=True) for c in np.ascontiguousarray(bounds.T)], fields=list(_BBOX)
     )
-    return pa.Table.from_arrays([*before, *shares, bbox, pa.array(geometry, pa.binary())], schema=schema(names))
+    return pa.Table.from_arrays([*before, *shares, bbox, pa.array(geometry, pa.binary())], schema=schema(names, also))
+
+
+def _shares(rows: np.ndarray) -> list[pa.Array]:
+    return [pa.array(column) for column in np.ascontiguousarray(rows["fractions"].T)]
 
 
 def _day(text: str) -> date | None:
@@ -124,7 +160,7 @@ def _read_part(folder: Path, shard: Shard, wanted: pa.Schema) -> pa.Table | None
     return table if table.schema.equals(wanted) and table.num_rows == shard.records else None
 
 
-def rows_of_shard(folder: Path, shard: Shard, names: Sequence[str]) -> Iterator[pa.Table]:
+def rows_of_shard(folder: Path, shard: Shard, names: Sequence[str], also: Classes) -> Iterator[pa.Table]:
     """A shard's rows from its records. Raises RecordError."""
     spans = manifests.open_index(folder, shard)
     split = shard.name.split("-")[0]
@@ -132,10 +168,16 @@ def rows_of_shard(folder: Path, shard: Shard, names: Sequence[str]) -> Iterator[
     for first in range(0, shard.records, BATCH):
         part = spans[first : first + BATCH]
         read = [records.decode_record(next(frames)[1], f"{shard.name}: record {first + i}") for i in range(len(part))]
-        yield make_table(facts_of_records(read, len(names)), split, shard.name, first, part[:, 0], part[:, 1], names)
+        facts = facts_of_records(read, len(names), further(also))
+        yield make_table(facts, split, shard.name, first, part[:, 0], part[:, 1], names, also)
 
 
 # ------------------------------------------------------------------------------------------------- the whole file
+
+
+def classes_of(manifest: Manifest) -> dict[str, tuple[str, ...]]:
+    """Names of the classes of further products, by product."""
+    return {name: tuple(entry.name for entry in info.classes) for name, info in manifest.products.items()}
 
 
 def shards_of(manifest: Manifest) -> list[Shard]:
@@ -165,11 +207,14 @@ def write(
 ) -> None:
     """Writes ``out/tiles.parquet``. parts: folder of what gathering left. scratch: for the unfinished file.
 
-    What an older tiles.parquet says of shards that are still there is kept. Raises OSError, RecordError.
+    What an older tiles.parquet says of shards that are still there is kept, if it has all columns. Raises OSError,
+    RecordError.
     """
-    names = [entry.name for entry in manifest.classes]
-    listed, wanted = shards_of(manifest), schema([entry.name for entry in manifest.classes])
+    names, also = [entry.name for entry in manifest.classes], classes_of(manifest)
+    listed, wanted = shards_of(manifest), schema(names, also)
     old = held_shards(out / NAME)
+    if old and pq.read_schema(out / NAME).names != wanted.names:  # of a version that knew fewer
+        old = {}
     kept = {name for name, digest in _digests(listed).items() if old.get(name) == digest}
     done, total = 0, sum(shard.records for shard in listed)
     with shards.whole_file(out / NAME, scratch) as file, _Writer(file, wanted) as writer:
@@ -181,7 +226,7 @@ def write(
             if shard.name in kept:
                 continue
             part = _read_part(parts, shard, wanted)
-            for table in [part] if part is not None else rows_of_shard(out, shard, names):
+            for table in [part] if part is not None else rows_of_shard(out, shard, names, also):
                 writer.add(table)
                 done += table.num_rows
                 progress(done, total)
@@ -261,6 +306,7 @@ def _about(manifest: Manifest) -> dict[str, Any]:
         "product": manifest.product,
         "classes": [{"name": entry.name, "column": column, "rgb": list(entry.rgb)} for entry, column in zip(
             manifest.classes, class_columns([entry.name for entry in manifest.classes]), strict=True)],
+        "products": further_columns([entry.name for entry in manifest.classes], classes_of(manifest)),
         "manifest_sha256": hashlib.sha256(manifests.dump_manifest(manifest)).hexdigest(),
         "shards": _digests(shards_of(manifest)),
     }  # fmt: skip

@@ -1,9 +1,12 @@
 """Land-cover products as they come: codings, colours, formats, probabilities, and several of them in one record."""
 
+import json
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import rasterio
 import yaml
@@ -12,7 +15,7 @@ from rasterio.warp import transform as warp_points
 
 from geokr import landcover, manifests, records
 from geokr.config import ConfigError
-from preprocess import pack_records, sheet_headers, verify_records
+from preprocess import pack_records, sheet_headers, tile_table, verify_records
 from preprocess.errors import RasterError
 from preprocess.inputs import PlanError
 from preprocess.sheets import LabelError
@@ -448,6 +451,46 @@ def test_what_the_manifest_says_of_further_products(several):
             mean = np.mean([record.also[product].fractions for record in mine], axis=0, dtype=np.float64)
             np.testing.assert_allclose(chosen.split(name).prior, mean / mean.sum(), atol=1e-6)
     assert verify_records.verify(folder, 1)[0] == []
+
+
+@pytest.mark.parametrize("made_of", ["parts", "records", "older table"])
+def test_the_table_of_tiles_has_all_products(several, tmp_path, made_of):
+    folder, *_ = several
+    manifest = manifests.load_manifest(folder)
+    if made_of != "parts":
+        folder = shutil.copytree(folder, tmp_path / "d")
+        older = pq.read_table(folder / tile_table.NAME)
+        (folder / tile_table.NAME).unlink()
+        if made_of == "older table":  # of a version that did not know further products
+            held = {name: text for name, text in older.schema.metadata.items() if name == b"geokr"}
+            fewer = [name for name in older.column_names if not name.startswith("again_")]
+            pq.write_table(older.select(fewer).replace_schema_metadata(held), folder / tile_table.NAME)
+            assert tile_table.is_current(folder, manifest)
+        tile_table.write(folder, manifest, tmp_path, None, lambda done, total: None)
+    rows = {row["tile_id"]: row for row in pq.read_table(folder / tile_table.NAME).to_pylist()}
+    about = json.loads(pq.read_metadata(folder / tile_table.NAME).metadata[b"geokr"])
+    assert list(about["products"]) == ["again", "dynamicworld", "worldcover"]
+    every = [record for _, record in read_records(folder)]
+    assert len(rows) == len(every)
+    for record in every:
+        row = rows[record.tile_id]
+        for name, labels in (("", record), *record.also.items()):
+            classes = manifest.products[name].classes if name else manifest.classes
+            first = f"{name}_" if name else ""
+            assert [row[first + entry.name] for entry in classes] == labels.fractions.tolist()
+            assert row[f"{first}valid_fraction"] == labels.valid_fraction
+            assert row[f"{first}label_gap_years"] == labels.label_gap_years
+    assert {row["dynamicworld_label_gap_years"] for row in rows.values()} == {None}
+    assert len({row["label_gap_years"] for row in rows.values()}) == 2
+
+
+def test_columns_of_further_products_never_meet_others():
+    names = ["forest", "nlcd_forest", "label_gap_years"]
+    columns = tile_table.schema(names, {"nlcd": ["forest", "forest_"]}).names
+    assert len(set(columns)) == len(columns)
+    assert tile_table.further_columns(names, {"nlcd": ["forest"]}) == {
+        "nlcd": ["nlcd_valid_fraction", "nlcd_label_gap_years", "nlcd_forest_"]
+    }
 
 
 def test_the_same_command_again_and_other_sheets(several, tmp_path, capsys):
