@@ -113,7 +113,7 @@ def tuned_eager_step(backbone: str, bands: int, classes: int, device: torch.devi
                 student_NK = student(images_NCHW)
                 with torch.no_grad():
                     teacher_NK = teacher(images_NCHW)
-            supervision = losses.kl_supervision(student_NK.float(), batch.fractions)
+            supervision = losses.kl_supervision(student_NK.float(), batch.fractions, batch.weights)
             consistency = losses.kl_consistency(student_NK.float(), teacher_NK.float())
             optimizer.zero_grad(set_to_none=True)
             scaler.scale(supervision + _CONSISTENCY * consistency).backward()

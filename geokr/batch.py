@@ -31,5 +31,5 @@ class Batch(Protocol):
 
     @property
     def weights(self) -> Tensor:
-        """float32 [N]: 1, or 0 for padding in validation."""
+        """float32 [N]: of the labels, their mean over the training records 1; in validation 1, or 0 for padding."""
         ...

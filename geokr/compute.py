@@ -85,7 +85,7 @@ def compute(learner: "Learner", batches: Iterable[Batch]) -> Computed:
         with _gradient_exchange(learner, last=index == learner.accumulate):
             images_NCHW = learner.normalise(batch.images)
             student_NK, teacher_NK = _forward(learner, images_NCHW)
-            loss = supervision = learner.supervision(student_NK, batch.fractions)
+            loss = supervision = learner.supervision(student_NK, batch.fractions, batch.weights)
             consistency = torch.zeros_like(supervision)
             if learner.consistency is not None and teacher_NK is not None:
                 consistency = learner.consistency(student_NK, teacher_NK)
@@ -161,7 +161,8 @@ class Recorded:
 
     def _record(self, learner: "Learner", batch: Batch) -> bool:
         images = torch.empty_like(batch.images)  # keeps the memory format
-        self._places = _Places(images, torch.empty_like(batch.fractions), batch.record_ids, batch.weights)
+        fractions, weights = torch.empty_like(batch.fractions), torch.empty_like(batch.weights)
+        self._places = _Places(images, fractions, batch.record_ids, weights)
         graph = torch.cuda.CUDAGraph()
         learner.optimizer.zero_grad()  # gradients of earlier steps lie in other memory
         try:
@@ -190,6 +191,7 @@ class Recorded:
         assert self._computed is not None
         self._places.images.copy_(batch.images, non_blocking=True)
         self._places.fractions.copy_(batch.fractions, non_blocking=True)
+        self._places.weights.copy_(batch.weights, non_blocking=True)
         self._graph.replay()
         return Computed(self._computed.losses, self._computed.skipped, [batch.record_ids])
 

@@ -10,11 +10,14 @@ from geokr.options import PretrainOptions
 FREE = {"optim": {"implementation"}, "model": {"init", "sync_batchnorm"}}
 
 
-def identity(options: PretrainOptions, *, image_size: int, bands: tuple[str, ...], dataset: str) -> dict[str, Any]:
+def identity(
+    options: PretrainOptions, *, image_size: int, bands: tuple[str, ...], dataset: str, label_weights: str | None = None
+) -> dict[str, Any]:
     """Method, model and data of a run as nested plain values.
 
-    dataset: hash of its manifest. Paths, threads, logging, precision, the world's size and the length of the run
-    are left out: they may change between a stop and a resume.
+    dataset: hash of its manifest. label_weights: hash of the labels' weights, None without any. Paths, threads,
+    logging, precision, the world's size and the length of the run are left out: they may change between a stop and a
+    resume.
     """
     tree = options.model_dump(mode="json")
     sections = {
@@ -23,6 +26,8 @@ def identity(options: PretrainOptions, *, image_size: int, bands: tuple[str, ...
     }
     sections["model"]["bands"] = list(bands)
     data = {"image_size": image_size, "global_batch": options.data.global_batch, "dataset": dataset}
+    if label_weights is not None:
+        data["label_weights"] = label_weights
     train: dict[str, Any] = {"clip_norm": options.train.clip_norm}
     if options.train.ddp_compression == "powersgd":  # the others round; this one leaves out
         train["ddp_compression"] = "powersgd"

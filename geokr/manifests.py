@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -338,6 +338,11 @@ def check_folder(folder: str | Path, manifest: Manifest) -> None:
     for path in surplus:
         if path.name not in later:
             raise RecordError(f"{path}: a shard that the manifest does not list; remove it or pack again")
+
+
+def shard_marks(shards: Sequence[Shard]) -> list[str]:
+    """What tells these very shards from others: name and the beginning of the hash of each."""
+    return [f"{shard.name} {shard.sha256[:16]}" for shard in shards]
 
 
 def is_later(name: str, manifest: Manifest) -> bool:

@@ -23,6 +23,8 @@ class RecordsSource(Options):
     """Folder that pack_records.py wrote, or its URL."""
     weight: float | None = Field(default=None, gt=0)
     """Share of the samples that come from it, in relation to the others' weights."""
+    label_weights: str | None = None
+    """As data.label_weights."""
 
     @property
     def is_remote(self) -> bool:
@@ -84,6 +86,9 @@ class DataOptions(Options):
     labels: str | None = None
     """The land-cover product to train on, where the records hold several; null for the one they were packed with
     first."""
+    label_weights: str | None = None
+    """File with a weight for the label of each training record, by which its supervision counts more or less
+    (weigh_records.py makes one); in a list of datasets each has its own: `{path: ..., label_weights: ...}`."""
     cache_dir: str | None = None
     """Where shards of datasets behind URLs are kept on this machine; null for `geokr/records` in the user's cache."""
     cache_gb: float | None = Field(default=None, gt=0)
@@ -109,7 +114,17 @@ class DataOptions(Options):
         """The datasets of the run; none where data.records is not set."""
         if self.records is None:
             return ()
-        return (RecordsSource(path=self.records),) if isinstance(self.records, str) else self.records
+        if isinstance(self.records, str):
+            return (RecordsSource(path=self.records, label_weights=self.label_weights),)
+        return self.records
+
+    @model_validator(mode="after")
+    def _whose_label_weights(self) -> Self:
+        if self.label_weights is not None and not isinstance(self.records, str):
+            raise ValueError(
+                "label_weights is for one dataset: in a list give {path: ..., label_weights: FILE} for each"
+            )
+        return self
 
 
 class AugmentOptions(Options):

@@ -6,6 +6,7 @@ Exit status: 0 finished, 1 an error that the message explains, 130 or 143 stoppe
 
 import argparse
 import contextlib
+import hashlib
 import logging
 import os
 import sys
@@ -38,6 +39,7 @@ log = logging.getLogger("geokr")
 def pretrain(options: PretrainOptions, world: World, threads: int) -> int:
     """One run, from its beginning or its last checkpoint to its end. Returns the exit status."""
     from pipelines.dataset import open_records
+    from pipelines.label_weights import read_label_weights
 
     if options.data.records is None:
         raise ConfigError(
@@ -46,7 +48,14 @@ def pretrain(options: PretrainOptions, world: World, threads: int) -> int:
         )
     dataset = open_records(options.data, options.model.bands)
     facts = gather_facts(options, dataset.manifest)
-    who = identity(options, image_size=facts.spec.image_size, bands=facts.band_names, dataset=facts.dataset_hash)
+    weights = read_label_weights(options.data.sources, dataset.train)
+    who = identity(
+        options,
+        image_size=facts.spec.image_size,
+        bands=facts.band_names,
+        dataset=facts.dataset_hash,
+        label_weights=None if weights is None else hashlib.sha256(weights.tobytes()).hexdigest(),
+    )
     with contextlib.closing(RunFolder(options.run.dir, world)) as folder:
         found = folder.previous(options.checkpoint.resume, who)
         if _is_finished(found, facts.steps, options):
@@ -65,12 +74,13 @@ def pretrain(options: PretrainOptions, world: World, threads: int) -> int:
         )
         _announce(options, facts, learner, chosen, threads)
         _announce_mixture(options, dataset.shares)
-        return _train(options, dataset, facts, who, folder, learner, found)
+        return _train(options, dataset, weights, facts, who, folder, learner, found)
 
 
 def _train(
     options: PretrainOptions,
     dataset: Any,
+    label_weights: Any,
     facts: Facts,
     who: Mapping[str, Any],
     folder: RunFolder,
@@ -118,6 +128,7 @@ def _train(
             start_sample=start * options.data.global_batch,
             accumulate=options.train.accumulate,
             by_square=learner.crops is not None,
+            label_weights=label_weights,
             **_place(facts, world),
         ) as batches,
     ):

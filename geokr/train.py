@@ -18,7 +18,7 @@ from geokr.compiling import Forward
 from geokr.compute import Beside, Compute
 from geokr.crops import Crops
 from geokr.distributed import Stopper, World
-from geokr.losses import Loss
+from geokr.losses import Loss, Supervision
 from geokr.metrics import Clock, Window
 from geokr.models import LandCoverModel
 from geokr.optim import set_learning_rate
@@ -41,7 +41,7 @@ class Learner:
     teacher_forward: Forward
     normalise: Callable[[Tensor], Tensor]
     autocast: Callable[[], AbstractContextManager]
-    supervision: Loss
+    supervision: Supervision
     consistency: Loss | None  # None: the teacher is an average of the students and nothing more
     consistency_weight: Tensor  # of the step at hand, 0-dimensional on the device, where a recorded step reads it
     consistency_course: ConsistencyWeight

@@ -16,7 +16,8 @@ class Batch:
 
     images: [N, C, H, W], a channels-last view of NHWC memory; uint8 in the record's grey levels, or float16,
         normalised with the training mean and std, where the records are not 8-bit.
-    fractions: float32 [N, K], each row sums to 1. weights: float32 [N]; 0 marks padding in validation, else 1.
+    fractions: float32 [N, K], each row sums to 1. weights: float32 [N], of the labels; in
+        validation 0 marks padding, else 1.
     record_ids: int64 [N], on the host.
     squares: float32 [N, G, G, K], the fractions by squares of the image as it is turned, summing to ``fractions``; None
         where they were not asked for.

@@ -86,6 +86,7 @@ def train_batches(
     bands: tuple[int, ...] | None = None,
     local_ranks: int | None = None,
     by_square: bool = False,
+    label_weights: np.ndarray | None = None,
 ) -> Loader:
     """Endless micro-batches of ``global_batch / (world_size * accumulate)`` samples for this rank.
 
@@ -93,6 +94,7 @@ def train_batches(
     image_size: None for the tiles' own. bands: indices into the record's bands, None for all.
     local_ranks: processes that share this machine's cores (None: all of them).
     by_square: batches have the fractions of the tiles' squares, too.
+    label_weights: float32, one a training record (see :mod:`pipelines.label_weights`), None for 1.
     Raises PipelineError for a batch, image size, band or loader that cannot be; while iterating RecordError for
     damaged records and ReadTimeoutError for storage that hangs.
     """
@@ -111,7 +113,7 @@ def train_batches(
         return augment.draw(augmentation, facts, seed, plan.epochs, plan.ids)
 
     def plans() -> Iterator[Plan]:
-        return _train_plans(_order(dataset, seed), share, start_sample)
+        return _train_plans(_order(dataset, seed), share, start_sample, label_weights)
 
     stride = share.global_batch // accumulate
     return _compose(setting, share.micro_batch, plans, parameters, stride, by_square=by_square)
@@ -164,11 +166,14 @@ def _order(dataset: Dataset, seed: int) -> Order | MixedOrder:
     return MixedOrder(dataset.train.origin_shard_records, dataset.shares, seed)
 
 
-def _train_plans(order: Order | MixedOrder, share: Share, position: int) -> Iterator[Plan]:
-    weights = np.ones(share.micro_batch, np.float32)
+def _train_plans(
+    order: Order | MixedOrder, share: Share, position: int, label_weights: np.ndarray | None
+) -> Iterator[Plan]:
+    ones = np.ones(share.micro_batch, np.float32)
     while True:
         for start in share.starts(position):
-            yield Plan(*order.take(start, share.micro_batch), weights)
+            ids, epochs = order.take(start, share.micro_batch)
+            yield Plan(ids, epochs, ones if label_weights is None else label_weights[ids])
         position += share.global_batch
 
 

@@ -68,7 +68,7 @@ def test_the_tuned_eager_step_learns(precision):
 
     def loss():
         images = (batch.images.float() - 117) / 58
-        return kl_supervision(student(images), batch.fractions).item()
+        return kl_supervision(student(images), batch.fractions, batch.weights).item()
 
     before = loss()
     step(batch)

@@ -84,8 +84,10 @@ def test_a_recording_that_fails_is_an_error_only_where_it_was_asked_for(monkeypa
     ],
 )
 def test_what_is_not_recorded(overrides, size, precision, reason):
-    found = _graph_obstacle(toy.options(*overrides), World(torch.device("cuda"), size=size), precision)
+    chosen, world = toy.options(*overrides), World(torch.device("cuda"), size=size)
+    found = _graph_obstacle(chosen, world, precision, cropped=False)
     assert found is None if reason is None else found is not None and reason in found
+    assert _graph_obstacle(chosen, world, precision, cropped=True) is not None
 
 
 def test_a_recording_that_fails_leaves_the_loss_scaler_as_it_was(monkeypatch):

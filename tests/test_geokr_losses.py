@@ -19,8 +19,10 @@ def cases():
 
 
 def value_and_gradient(loss, logits, other):
+    """Of a loss; of supervision with labels that count alike."""
     student = torch.tensor(logits, dtype=torch.float64, requires_grad=True)
-    value = loss(student, torch.tensor(other, dtype=torch.float64))
+    weights = [torch.ones(len(student), dtype=torch.float64)] if loss in losses.SUPERVISION.values() else []
+    value = loss(student, torch.tensor(other, dtype=torch.float64), *weights)
     value.backward()
     return value.item(), student.grad.numpy()
 
