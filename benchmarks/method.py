@@ -10,10 +10,10 @@ backbone is exported and goes through geokr.evaluate: nearest neighbours and lin
 those of the other datasets, with --labels percent of the labels, beside random weights and mere colours; with
 --segment also a U-Net on the classes of pixels.
 
-`default` is configs/smoke.yaml, which crops half of the steps: records are packed with squares here. `reference` is
-that with method, optimizer and normalisation of configs/reference.yaml, and no crops. --recipe adds one: the default
-with these keys changed. The others are compared with the first recipe that is named. What is done already with the same
-settings is not done again. Everything lands in --out: report.json, table.md, curves.png.
+`default` is configs/smoke.yaml, which crops, for records are packed with squares here. `reference` is that with method,
+optimizer and normalisation of configs/reference.yaml, and no crops. --recipe adds one: the default with these keys
+changed. The others are compared with the first recipe that is named. What is done already with the same settings is not
+done again. Everything lands in --out: report.json, table.md, curves.png.
 """
 
 import argparse

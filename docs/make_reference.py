@@ -15,7 +15,7 @@ import sys
 import types
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin
 
 if __package__ in (None, ""):  # run as a file: the folder on the path must be the project's, not this one
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -59,8 +59,6 @@ def kind(annotation: Any) -> str:
     if annotation in WORDS:
         return WORDS[annotation]
     origin, parts = get_origin(annotation), get_args(annotation)
-    if origin is Annotated:
-        return f"{kind(parts[0])} ({limits(parts[1])})"
     if origin is Literal:
         return ", ".join(f"`{part}`" for part in parts)
     if origin in (Union, types.UnionType):

@@ -63,17 +63,18 @@ def _crops(
 ) -> Crops | None:
     """How batches are cropped, where they are. Raises ConfigError where squares or backbone do not allow what was asked
     for."""
-    if not options.augment.crop_probability:
+    chosen = options.augment.crop_probability
+    if not chosen or (chosen == "auto" and options.train.cuda_graph == "on"):
         return None
     try:
         crops = Crops(options.augment, options.run.seed, spec.image_size, squares, steps)
         _check_sides(crops, spec, model)
     except ConfigError as error:
-        if options.augment.crop_probability != "auto":
+        if chosen != "auto":
             raise
         log.info("images stay whole: %s", error)
         return None
-    return crops
+    return crops if crops.last else None
 
 
 def _check_sides(crops: Crops, spec: BackboneSpec, model: LandCoverModel) -> None:

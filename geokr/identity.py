@@ -34,9 +34,20 @@ def identity(
     return {"run": {"seed": options.run.seed}, "data": data, **sections, "train": train}
 
 
+def _in_full(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """An identity as this version would have written it: what its run did not do decides nothing, and what an earlier
+    version did not know was as it is here."""
+    augment = dict(tree.get("augment", {}))
+    if not augment.get("crop_probability"):
+        augment = {key: value for key, value in augment.items() if not key.startswith("crop_")}
+    else:
+        augment.setdefault("crop_until", 1.0)
+    return {**tree, "augment": augment}
+
+
 def check_identity(found: Mapping[str, Any], current: Mapping[str, Any], where: str) -> None:
     """Raises ConfigError with every difference between a run folder's identity and this run's."""
-    lines = differences(found, current)
+    lines = differences(_in_full(found), _in_full(current))
     if lines:
         listed = "\n  ".join(lines)
         grown = (

@@ -1,6 +1,6 @@
 """The configuration of a pretraining run, section by section. Every key's meaning is the text under it."""
 
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
@@ -52,7 +52,9 @@ def _listed(value: Any) -> Any:
     if not isinstance(value, list | tuple):
         if value is None or isinstance(value, str):
             return value
-        raise ValueError("expected a folder or URL, or a list of them, or of {path: ..., weight: ...}")
+        raise ValueError(
+            "expected a folder or URL, or a list of them, or of {path: ..., weight: ..., label_weights: ...}"
+        )
     if not value:
         raise ValueError("an empty list: name a dataset")
     sources = tuple(_source(item, number) for number, item in enumerate(value, 1))
@@ -81,8 +83,9 @@ def _source(item: Any, number: int) -> RecordsSource:
 
 class DataOptions(Options):
     records: str | tuple[RecordsSource, ...] | None = None
-    """Folder that pack_records.py wrote, or its URL (`s3://`, `gs://`, `https://`); or a list of such, each
-    alone or as `{path: ..., weight: ...}`. Weights are shares of the samples; without them each record counts once."""
+    """Folder that pack_records.py wrote, or its URL (`s3://`, `gs://`, `https://`); or a list of such, each alone or as
+    `{path: ..., weight: ..., label_weights: ...}`. `weight` is a share of the samples; without any each record counts
+    once."""
     labels: str | None = None
     """The land-cover product to train on, where the records hold several; null for the one they were packed with
     first."""
@@ -120,7 +123,7 @@ class DataOptions(Options):
 
     @model_validator(mode="after")
     def _whose_label_weights(self) -> Self:
-        if self.label_weights is not None and not isinstance(self.records, str):
+        if self.label_weights is not None and isinstance(self.records, tuple):
             raise ValueError(
                 "label_weights is for one dataset: in a list give {path: ..., label_weights: FILE} for each"
             )
@@ -146,14 +149,23 @@ class AugmentOptions(Options):
     """Factor drawn for each band, where there are other than three 8-bit bands."""
     band_offset: Range = (-0.1, 0.1)
     """Offset drawn for each band in its standard deviations, where there are other than three 8-bit bands."""
-    crop_probability: Literal["auto"] | Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Share of the steps whose images are cropped, all alike, with the fractions of what is left; for records packed
-    with `labels.grid`. Crops keep the scale, so they cost less; their steps are not recorded as CUDA graphs. `auto`:
-    half of the steps where squares, images and backbone allow it, else none."""
+    crop_probability: Literal["auto"] | float = 0.0
+    """Share, 0 to 1, of the steps up to `augment.crop_until` whose images are cropped, all alike, with the fractions of
+    what is left; for records packed with `labels.grid`. Crops keep the scale, so they cost less; a run with them
+    records no CUDA graphs. `auto`: 0.5 where squares, images and backbone allow it, else 0."""
     crop_until: float = Field(default=0.7, gt=0, le=1)
-    """Share of the run's steps after which images stay whole, as they will be when the backbone is used."""
+    """Share of the run's steps after which all images stay whole, as they will be when the backbone is used."""
     crop_min: float = Field(default=0.5, gt=0, lt=1)
     """Smallest side of a crop as a share of the image's; every side between is equally likely."""
+
+    @field_validator("crop_probability", mode="before")
+    @classmethod
+    def _auto_or_share(cls, value: Any) -> Any:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if value != "auto" and not (number and 0 <= value <= 1):
+            raise ValueError("expected auto or a number from 0 to 1")
+        return value
+
     published: bool = False
     """Geometry as in the published code: two flips and, half the time, a quarter turn out of four."""
 

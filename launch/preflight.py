@@ -18,6 +18,7 @@ from geokr.manifests import MANIFEST, Manifest, check_folder, load_manifest
 from geokr.options import PretrainOptions, RecordsSource
 from geokr.records import RecordError
 from pipelines.errors import PipelineError, TransferError
+from pipelines.label_weights import check_label_weights
 from pipelines.mixture import lay_out, shares_of
 from pipelines.remote import fetch_manifest
 
@@ -44,6 +45,8 @@ def problem(config: str | None, overrides: Sequence[str]) -> str | None:
         manifests = [_manifest(source) for source in sources]
         lay_out(sources, manifests, options.model.bands)
         shares_of(sources, manifests)
+        for source, manifest in zip(sources, manifests, strict=True):
+            check_label_weights(source, manifest, options.data.labels)
     except (ConfigError, RecordError, PipelineError, TransferError) as error:
         return str(error)
     return None

@@ -137,7 +137,7 @@ def override(arguments: Sequence[str], to: Path) -> list[str]:
     for source in data.sources:
         local = "://" not in source.path or source.path.startswith("file://")
         path = str(stage(Path(source.folder), to)) if local else source.path
-        entries.append({"path": path, "weight": source.weight})
+        entries.append(source.model_dump() | {"path": path})
     whole = entries[0]["path"] if isinstance(data.records, str) else entries
     return [f"data.records={json.dumps(whole)}"]
 

@@ -16,6 +16,7 @@ from preprocess.coordinates import WGS84, transform_points
 from preprocess.errors import RasterError
 from preprocess.grid import Grid
 
+LAYOUT = 2  # of the bytes below; a run cut short by a version with another begins anew
 QUALITY = ("valid_pixels", "dark_share", "bright_share", "contrast", "brightness")
 UNKNOWN = (np.nan,) * len(QUALITY)
 

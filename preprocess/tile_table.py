@@ -24,6 +24,7 @@ from preprocess import footprints, shards
 from preprocess.tile_facts import QUALITY, Facts, facts_of_records, further
 
 NAME = "tiles.parquet"
+GAP = "label_gap_years"
 PARTS = "tiles"  # folder of the parts in .work
 ROW_GROUP = 1 << 16  # rows; some 20 MB in memory, and few enough groups for any number of tiles
 BATCH = 256  # records read at a time where a shard has no part
@@ -39,7 +40,7 @@ _BEFORE = (
     ("dominant", pa.string()),
     ("dominant_share", pa.float32()),
     ("valid_fraction", pa.float32()),
-    ("label_gap_years", pa.float32()),
+    (GAP, pa.float32()),
     *((name, pa.float32()) for name in QUALITY),
     ("shard", pa.string()),
     ("record", pa.int64()),
@@ -184,7 +185,8 @@ def shards_of(manifest: Manifest) -> list[Shard]:
     return [shard for name in records.SPLITS for shard in manifest.split(name).shards]
 
 
-def _digests(listed: Sequence[Shard]) -> dict[str, str]:
+def digests(listed: Sequence[Shard]) -> dict[str, str]:
+    """Shards by name, with the beginning of the hash of each."""
     return {shard.name: shard.sha256[:16] for shard in listed}
 
 
@@ -199,7 +201,7 @@ def held_shards(path: Path) -> dict[str, str]:
 
 def is_current(out: Path, manifest: Manifest) -> bool:
     """Whether the folder's tiles.parquet is that of this dataset."""
-    return held_shards(out / NAME) == _digests(shards_of(manifest))
+    return held_shards(out / NAME) == digests(shards_of(manifest))
 
 
 def write(
@@ -207,18 +209,18 @@ def write(
 ) -> None:
     """Writes ``out/tiles.parquet``. parts: folder of what gathering left. scratch: for the unfinished file.
 
-    What an older tiles.parquet says of shards that are still there is kept, if it has all columns. Raises OSError,
-    RecordError.
+    What an older tiles.parquet says of shards that are still there is kept; what it does not say, since its version
+    knew fewer columns, comes from the manifest or, of further products, from the records. Raises OSError, RecordError.
     """
     names, also = [entry.name for entry in manifest.classes], classes_of(manifest)
     listed, wanted = shards_of(manifest), schema(names, also)
     old = held_shards(out / NAME)
-    if old and pq.read_schema(out / NAME).names != wanted.names:  # of a version that knew fewer
-        old = {}
-    kept = {name for name, digest in _digests(listed).items() if old.get(name) == digest}
+    kept, older = {name for name, digest in digests(listed).items() if old.get(name) == digest}, _Older()
+    if kept and set(wanted.names) - set(pq.read_schema(out / NAME).names) > {GAP}:
+        older, kept = _Older.of(out / NAME), set()
     done, total = 0, sum(shard.records for shard in listed)
     with shards.whole_file(out / NAME, scratch) as file, _Writer(file, wanted) as writer:
-        for table in _kept_rows(out / NAME, kept, wanted):
+        for table in _kept_rows(out / NAME, kept, wanted, manifest):
             writer.add(table)
             done += table.num_rows
             progress(done, total)
@@ -226,19 +228,46 @@ def write(
             if shard.name in kept:
                 continue
             part = _read_part(parts, shard, wanted)
-            for table in [part] if part is not None else rows_of_shard(out, shard, names, also):
+            for table in [part] if part is not None else older.with_quality(rows_of_shard(out, shard, names, also)):
                 writer.add(table)
                 done += table.num_rows
                 progress(done, total)
         writer.close(manifest)
 
 
-def _kept_rows(path: Path, kept: set[str], wanted: pa.Schema) -> Iterator[pa.Table]:
+class _Older:
+    """The quality numbers, which records do not hold, of an older table's tiles: by shard and record."""
+
+    def __init__(self, numbers: Mapping[tuple[str, int], tuple[float | None, ...]] = MappingProxyType({})) -> None:
+        self._numbers = numbers
+
+    @classmethod
+    def of(cls, path: Path) -> Self:
+        table = pq.read_table(path, columns=["shard", "record", *QUALITY])
+        rows = zip(*(table[name].to_pylist() for name in ("shard", "record", *QUALITY)), strict=True)
+        return cls({(shard, record): tuple(numbers) for shard, record, *numbers in rows})
+
+    def with_quality(self, tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
+        for table in tables:
+            places = zip(table["shard"].to_pylist(), table["record"].to_pylist(), strict=True)
+            known = [self._numbers.get(place, (None,) * len(QUALITY)) for place in places]
+            for name, column in zip(QUALITY, zip(*known, strict=True), strict=True):
+                at = table.schema.get_field_index(name)
+                table = table.set_column(at, table.schema.field(at), pa.array(column, pa.float32()))
+            yield table
+
+
+def _kept_rows(path: Path, kept: set[str], wanted: pa.Schema, manifest: Manifest) -> Iterator[pa.Table]:
     if not kept:
         return
+    gaps = {scene.scene_id: scene.label_gap_years.get(manifest.product) for scene in manifest.scenes}
     with pq.ParquetFile(path) as old:
         for group in range(old.num_row_groups):
-            table = old.read_row_group(group).cast(wanted)
+            table = old.read_row_group(group)
+            if GAP not in table.column_names:
+                of_rows = [gaps.get(scene_id) for scene_id in table["scene_id"].to_pylist()]
+                table = table.append_column(GAP, pa.array(of_rows, pa.float32()))
+            table = table.select(wanted.names).cast(wanted)
             yield table.filter(pc.call_function("is_in", [table["shard"]], pc.SetLookupOptions(pa.array(sorted(kept)))))
 
 
@@ -308,5 +337,5 @@ def _about(manifest: Manifest) -> dict[str, Any]:
             manifest.classes, class_columns([entry.name for entry in manifest.classes]), strict=True)],
         "products": further_columns([entry.name for entry in manifest.classes], classes_of(manifest)),
         "manifest_sha256": hashlib.sha256(manifests.dump_manifest(manifest)).hexdigest(),
-        "shards": _digests(shards_of(manifest)),
+        "shards": digests(shards_of(manifest)),
     }  # fmt: skip

@@ -1,12 +1,12 @@
 """Weights for the labels of training records: what is likely to be wrong counts less.
 
-    python preprocess/weigh_records.py out/records --agreement worldcover --out out/weights.npz
+    python preprocess/weigh_records.py out/records --agreement worldcover --same forest=tree_cover --out out/weights.npz
     python -m geokr.pretrain ... data.records=out/records data.label_weights=out/weights.npz
 
 --agreement P   exp(-S d), d the share of the tile's ground on which product P, that the records hold too (--also when
                 packing), differs from the label: half the sum of the differences of the fractions. Classes are the same
-                where their names are, or where --same says so (--same forest=tree_cover); all others count as one.
-                S is --sharpness.
+                where their names are, or where --same says so (--same forest=tree_cover forest=mangroves joins the
+                two); all others count as one. S is --sharpness.
 --valid         the share of the tile's ground that the label knows
 --gap YEARS     1/2 for every so many years between the land cover's year and the scene's date, where both are known
 
@@ -48,13 +48,16 @@ class Columns:
     classes: Mapping[str, str]
 
 
+Pair = tuple[tuple[str, ...], tuple[str, ...]]  # columns of the label, columns of the other product
+
+
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """What to weigh by. pairs: columns of classes of the label and of the other product that are the same; none where
+    """What to weigh by. pairs: classes of the label and of the other product that mean the same together; none where
     agreement does not count. gap: years that halve a weight, or None."""
 
     label: Columns
-    pairs: tuple[tuple[str, str], ...] = ()
+    pairs: tuple["Pair", ...] = ()
     sharpness: float = 5.0
     valid: bool = False
     gap: float | None = None
@@ -69,27 +72,46 @@ def columns_of(manifest: Manifest, product: str | None) -> Columns:
         )
     also = tile_table.classes_of(manifest)
     if product not in also:
-        there = ", ".join([manifest.product, *also])
-        raise WeighError(f"the records hold no product {product!r}{suggestion(product, also)}; they hold {there}")
+        there = [manifest.product, *also]
+        hint = suggestion(product, there)
+        raise WeighError(f"the records hold no product {product!r}{hint}; they hold {', '.join(there)}")
     valid, gap, *classes = tile_table.further_columns(names, also)[product]
     return Columns(valid, gap, dict(zip(also[product], classes, strict=True)))
 
 
-def matched(label: Columns, other: Columns, same: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
-    """Columns of the classes that are the same in both. same: further names, the label's to the other's.
+def matched(label: Columns, other: Columns, same: Sequence[tuple[str, str]]) -> tuple[Pair, ...]:
+    """Classes that mean the same in both: by name, and by ``same``, pairs of a class of the label and one of the other
+    product. Pairs that share a class are one: forest = trees, forest = mangroves joins the two.
 
     Raises WeighError for names that are none, and where no class is left to compare.
     """
-    for name, known in [*((name, label) for name in same), *((name, other) for name in same.values())]:
+    for name, known in [*((a, label) for a, _ in same), *((b, other) for _, b in same)]:
         if name not in known.classes:
             raise WeighError(f"--same: there is no class {name!r}{suggestion(name, known.classes)}")
-    names = {name: name for name in label.classes if name in other.classes} | dict(same)
-    if not names:
+    named = {name for pair in same for name in pair}
+    pairs = [(name, name) for name in label.classes if name in other.classes and name not in named]
+    groups: list[tuple[set[str], set[str]]] = []
+    for mine, theirs in [*pairs, *same]:
+        joined = {mine}, {theirs}
+        for group in [group for group in groups if mine in group[0] or theirs in group[1]]:
+            groups.remove(group)
+            joined = joined[0] | group[0], joined[1] | group[1]
+        groups.append(joined)
+    if not groups:
         raise WeighError(
             f"--agreement: no class of {', '.join(label.classes)} has a namesake in {', '.join(other.classes)}: name "
             "pairs with --same A=B"
         )
-    return tuple((label.classes[name], other.classes[counterpart]) for name, counterpart in names.items())
+    return tuple(
+        (tuple(label.classes[name] for name in sorted(mine)), tuple(other.classes[name] for name in sorted(theirs)))
+        for mine, theirs in groups
+    )
+
+
+def left_over(known: Columns, side: int, pairs: Sequence[Pair]) -> list[str]:
+    """Classes without a counterpart. side: 0 for the label's, 1 for the other product's."""
+    taken = {column for pair in pairs for column in pair[side]}
+    return [name for name, column in known.classes.items() if column not in taken]
 
 
 def weights_of(table: pa.Table, rules: Rules) -> np.ndarray:
@@ -100,7 +122,10 @@ def weights_of(table: pa.Table, rules: Rules) -> np.ndarray:
 
     weights = np.ones(table.num_rows)
     if rules.pairs:
-        mine, theirs = (np.stack([column(name) for name in side], axis=1) for side in zip(*rules.pairs, strict=True))
+        mine, theirs = (
+            np.stack([sum(column(name) for name in names) for names in side], axis=1)
+            for side in zip(*rules.pairs, strict=True)
+        )
         rest = (1 - theirs.sum(axis=1)) - (1 - mine.sum(axis=1))  # what has no counterpart is one class
         weights *= np.exp(-rules.sharpness * (np.abs(mine - theirs).sum(axis=1) + np.abs(rest)) / 2)
     if rules.valid:
@@ -111,16 +136,19 @@ def weights_of(table: pa.Table, rules: Rules) -> np.ndarray:
     return weights
 
 
-def training_rows(folder: Path, manifest: Manifest) -> Iterator[pa.Table]:
-    """Rows of all training records in their order. Raises RecordError, OSError."""
+def training_rows(folder: Path, manifest: Manifest, columns: Sequence[str]) -> Iterator[pa.Table]:
+    """These columns of all training records in their order. Raises RecordError, OSError."""
     names, also = [entry.name for entry in manifest.classes], tile_table.classes_of(manifest)
-    path = folder / tile_table.NAME
-    if tile_table.is_current(folder, manifest) and pq.read_schema(path).names == tile_table.schema(names, also).names:
+    path, wanted = folder / tile_table.NAME, tile_table.digests(manifest.train.shards)
+    held = tile_table.held_shards(path)
+    if held.items() >= wanted.items() and set(columns) <= set(pq.read_schema(path).names):
         with pq.ParquetFile(path) as file:
             for group in range(file.num_row_groups):
-                table = file.read_row_group(group)
-                yield table.filter(pc.call_function("equal", [table["split"], pa.scalar("train")]))
+                table = file.read_row_group(group, [*columns, "shard"])
+                chosen = pc.SetLookupOptions(pa.array(sorted(wanted)))
+                yield table.filter(pc.call_function("is_in", [table["shard"]], chosen))
         return
+    print(f"{path}: is missing, or of another version: every record is read instead", file=sys.stderr)
     for shard in manifest.train.shards:
         yield from tile_table.rows_of_shard(folder, shard, names, also)
 
@@ -141,11 +169,11 @@ def summary(weights: np.ndarray, dominant: np.ndarray) -> list[str]:
     return lines
 
 
-def pairs_of(words: Sequence[str]) -> dict[str, str]:
+def pairs_of(words: Sequence[str]) -> list[tuple[str, str]]:
     """Pairs A=B. Raises WeighError."""
     if wrong := [word for word in words if word.count("=") != 1 or not all(word.split("="))]:
         raise WeighError(f"--same {wrong[0]}: expected A=B, a class of the label and one of the other product")
-    return dict(word.split("=") for word in words)
+    return [(a, b) for a, b in (word.split("=") for word in words)]
 
 
 def rules_of(chosen: argparse.Namespace, manifest: Manifest) -> Rules:
@@ -154,7 +182,7 @@ def rules_of(chosen: argparse.Namespace, manifest: Manifest) -> Rules:
         raise WeighError("nothing to weigh by: give --agreement PRODUCT, --valid or --gap YEARS")
     if chosen.gap is not None and not chosen.gap > 0:
         raise WeighError(f"--gap {chosen.gap:g}: expected a number of years above 0")
-    if not chosen.sharpness > 0:
+    if not 0 < chosen.sharpness < np.inf:
         raise WeighError(f"--sharpness {chosen.sharpness:g}: expected a number above 0")
     label, pairs = columns_of(manifest, chosen.labels), ()
     if chosen.agreement is not None:
@@ -169,21 +197,23 @@ def weigh(folder: Path, rules: Rules, manifest: Manifest) -> tuple[np.ndarray, l
     """float32 weights of all training records, and what to say of them. Raises WeighError, RecordError, OSError."""
     found, dominant, unknown = [], [], 0
     classes = list(rules.label.classes)
-    for table in training_rows(folder, manifest):
+    columns = [rules.label.valid, rules.label.gap, *rules.label.classes.values()]
+    columns += [name for _, theirs in rules.pairs for name in theirs]
+    for table in training_rows(manifests.folder_of(folder), manifest, columns):
         found.append(weights_of(table, rules))
         shares = np.stack([table[column].to_numpy() for column in rules.label.classes.values()], axis=1)
         dominant.append(np.array(classes)[shares.argmax(axis=1)])
         unknown += table[rules.label.gap].null_count
-    weights = np.concatenate(found) if found else np.zeros(0)
+    weights = np.concatenate(found).astype(np.float32)
     if len(weights) != manifest.train.records:
         raise WeighError(f"{folder / tile_table.NAME}: has {len(weights)} training rows, the manifest says "
                          f"{manifest.train.records}: remove it and give the packing command again")  # fmt: skip
     if not weights.sum() > 0:
-        raise WeighError(f"{folder}: all weights are 0")
-    lines = summary(weights, np.concatenate(dominant))
+        raise WeighError(f"{folder}: all weights are 0 (--sharpness {rules.sharpness:g})")
+    lines = summary(weights.astype(np.float64), np.concatenate(dominant))
     if rules.gap is not None and unknown:
         lines.append(f"of {unknown} records scene or land cover has no date: --gap leaves them as they are")
-    return weights.astype(np.float32), lines
+    return weights, lines
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -203,15 +233,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         manifest = manifests.load_manifest(chosen.folder)
         if not manifest.train.records:
             raise WeighError(f"{chosen.folder}: has no training records")
-        weights, lines = weigh(chosen.folder, rules_of(chosen, manifest), manifest)
+        if chosen.out.absolute().parent.resolve() == manifests.folder_of(chosen.folder).resolve():
+            raise WeighError(f"--out {chosen.out}: lies among the records; choose a place outside their folder")
+        rules = rules_of(chosen, manifest)
+        weights, lines = weigh(chosen.folder, rules, manifest)
+        labels = chosen.labels if chosen.labels != manifest.product else None
         chosen.out.absolute().parent.mkdir(parents=True, exist_ok=True)
         with shards.whole_file(chosen.out) as file:
-            np.savez(file, weights=weights, shards=np.array(manifests.shard_marks(manifest.train.shards)))
+            marks = manifests.shard_marks(manifest.train.shards)
+            np.savez(file, weights=weights, shards=np.array(marks), labels=np.array(labels or ""))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    if rules.pairs:
+        for name, known, side in (
+            ("the label", rules.label, 0),
+            (chosen.agreement, columns_of(manifest, chosen.agreement), 1),
+        ):
+            if left := left_over(known, side, rules.pairs):
+                lines.append(f"classes of {name} without a counterpart, which count as one: {', '.join(left)}")
     print("\n".join(lines))
-    print(f"next:    python -m geokr.pretrain ... data.records={chosen.folder} data.label_weights={chosen.out}")
+    on = f" data.labels={labels}" if labels else ""
+    print(f"next:    python -m geokr.pretrain ... data.records={chosen.folder}{on} data.label_weights={chosen.out}")
     return 0
 
 

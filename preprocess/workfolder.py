@@ -14,7 +14,7 @@ from typing import Any
 from geokr import manifests, records
 from geokr.config import differences
 from geokr.manifests import Manifest
-from preprocess import grid, shards
+from preprocess import grid, shards, tile_facts
 from preprocess.inputs import PlanError
 from preprocess.plan import Plan, identity_json
 
@@ -107,7 +107,7 @@ def open_work(plan: Plan, out: Path, base: Manifest | None) -> Path:
         if base is not None:  # before any new shard: readers then know what it is
             shards.write_whole(out / manifests.GROWING, json.dumps({"version": base.version + 1}).encode())
         shards.write_whole(path, identity_json(identity))
-    cut = identity_json({**identity, "chunks": grid.LAYOUT})
+    cut = identity_json({**identity, "chunks": grid.LAYOUT, "facts": tile_facts.LAYOUT})
     run = work / f"run-{hashlib.sha256(cut).hexdigest()[:16]}"
     for folder in (run, run / "spill", run / "shards"):
         folder.mkdir(exist_ok=True)

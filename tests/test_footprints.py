@@ -1,6 +1,7 @@
 """tiles.parquet: footprints that geopandas reads as they lie on the Earth, one row a record."""
 
 import json
+import shutil
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -89,7 +90,7 @@ def packed(tmp_path_factory):
     scene = folder / "s_20200612.tif"
     write_raster(scene, noise(1, (3, 200, 300)), (9.4, 3.4, 500_000, 3.4, -9.4, 5_400_000))
     cover = write_raster(folder / "cover.tif", patches(2, 120, 160, [10, 30, 80]), (30, 0, 499_000, 0, -30, 5_402_000))
-    keys = (*KEYS, "shards.records=40")
+    keys = (*KEYS, "shards.records=40", "labels.year=2021")
     assert command([scene], [cover], "worldcover", folder / "out", *keys) == 0
     return folder, ([scene], [cover], "worldcover"), keys
 
@@ -224,6 +225,18 @@ def test_rows_of_shards_that_stay_are_kept(packed, tmp_path, monkeypatch):
     both = gpd.read_parquet(tmp_path / tile_table.NAME)
     assert both[both.shard == first.name].valid_pixels.notna().all()
     assert sorted(both.tile_id) == sorted(gpd.read_parquet(out / tile_table.NAME).tile_id)
+
+
+def test_a_table_of_an_earlier_version_is_kept_and_the_gap_added(packed, tmp_path, monkeypatch):
+    out = shutil.copytree(packed[0] / "out", tmp_path / "out")
+    manifest = manifests.load_manifest(out)
+    assert [scene.label_gap_years["worldcover"] for scene in manifest.scenes] == [pytest.approx(-1.05, abs=0.01)]
+    whole = pq.read_table(out / tile_table.NAME)
+    held = {b"geokr": whole.schema.metadata[b"geokr"]}
+    pq.write_table(whole.drop_columns(["label_gap_years"]).replace_schema_metadata(held), out / tile_table.NAME)
+    monkeypatch.setattr(tile_table, "rows_of_shard", None)  # no record is read again
+    tile_table.write(out, manifest, tmp_path, None, lambda done, total: None)
+    assert pq.read_table(out / tile_table.NAME).equals(whole)
 
 
 def test_row_groups_hold_many_shards(packed, monkeypatch, tmp_path):

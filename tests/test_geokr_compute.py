@@ -87,7 +87,9 @@ def test_what_is_not_recorded(overrides, size, precision, reason):
     chosen, world = toy.options(*overrides), World(torch.device("cuda"), size=size)
     found = _graph_obstacle(chosen, world, precision, cropped=False)
     assert found is None if reason is None else found is not None and reason in found
-    assert _graph_obstacle(chosen, world, precision, cropped=True) is not None
+    cropped = _graph_obstacle(chosen, world, precision, cropped=True)
+    assert cropped is not None
+    assert ("augment.crop_probability" if reason in (None, "apex", "the loss scaler's verdict") else reason) in cropped
 
 
 def test_a_recording_that_fails_leaves_the_loss_scaler_as_it_was(monkeypatch):

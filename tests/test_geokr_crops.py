@@ -9,6 +9,7 @@ import torch
 from geokr import records
 from geokr.config import ConfigError
 from geokr.crops import Crops, crop
+from geokr.identity import check_identity
 from geokr.options import AugmentOptions, DataOptions
 from pipelines.augment import apply_dihedral
 from pipelines.dataset import Dataset, open_records
@@ -242,6 +243,36 @@ def test_auto_leaves_images_whole_where_it_must(folder, tmp_path, capsys, keys, 
 def test_auto_without_squares(tmp_path):
     plain = make_dataset(tmp_path / "d", tiles=40, val=8)
     assert run(plain, tmp_path / "run", "augment.crop_probability=auto", "train.max_steps=1") == 0
+
+
+def test_auto_yields_to_a_graph_that_was_asked_for(folder, tmp_path, capsys):
+    keys = ("augment.crop_probability=auto", "train.cuda_graph=on", "train.max_steps=1")
+    assert run(folder, tmp_path / "run", *keys) == 1
+    assert "this run is on cpu" in capsys.readouterr().err  # and not that sides differ
+    assert run(folder, tmp_path / "run", *keys, "augment.crop_probability=0.5") == 1
+
+
+@pytest.mark.parametrize("value", ["2", "-0.1", "often", "true", "null", "[0.5]"])
+def test_shares_that_are_none(folder, tmp_path, capsys, value):
+    assert run(folder, tmp_path / "run", f"augment.crop_probability={value}") == 1
+    said = capsys.readouterr().err
+    assert "augment.crop_probability: " in said
+    assert "expected auto or a number from 0 to 1" in said
+
+
+def test_crops_that_a_run_does_not_make_decide_nothing():
+    """Nor do keys that the version before did not have: its runs go on."""
+
+    def tree(**augment):
+        return {"augment": {"dihedral": True, **augment}, "method": {}}
+
+    whole, cropped = tree(crop_probability=0.0, crop_min=0.5), tree(crop_probability=0.5, crop_min=0.5)
+    check_identity(whole, tree(crop_probability=0.0, crop_min=0.25, crop_until=0.7), "run")
+    check_identity(tree(), tree(crop_probability=0.0, crop_until=0.7), "run")
+    check_identity(cropped, tree(crop_probability=0.5, crop_min=0.5, crop_until=1.0), "run")
+    for other in (tree(crop_probability=0.5, crop_min=0.5, crop_until=0.7), whole):
+        with pytest.raises(ConfigError, match=r"augment\.crop_"):
+            check_identity(cropped, other, "run")
 
 
 def test_datasets_of_different_squares_are_trained_whole(folder, tmp_path, capsys):

@@ -2,27 +2,32 @@
 
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from affine import Affine
 
-from geokr import losses, manifests
+from geokr import landcover, losses, manifests
 from geokr.manifests import shard_marks
 from geokr.options import AugmentOptions, DataOptions, RecordsSource
 from geokr.train import train_step
+from launch.preflight import problem
 from pipelines.dataset import open_records
 from pipelines.errors import PipelineError
-from pipelines.label_weights import read_label_weights
+from pipelines.label_weights import check_label_weights, read_label_weights
 from pipelines.loaders import train_batches
 from preprocess import weigh_records
-from preprocess.weigh_records import Columns, WeighError, matched
+from preprocess.weigh_records import Columns, WeighError, left_over, matched
 from tests.datasets import make_dataset
 from tests.geokr_toy import CLASSES, ToyBatch, learner, make_batch, options
-from tests.scenes import read_records
+from tests.scenes import RAW, command, noise, patches, read_records, write_raster
 from tests.test_geokr_pretrain import run, same_tensors
 from tests.test_pipelines_loaders import LOADERS
 from tests.test_preprocess_products import several  # noqa: F401 - a fixture
+
+DATA_MD = Path(__file__).parents[1] / "docs" / "data.md"
 
 # ------------------------------------------------------------------------------------------------------- losses
 
@@ -39,6 +44,16 @@ def test_losses_count_each_image_by_its_weight():
     assert losses.kl_supervision(*given).item() == pytest.approx((weights * each).mean(), rel=1e-12)
     published = -(weights[:, None] * target * log_student).mean()
     assert losses.published_supervision(*given).item() == pytest.approx(published, rel=1e-12)
+
+
+def test_parts_of_a_step_need_not_know_of_one_another():
+    """Weights are scaled over the dataset, not over a batch: the mean over parts and processes is the whole's."""
+    generator = torch.Generator().manual_seed(0)
+    logits, target = torch.randn(8, 4, generator=generator), torch.rand(8, 4, generator=generator)
+    weights = torch.tensor([3.0, 2, 4, 1, 0, 0, 0.1, 0.2])
+    for loss in losses.SUPERVISION.values():
+        parts = [loss(logits[at], target[at], weights[at]) for at in (slice(0, 4), slice(4, 8))]
+        torch.testing.assert_close(sum(parts) / 2, loss(logits, target, weights))
 
 
 @pytest.mark.parametrize("supervision", ["kl", "published"])
@@ -112,10 +127,14 @@ def test_files_that_cannot_be(folder, tmp_path, capsys):
     (tmp_path / "text.npz").write_text("weights")
     (tmp_path / "empty.npz").write_bytes(b"")
     np.savez(tmp_path / "other.npz", values=np.ones(70))
+    np.savez_compressed(tmp_path / "squeezed.npz", weights=np.arange(70.0))
+    squeezed = bytearray((tmp_path / "squeezed.npz").read_bytes())
+    squeezed[60:90] = b"?" * 30
+    (tmp_path / "squeezed.npz").write_bytes(squeezed)
     np.save(tmp_path / "objects.npy", np.array([{}] * 70))
     whole = (tmp_path / "other.npz").read_bytes()
     (tmp_path / "cut.npz").write_bytes(whole[: len(whole) // 2])
-    for name in ("text.npz", "empty.npz", "other.npz", "objects.npy", "cut.npz"):
+    for name in ("text.npz", "empty.npz", "other.npz", "objects.npy", "cut.npz", "squeezed.npz"):
         with pytest.raises(PipelineError, match=f"{name}: holds no weights of labels"):
             of(folder, str(tmp_path / name))
     with pytest.raises(PipelineError, match="was made for other records"):
@@ -124,6 +143,15 @@ def test_files_that_cannot_be(folder, tmp_path, capsys):
     assert "there is no such file" in capsys.readouterr().err
     assert run(folder, tmp_path / "run", f"data.records=[{folder}]", "data.label_weights=w.npz") == 1
     assert "is for one dataset" in capsys.readouterr().err
+
+
+def test_preflight_looks_at_the_file(folder, tmp_path):
+    keys = [f"data.records={folder}", "train.max_steps=1"]
+    assert problem(None, [*keys, f"data.label_weights={saved(tmp_path / 'w.npy', np.ones(70))}"]) is None
+    assert "holds 3 numbers" in problem(None, [*keys, f"data.label_weights={saved(tmp_path / 'v.npy', np.ones(3))}"])
+    listed = f"data.records=[{{path: {folder}, label_weights: {tmp_path}/none.npz}}]"
+    assert "there is no such file" in problem(None, [listed, "train.max_steps=1"])
+    assert "no records to train on" in problem(None, ["train.max_steps=1", "data.label_weights=w.npz"])
 
 
 def test_of_a_mixture(folder, tmp_path):
@@ -170,7 +198,17 @@ def weigh(folder, out, *words):
     return weigh_records.main([str(folder), "--out", str(out), *words])
 
 
-def expected(folder, words):
+@pytest.fixture(scope="module")
+def dated(several, tmp_path_factory):  # noqa: F811
+    """The same with tiles of both scenes for training."""
+    _, sheets, scenes, arguments, options = several
+    keys = [key for key in options if not key.startswith("split.")]
+    out = tmp_path_factory.mktemp("dated") / "out"
+    assert command(scenes, sheets["globeland30"], "globeland30", out, *arguments, *keys, "split.val_fraction=0") == 0
+    return out
+
+
+def expected(folder, words, labels="globeland30"):
     """The weights by another way: record by record, in words of the rules."""
     manifest = manifests.load_manifest(folder)
     names = [entry.name for entry in manifest.classes]
@@ -179,21 +217,19 @@ def expected(folder, words):
     for split, record in read_records(folder):
         if split != "train":
             continue
-        weight = 1.0
+        weight, known = 1.0, record if labels == "globeland30" else record.also[labels]
         if "--agreement" in words:
-            a, b = dict(zip(names, record.fractions.tolist(), strict=True)), record.also["again"].fractions.tolist()
-            b = dict(zip(other, b, strict=True))
-            pairs = {name: name for name in names if name in other} | {"forest": "green"}
-            apart = sum(abs(a[x] - b[y]) for x, y in pairs.items())
-            left = [
-                sum(v for k, v in a.items() if k not in pairs),
-                sum(v for k, v in b.items() if k not in pairs.values()),
-            ]
-            weight *= np.exp(-3 * (apart + abs(left[0] - left[1])) / 2)
+            a = dict(zip(names, record.fractions.tolist(), strict=True))
+            b = dict(zip(other, record.also["again"].fractions.tolist(), strict=True))
+            a["woods"] = a.pop("forest") + a.pop("shrubland")  # again has both as green
+            b["woods"] = b.pop("green")
+            shared = set(a) & set(b)
+            a["rest"], b["rest"] = (sum(v for k, v in one.items() if k not in shared) for one in (a, b))
+            weight *= np.exp(-3 * sum(abs(a[k] - b[k]) for k in {*shared, "rest"}) / 2)
         if "--valid" in words:
-            weight *= record.valid_fraction
-        if "--gap" in words and record.label_gap_years is not None:
-            weight *= 2.0 ** -(abs(record.label_gap_years) / 0.5)
+            weight *= known.valid_fraction
+        if "--gap" in words and known.label_gap_years is not None:
+            weight *= 2.0 ** -(abs(known.label_gap_years) / 0.5)
         found.append(weight)
     return np.array(found)
 
@@ -202,14 +238,25 @@ def expected(folder, words):
 @pytest.mark.parametrize(
     "words",
     [
-        ("--agreement", "again", "--same", "forest=green", "--sharpness", "3"),
+        ("--agreement", "again", "--same", "forest=green", "shrubland=green", "--sharpness", "3"),
         ("--valid",),
         ("--gap", "0.5"),
-        ("--agreement", "again", "--same", "forest=green", "--sharpness", "3", "--valid", "--gap", "0.5"),
+        (
+            "--agreement",
+            "again",
+            "--same",
+            "forest=green",
+            "shrubland=green",
+            "--sharpness",
+            "3",
+            "--valid",
+            "--gap",
+            "0.5",
+        ),
     ],
 )
-def test_weights_by_each_rule(several, tmp_path, words, table, capsys):  # noqa: F811
-    folder = several[0]
+def test_weights_by_each_rule(dated, tmp_path, words, table, capsys):
+    folder = dated
     if table == "missing":
         folder = shutil.copytree(folder, tmp_path / "d")
         (folder / "tiles.parquet").unlink()
@@ -217,7 +264,7 @@ def test_weights_by_each_rule(several, tmp_path, words, table, capsys):  # noqa:
     found = np.load(tmp_path / "new/w.npz")["weights"]
     np.testing.assert_allclose(found, expected(folder, words), rtol=1e-5)
     assert found.min() < 1
-    assert len(set(found.tolist())) > (words[0] != "--gap")  # all training tiles are of one scene
+    assert len(set(found.tolist())) > 1
     said = capsys.readouterr().out
     assert f"{len(found)} training records" in said
     assert "data.label_weights=" in said
@@ -225,11 +272,78 @@ def test_weights_by_each_rule(several, tmp_path, words, table, capsys):  # noqa:
     np.testing.assert_allclose(read, found / found.mean(), rtol=1e-5)
 
 
-def test_weights_for_a_further_product(several, tmp_path):  # noqa: F811
-    folder = several[0]
-    assert weigh(folder, tmp_path / "w.npz", "--labels", "worldcover", "--valid") == 0
-    valid = [record.also["worldcover"].valid_fraction for split, record in read_records(folder) if split == "train"]
-    np.testing.assert_allclose(np.load(tmp_path / "w.npz")["weights"], valid, rtol=1e-6)
+def test_weights_for_a_further_product(dated, tmp_path, capsys):
+    assert weigh(dated, tmp_path / "w.npz", "--labels", "worldcover", "--valid", "--gap", "0.5") == 0
+    assert f"data.records={dated} data.labels=worldcover data.label_weights=" in capsys.readouterr().out
+    found = np.load(tmp_path / "w.npz")["weights"]
+    np.testing.assert_allclose(found, expected(dated, ("--valid", "--gap"), "worldcover"), rtol=1e-5)
+    ((source,), data) = sources(dated, tmp_path / "w.npz", "worldcover")
+    np.testing.assert_allclose(read_label_weights([source], open_records(data).train), found / found.mean(), rtol=1e-5)
+    check_label_weights(source, manifests.load_manifest(dated), "worldcover")
+    for labels in (None, "globeland30", "again"):
+        ((source,), data) = sources(dated, tmp_path / "w.npz", labels)
+        with pytest.raises(PipelineError, match="was made for the labels of worldcover, the run trains on those of"):
+            read_label_weights([source], open_records(data).train)
+        with pytest.raises(PipelineError, match=r"weigh_records\.py --labels"):
+            check_label_weights(source, manifests.load_manifest(dated), labels)
+    assert weigh(dated, tmp_path / "v.npz", "--labels", "globeland30", "--valid") == 0
+    assert "data.labels" not in capsys.readouterr().out  # it is the first
+    ((source,), data) = sources(dated, tmp_path / "v.npz", "globeland30")
+    assert read_label_weights([source], open_records(data).train) is not None
+
+
+def sources(folder, path, labels):
+    data = DataOptions(records=str(folder), label_weights=str(path), labels=labels)
+    return data.sources, data
+
+
+def test_agreement_from_the_other_side(dated, tmp_path):
+    """Two products are as far apart whichever of them is the label."""
+    found = []
+    for labels, other in (("globeland30", "again"), ("again", "globeland30")):
+        same = ("forest=green", "shrubland=green") if labels == "globeland30" else ("green=forest", "green=shrubland")
+        words = ("--labels", labels, "--agreement", other, "--same", *same)
+        assert weigh(dated, tmp_path / f"{labels}.npz", *words) == 0
+        found.append(np.load(tmp_path / f"{labels}.npz")["weights"])
+    np.testing.assert_allclose(*found, rtol=1e-5)
+
+
+def test_records_that_have_grown(tmp_path):
+    """A run that began before goes on with the earlier manifest; its weights can be made again for that."""
+    scenes = [
+        write_raster(
+            tmp_path / f"{name}_2020081{n}.tif", noise(n, (128, 128)), Affine(10, 0, 5e5 + 2e3 * n, 0, -10, 5e6)
+        )
+        for n, name in enumerate("ab")
+    ]
+    cover = write_raster(tmp_path / "c.tif", patches(2, 80, 200, [10, 30]), (30, 0, 499_000, 0, -30, 5_001_000))
+    keys = (*RAW, "tile.size=32", "tile.step=32", "labels.year=2019")
+    out, words = tmp_path / "out", ("--gap", "2")
+    assert command(scenes[:1], [cover], "worldcover", out, *keys) == 0
+    assert weigh(out, tmp_path / "one.npz", *words) == 0
+    assert command(scenes, [cover], "worldcover", out, "--append", *keys) == 0
+    with pytest.raises(PipelineError, match=r"made for other records than .* holds now.*manifest-v1\.json"):
+        of(out, str(tmp_path / "one.npz"))
+    earlier = out / "manifest-v1.json"
+    first = of(earlier, str(tmp_path / "one.npz"))
+    assert weigh(earlier, tmp_path / "again.npz", *words) == 0
+    np.testing.assert_array_equal(of(earlier, str(tmp_path / "again.npz")), first)
+    assert weigh(out, tmp_path / "both.npz", *words) == 0
+    assert len(of(out, str(tmp_path / "both.npz"))) == manifests.load_manifest(out).train.records > len(first)
+    (out / "tiles.parquet").unlink()
+    assert weigh(earlier, tmp_path / "read.npz", *words) == 0
+    np.testing.assert_allclose(of(earlier, str(tmp_path / "read.npz")), first, rtol=1e-6)
+    assert weigh(out, out / "w.npz", *words) == 1  # the packer would take it for something else's
+
+
+def test_the_documented_pairs_are_classes_of_the_products():
+    text = DATA_MD.read_text().replace("\\\n", " ")
+    said = re.search(r"weigh_records\.py out/records --agreement worldcover +--same (.*) --out", text)
+    pairs = said[1].split()
+    products = [landcover.load_product(name).classes for name in ("globeland30", "worldcover")]
+    columns = [Columns("v", "g", {entry.name: entry.name for entry in classes}) for classes in products]
+    found = matched(*columns, weigh_records.pairs_of(pairs))
+    assert [left_over(columns[side], side, found) for side in (0, 1)] == [[], []]
 
 
 @pytest.mark.parametrize(
@@ -247,6 +361,8 @@ def test_weights_for_a_further_product(several, tmp_path):  # noqa: F811
         (("--labels", "nlcd", "--valid"), "no product 'nlcd'"),
         (("--gap", "0"), "expected a number of years above 0"),
         (("--agreement", "again", "--sharpness", "-1"), "expected a number above 0"),
+        (("--agreement", "again", "--sharpness", "inf"), "expected a number above 0"),
+        (("--agreement", "again", "--sharpness", "1e9"), "all weights are 0"),
     ],
 )
 def test_what_cannot_be_weighed(several, tmp_path, capsys, words, said):  # noqa: F811
@@ -258,5 +374,16 @@ def test_what_cannot_be_weighed(several, tmp_path, capsys, words, said):  # noqa
 def test_products_without_a_class_in_common():
     label, other = Columns("v", "g", {"forest": "forest"}), Columns("w", "h", {"trees": "x_trees", "water": "x_water"})
     with pytest.raises(WeighError, match=r"no class of forest has a namesake in trees, water: .*--same A=B"):
-        matched(label, other, {})
-    assert matched(label, other, {"forest": "trees"}) == (("forest", "x_trees"),)
+        matched(label, other, [])
+    assert matched(label, other, [("forest", "trees")]) == ((("forest",), ("x_trees",)),)
+
+
+def test_pairs_that_share_a_class_are_one():
+    label = Columns("v", "g", {name: name for name in ("forest", "shrub", "water", "ice", "sea")})
+    other = Columns("w", "h", {name: f"x_{name}" for name in ("trees", "bush", "water", "snow")})
+    same = [("forest", "trees"), ("shrub", "trees"), ("shrub", "bush"), ("sea", "water")]
+    found = {tuple(map(frozenset, pair)) for pair in matched(label, other, same)}
+    woods = frozenset({"forest", "shrub"}), frozenset({"x_trees", "x_bush"})
+    assert found == {woods, (frozenset({"sea"}), frozenset({"x_water"}))}  # water was given to the sea
+    both = {tuple(map(frozenset, pair)) for pair in matched(label, other, [*same, ("water", "water")])}
+    assert both == {woods, (frozenset({"sea", "water"}), frozenset({"x_water"}))}

@@ -242,10 +242,11 @@ def test_what_is_wrong_is_said_before_any_step(cluster):
 
 def test_staging_mixtures_and_urls(tmp_path):
     a, b = (make_dataset(tmp_path / name, tiles=8, val=0, seed=seed) for seed, name in enumerate("ab"))
-    given = f'data.records=[{{path: {a}, weight: 2}}, "file://{b}"]'
+    given = f'data.records=[{{path: {a}, weight: 2, label_weights: w.npz}}, "file://{b}"]'
     (line,) = stage.override([given, "train.max_steps=1"], tmp_path / "to")
     entries = json.loads(line.removeprefix("data.records="))
     assert [entry["weight"] for entry in entries] == [2.0, None]
+    assert [entry["label_weights"] for entry in entries] == ["w.npz", None]
     assert len({entry["path"] for entry in entries}) == 2
     for entry, source in zip(entries, (a, b), strict=True):
         assert (Path(entry["path"]) / "manifest.json").read_bytes() == (source / "manifest.json").read_bytes()

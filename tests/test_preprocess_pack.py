@@ -18,7 +18,7 @@ import rasterio
 import simplejpeg
 
 from geokr import config, manifests, records
-from preprocess import blocks, grid, phases, raster, sampling, shards, spill, workfolder
+from preprocess import blocks, grid, phases, raster, sampling, shards, spill, tile_facts, workfolder
 from preprocess.grid import Grid
 from preprocess.inputs import PlanError
 from preprocess.options import PackOptions
@@ -157,8 +157,9 @@ class PowerCut(BaseException):
     """Nothing in the code under test catches it."""
 
 
-def test_chunks_of_another_cut_are_not_gone_on_with(inputs, tmp_path, monkeypatch):
-    """A run of a version that cut scenes otherwise: its chunk of a number holds other tiles."""
+@pytest.mark.parametrize("changed", [grid, tile_facts])
+def test_chunks_of_another_version_are_not_gone_on_with(inputs, tmp_path, monkeypatch, changed):
+    """A run of a version that cut scenes otherwise: its chunk of a number holds other tiles. Or wrote other facts."""
 
     def stop(*arguments):
         raise PowerCut
@@ -168,7 +169,7 @@ def test_chunks_of_another_cut_are_not_gone_on_with(inputs, tmp_path, monkeypatc
     with pytest.raises(PowerCut):
         inputs.pack(tmp_path / "out")
     monkeypatch.undo()
-    monkeypatch.setattr(grid, "LAYOUT", grid.LAYOUT + 1)
+    monkeypatch.setattr(changed, "LAYOUT", changed.LAYOUT + 1)
     inputs.pack(tmp_path / "out")
     assert contents(tmp_path / "out") == inputs.bytes
 
