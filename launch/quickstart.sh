@@ -40,10 +40,10 @@ step "2/7 demo scene: 36 x 36 km, four bands, land cover in two UTM zones"
 
 step "3/7 scenes and land cover to records"
 # Tiles of 1.28 km; blocks of 5 km are held out whole, so no validation pixel is ever trained on. This seed's
-# held-out blocks have every class in them. labels.grid lets training crop with exact labels.
+# held-out blocks have every class in them.
 "$PY" preprocess/pack_records.py --scenes "$OUT/demo/scenes/*.tif" --land-cover "$OUT/demo/landcover/*.tif" \
   --product globeland30 --out "$OUT/records" --config configs/pack_globeland30.yaml 'tile.bands=[red,green,blue]' \
-  tile.size=128 tile.step=64 labels.grid=8 split.val_fraction=0.2 split.block_m=5120 seed=2 | sed '/^next:/d; /^records:/d'
+  tile.size=128 tile.step=64 split.val_fraction=0.2 split.block_m=5120 seed=2 | sed '/^next:/d; /^records:/d'
 "$PY" preprocess/verify_records.py "$OUT/records"
 
 step "4/7 pretraining"
