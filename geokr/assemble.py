@@ -1,7 +1,7 @@
 """From a configuration to a learner: every choice is made here, before the loop."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,6 +25,7 @@ from geokr.optim import build_optimizer
 from geokr.options import PretrainOptions
 from geokr.precision import choose_precision
 from geokr.schedules import ConsistencyWeight, LearningRate
+from geokr.sizes import Sizes
 from geokr.speedups import choose_compute, fold_teacher, fuse_norms
 from geokr.state import Scaler
 from geokr.teacher import TeacherRule, TeacherUpdate, make_teacher
@@ -68,7 +69,7 @@ def _crops(
         return None
     try:
         crops = Crops(options.augment, options.run.seed, spec.image_size, squares, steps)
-        _check_sides(crops, spec, model)
+        _check_sides(crops.sides, f"augment.crop_probability={chosen}", spec, model)
     except ConfigError as error:
         if chosen != "auto":
             raise
@@ -77,15 +78,31 @@ def _crops(
     return crops if crops.last else None
 
 
-def _check_sides(crops: Crops, spec: BackboneSpec, model: LandCoverModel) -> None:
-    for side in crops.sides:
+def _sizes(options: PretrainOptions, spec: BackboneSpec, model: LandCoverModel, steps: int) -> Sizes | None:
+    """How images grow, where they do. Raises ConfigError where backbone or crops do not allow it."""
+    if not options.augment.progressive:
+        return None
+    if options.augment.crop_probability not in (0, "auto"):
+        raise ConfigError(
+            f"augment.progressive=true and augment.crop_probability={options.augment.crop_probability}: images are "
+            "either shrunk or cropped; set one of them to false or 0"
+        )
+    sizes = Sizes(spec.image_size, steps)
+    _check_sides(sizes.sides, "augment.progressive=true", spec, model)
+    return sizes
+
+
+def _check_sides(sides: Sequence[int], asked: str, spec: BackboneSpec, model: LandCoverModel) -> None:
+    """Raises ConfigError where the backbone does not take images of these sides."""
+    for side in sides:
         try:
             feature_count(model.backbone, replace(spec, image_size=side))
         except ConfigError as error:
+            key = asked.partition("=")[0]
+            remedy = "0, a larger augment.crop_min" if key.endswith("crop_probability") else "false"
             raise ConfigError(
-                f"augment.crop_probability={crops.options.crop_probability}: model.backbone={spec.name!r} does not "
-                f"take crops of {side} px ({error.__cause__ or error}): use augment.crop_probability=0, a larger "
-                "augment.crop_min, or another backbone"
+                f"{asked}: model.backbone={spec.name!r} does not take images of {side} px "
+                f"({error.__cause__ or error}): use {key}={remedy}, or another backbone"
             ) from error
 
 
@@ -195,11 +212,12 @@ def build_learner(
     at_once = images_at_once(options.data.global_batch, world.size, options.train.accumulate)
     synchronized = _synchronize(options, world, at_once)
     student = build_student(options, spec, classes, fresh=restore is None)
-    crops = _crops(options, spec, student, squares, steps)
+    sizes = _sizes(options, spec, student, steps)
+    crops = None if sizes else _crops(options, spec, student, squares, steps)
     student, teacher = _pair(options, student, world, synchronized)
     fused = fuse_norms(options, student, world, synchronized=synchronized)
     precision = choose_precision(options.train.precision, world.device)
-    run_step = choose_compute(options, world, precision, cropped=crops is not None)
+    run_step = choose_compute(options, world, precision, changing=crops is not None or sizes is not None)
     optimizer, ran = build_optimizer(student, options.optim, world.device, capturable=isinstance(run_step, Recorded))
     scaler = Scaler(world.device.type, enabled=precision == "fp16")
     if restore is not None:
@@ -230,6 +248,7 @@ def build_learner(
         seed=options.run.seed,
         accumulate=options.train.accumulate,
         crops=crops,
+        sizes=sizes,
         compute=run_step,
         beside=Beside(world.device),
         local_statistics=world.size > 1 and not synchronized and _has_batchnorm(student),

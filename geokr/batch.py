@@ -1,5 +1,6 @@
 """What the training loop asks of a batch, whoever made it."""
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -33,3 +34,14 @@ class Batch(Protocol):
     def weights(self) -> Tensor:
         """float32 [N]: of the labels, their mean over the training records 1; in validation 1, or 0 for padding."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Changed:
+    """A batch made of another one; see :class:`Batch`."""
+
+    images: Tensor
+    fractions: Tensor
+    squares: Tensor | None
+    record_ids: np.ndarray
+    weights: Tensor

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from geokr.batch import Batch
+from geokr.batch import Batch, Changed
 from geokr.config import ConfigError
 from geokr.options import AugmentOptions
 
@@ -20,17 +19,6 @@ AUTO = 0.5  # augment.crop_probability=auto
 _SALT = 7703  # of the draws, so that they are none of step_seed's
 # Share of the tile's labelled ground under which a crop knows nothing of its own: its labels are the whole tile's then.
 _LITTLE = 1e-3
-
-
-@dataclass(frozen=True, slots=True)
-class Cropped:
-    """A batch of crops; see :class:`geokr.batch.Batch`."""
-
-    images: Tensor
-    fractions: Tensor
-    squares: Tensor | None
-    record_ids: np.ndarray
-    weights: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +90,7 @@ class Crops:
             yield batch if side == self.squares else crop(batch, row, column, side)
 
 
-def crop(batch: Batch, row: int, column: int, side: int) -> Cropped:
+def crop(batch: Batch, row: int, column: int, side: int) -> Changed:
     """``side`` x ``side`` squares of every image, from this one on, with the fractions of classes in them."""
     squares_NGGK = batch.squares
     assert squares_NGGK is not None, "the loader was not asked for squares"
@@ -112,7 +100,7 @@ def crop(batch: Batch, row: int, column: int, side: int) -> Cropped:
     inside = squares_NGGK[:, row : row + side, column : column + side]
     shares = inside.sum((1, 2))
     shares = torch.where(shares.sum(1, keepdim=True) < _LITTLE, batch.fractions, shares)
-    return Cropped(
+    return Changed(
         images.contiguous(memory_format=torch.channels_last),
         shares / shares.sum(1, keepdim=True),
         inside,

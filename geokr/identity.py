@@ -42,6 +42,7 @@ def _in_full(tree: Mapping[str, Any]) -> dict[str, Any]:
         augment = {key: value for key, value in augment.items() if not key.startswith("crop_")}
     else:
         augment.setdefault("crop_until", 1.0)
+    augment.setdefault("progressive", False)
     return {**tree, "augment": augment}
 
 

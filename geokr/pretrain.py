@@ -235,6 +235,8 @@ def _announce(
         _fast_paths(chosen),
         "all processes" if chosen["synchronized"] else "each process's images",
     )
+    if learner.sizes:
+        log.info("images of %s px first, whole at the end", " and ".join(map(str, learner.sizes.sides)))
     if crops := learner.crops:
         sides = f"{crops.sides[0]} to {crops.sides[-1]} px"
         log.info("%.4g %% of the steps up to step %d on crops of %s", 100 * crops.probability, crops.last, sides)

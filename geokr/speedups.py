@@ -105,15 +105,15 @@ def fold_teacher(
     return folded
 
 
-def choose_compute(options: PretrainOptions, world: World, precision: str, *, cropped: bool) -> Compute:
+def choose_compute(options: PretrainOptions, world: World, precision: str, *, changing: bool) -> Compute:
     """Steps as they come or recorded. Raises ConfigError where ``train.cuda_graph=on`` cannot be.
 
-    precision: as :func:`geokr.precision.choose_precision` resolved it. cropped: whether sides of images change.
+    precision: as :func:`geokr.precision.choose_precision` resolved it. changing: whether images' sides do.
     """
     choice = options.train.cuda_graph
     if choice == "off":
         return compute
-    obstacle = _graph_obstacle(options, world, precision, cropped=cropped)
+    obstacle = _graph_obstacle(options, world, precision, changing=changing)
     if obstacle is None:
         return Recorded(required=choice == "on")
     if choice == "on":
@@ -121,15 +121,15 @@ def choose_compute(options: PretrainOptions, world: World, precision: str, *, cr
     return compute
 
 
-def _graph_obstacle(options: PretrainOptions, world: World, precision: str, *, cropped: bool) -> str | None:
+def _graph_obstacle(options: PretrainOptions, world: World, precision: str, *, changing: bool) -> str | None:
     if world.device.type != "cuda":
         return f"this run is on {world.device.type}"
     if world.size > 1:
         return "steps of several processes are not recorded"
     if options.train.accumulate > 1:
         return "steps of several parts (train.accumulate) are not recorded"
-    if cropped:
-        return "images of augment.crop_probability have different sides"
+    if changing:
+        return "images of augment.crop_probability or augment.progressive have different sides"
     if options.optim.implementation == "apex":
         return "apex's optimizers are not recorded"
     if precision == "fp16" and (options.optim.implementation != "fused" or options.optim.name == "lamb"):

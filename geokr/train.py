@@ -23,6 +23,7 @@ from geokr.metrics import Clock, Window
 from geokr.models import LandCoverModel
 from geokr.optim import set_learning_rate
 from geokr.schedules import ConsistencyWeight, LearningRate, due
+from geokr.sizes import Sizes
 from geokr.state import Scaler
 from geokr.teacher import TeacherRule, TeacherUpdate
 
@@ -55,6 +56,7 @@ class Learner:
     seed: int
     accumulate: int
     crops: Crops | None
+    sizes: Sizes | None
     compute: Compute
     beside: Beside
     local_statistics: bool
@@ -76,7 +78,9 @@ def train_step(learner: Learner, batches: Iterable[Batch], step: int) -> tuple[T
     torch.manual_seed(step_seed(learner.seed, step, learner.world.rank))
     set_learning_rate(learner.optimizer, learner.learning_rate(step))
     learner.consistency_weight.fill_(learner.consistency_course(step))
-    computed = learner.compute(learner, learner.crops(batches, step) if learner.crops else batches)
+    for change in (learner.sizes, learner.crops):
+        batches = change(batches, step) if change is not None else batches
+    computed = learner.compute(learner, batches)
     _move_teacher(learner, step, computed.skipped)
     return computed.losses, computed.ids
 

@@ -85,9 +85,9 @@ def test_a_recording_that_fails_is_an_error_only_where_it_was_asked_for(monkeypa
 )
 def test_what_is_not_recorded(overrides, size, precision, reason):
     chosen, world = toy.options(*overrides), World(torch.device("cuda"), size=size)
-    found = _graph_obstacle(chosen, world, precision, cropped=False)
+    found = _graph_obstacle(chosen, world, precision, changing=False)
     assert found is None if reason is None else found is not None and reason in found
-    cropped = _graph_obstacle(chosen, world, precision, cropped=True)
+    cropped = _graph_obstacle(chosen, world, precision, changing=True)
     assert cropped is not None
     assert ("augment.crop_probability" if reason in (None, "apex", "the loss scaler's verdict") else reason) in cropped
 

@@ -194,7 +194,7 @@ def test_a_run_with_crops_goes_on_where_it_was(folder, tmp_path):
         (("data.image_size=30",), "images of 30 px cannot be cut along the records' 4 x 4 squares"),
         (
             ("model.backbone=vit_tiny_patch16_224",),
-            "model.backbone='vit_tiny_patch16_224' does not take crops of 16 px",
+            "model.backbone='vit_tiny_patch16_224' does not take images of 16 px",
         ),
     ],
 )
@@ -228,7 +228,7 @@ def test_auto_crops_half_of_the_steps_where_it_can(folder, tmp_path, capsys):
     [
         (("augment.crop_min=0.9",), "leaves no crop smaller than the image"),
         (("data.image_size=30",), "cannot be cut along the records' 4 x 4 squares"),
-        (("model.backbone=vit_tiny_patch16_224",), "does not take crops of 16 px"),
+        (("model.backbone=vit_tiny_patch16_224",), "does not take images of 16 px"),
     ],
 )
 def test_auto_leaves_images_whole_where_it_must(folder, tmp_path, capsys, keys, said):
