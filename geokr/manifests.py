@@ -340,9 +340,9 @@ def check_folder(folder: str | Path, manifest: Manifest) -> None:
             raise RecordError(f"{path}: a shard that the manifest does not list; remove it or pack again")
 
 
-def shard_marks(shards: Sequence[Shard]) -> list[str]:
-    """What tells these very shards from others: name and the beginning of the hash of each."""
-    return [f"{shard.name} {shard.sha256[:16]}" for shard in shards]
+def shard_digests(shards: Sequence[Shard]) -> dict[str, str]:
+    """What tells these very shards from others: the beginning of the hash of each, by name."""
+    return {shard.name: shard.sha256[:16] for shard in shards}
 
 
 def is_later(name: str, manifest: Manifest) -> bool:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from geokr.manifests import Manifest, Shard, shard_marks
+from geokr.manifests import Manifest, Shard, shard_digests
 from geokr.options import RecordsSource
 from pipelines.errors import PipelineError
 
@@ -50,7 +50,7 @@ def check_label_weights(source: RecordsSource, manifest: Manifest, labels: str |
 def _weights(source: RecordsSource, file: str, shards: Sequence[Shard], labels: str | None) -> np.ndarray:
     """labels: the further product that the run trains on, None for the first."""
     found = _read(Path(file))
-    if "shards" in found and found["shards"].tolist() != shard_marks(shards):
+    if "shards" in found and found["shards"].tolist() != [" ".join(item) for item in shard_digests(shards).items()]:
         raise PipelineError(
             f"{file}: was made for other records than {source.shown} holds now: make it again with "
             "preprocess/weigh_records.py; a run that began before scenes were added goes on with "

@@ -6,7 +6,7 @@ hold many shards, and the driver holds one row group at a time.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import date
 from pathlib import Path
@@ -19,12 +19,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from geokr import manifests, records
-from geokr.manifests import Manifest, Shard
+from geokr.manifests import Manifest, Shard, shard_digests
 from preprocess import footprints, shards
 from preprocess.tile_facts import QUALITY, Facts, facts_of_records, further
 
 NAME = "tiles.parquet"
-GAP = "label_gap_years"
 PARTS = "tiles"  # folder of the parts in .work
 ROW_GROUP = 1 << 16  # rows; some 20 MB in memory, and few enough groups for any number of tiles
 BATCH = 256  # records read at a time where a shard has no part
@@ -40,7 +39,7 @@ _BEFORE = (
     ("dominant", pa.string()),
     ("dominant_share", pa.float32()),
     ("valid_fraction", pa.float32()),
-    (GAP, pa.float32()),
+    ("label_gap_years", pa.float32()),
     *((name, pa.float32()) for name in QUALITY),
     ("shard", pa.string()),
     ("record", pa.int64()),
@@ -185,11 +184,6 @@ def shards_of(manifest: Manifest) -> list[Shard]:
     return [shard for name in records.SPLITS for shard in manifest.split(name).shards]
 
 
-def digests(listed: Sequence[Shard]) -> dict[str, str]:
-    """Shards by name, with the beginning of the hash of each."""
-    return {shard.name: shard.sha256[:16] for shard in listed}
-
-
 def held_shards(path: Path) -> dict[str, str]:
     """The shards that a tiles.parquet was made from and their hashes' beginnings; empty if it is none or damaged."""
     try:
@@ -201,7 +195,7 @@ def held_shards(path: Path) -> dict[str, str]:
 
 def is_current(out: Path, manifest: Manifest) -> bool:
     """Whether the folder's tiles.parquet is that of this dataset."""
-    return held_shards(out / NAME) == digests(shards_of(manifest))
+    return held_shards(out / NAME) == shard_digests(shards_of(manifest))
 
 
 def write(
@@ -209,18 +203,18 @@ def write(
 ) -> None:
     """Writes ``out/tiles.parquet``. parts: folder of what gathering left. scratch: for the unfinished file.
 
-    What an older tiles.parquet says of shards that are still there is kept; what it does not say, since its version
-    knew fewer columns, comes from the manifest or, of further products, from the records. Raises OSError, RecordError.
+    What an older tiles.parquet says of shards that are still there is kept. Where its version knew fewer columns, the
+    records are read again and its quality numbers are kept. Raises OSError, RecordError.
     """
     names, also = [entry.name for entry in manifest.classes], classes_of(manifest)
     listed, wanted = shards_of(manifest), schema(names, also)
     old = held_shards(out / NAME)
-    kept, older = {name for name, digest in digests(listed).items() if old.get(name) == digest}, _Older()
-    if kept and set(wanted.names) - set(pq.read_schema(out / NAME).names) > {GAP}:
-        older, kept = _Older.of(out / NAME), set()
+    kept, older = {name for name, digest in shard_digests(listed).items() if old.get(name) == digest}, _Older()
+    if kept and pq.read_schema(out / NAME).names != wanted.names:
+        older, kept = _Older(out / NAME, kept), set()
     done, total = 0, sum(shard.records for shard in listed)
     with shards.whole_file(out / NAME, scratch) as file, _Writer(file, wanted) as writer:
-        for table in _kept_rows(out / NAME, kept, wanted, manifest):
+        for table in _kept_rows(out / NAME, kept, wanted):
             writer.add(table)
             done += table.num_rows
             progress(done, total)
@@ -228,7 +222,8 @@ def write(
             if shard.name in kept:
                 continue
             part = _read_part(parts, shard, wanted)
-            for table in [part] if part is not None else older.with_quality(rows_of_shard(out, shard, names, also)):
+            again = older.with_quality(shard.name, rows_of_shard(out, shard, names, also))
+            for table in [part] if part is not None else again:
                 writer.add(table)
                 done += table.num_rows
                 progress(done, total)
@@ -236,38 +231,39 @@ def write(
 
 
 class _Older:
-    """The quality numbers, which records do not hold, of an older table's tiles: by shard and record."""
+    """The quality numbers, which records do not hold, of the tiles of an older table: 20 bytes a tile.
 
-    def __init__(self, numbers: Mapping[tuple[str, int], tuple[float | None, ...]] = MappingProxyType({})) -> None:
-        self._numbers = numbers
+    kept: the shards that are still those it was made from.
+    """
 
-    @classmethod
-    def of(cls, path: Path) -> Self:
-        table = pq.read_table(path, columns=["shard", "record", *QUALITY])
-        rows = zip(*(table[name].to_pylist() for name in ("shard", "record", *QUALITY)), strict=True)
-        return cls({(shard, record): tuple(numbers) for shard, record, *numbers in rows})
+    def __init__(self, path: Path | None = None, kept: Collection[str] = ()) -> None:
+        self._first: dict[str, int] = {}  # row of each shard's first record; the others follow in their order
+        if path is not None:
+            table = pq.read_table(path, columns=["shard", "record", *QUALITY])
+            rows = np.flatnonzero(table["record"].to_numpy() == 0)
+            names = table["shard"].take(pa.array(rows)).to_pylist()
+            self._first = {name: row for name, row in zip(names, rows.tolist(), strict=True) if name in kept}
+            self._columns = table.select(QUALITY)
 
-    def with_quality(self, tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
+    def with_quality(self, shard: str, tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
+        """Rows of a shard, one table after another; with the numbers, where the older table has this shard."""
+        at = self._first.get(shard)
         for table in tables:
-            places = zip(table["shard"].to_pylist(), table["record"].to_pylist(), strict=True)
-            known = [self._numbers.get(place, (None,) * len(QUALITY)) for place in places]
-            for name, column in zip(QUALITY, zip(*known, strict=True), strict=True):
-                at = table.schema.get_field_index(name)
-                table = table.set_column(at, table.schema.field(at), pa.array(column, pa.float32()))
+            if at is not None:
+                for name in QUALITY:
+                    place = table.schema.get_field_index(name)
+                    known = self._columns[name].slice(at, table.num_rows).cast(pa.float32())
+                    table = table.set_column(place, table.schema.field(place), known)
+                at += table.num_rows
             yield table
 
 
-def _kept_rows(path: Path, kept: set[str], wanted: pa.Schema, manifest: Manifest) -> Iterator[pa.Table]:
+def _kept_rows(path: Path, kept: set[str], wanted: pa.Schema) -> Iterator[pa.Table]:
     if not kept:
         return
-    gaps = {scene.scene_id: scene.label_gap_years.get(manifest.product) for scene in manifest.scenes}
     with pq.ParquetFile(path) as old:
         for group in range(old.num_row_groups):
-            table = old.read_row_group(group)
-            if GAP not in table.column_names:
-                of_rows = [gaps.get(scene_id) for scene_id in table["scene_id"].to_pylist()]
-                table = table.append_column(GAP, pa.array(of_rows, pa.float32()))
-            table = table.select(wanted.names).cast(wanted)
+            table = old.read_row_group(group).cast(wanted)
             yield table.filter(pc.call_function("is_in", [table["shard"]], pc.SetLookupOptions(pa.array(sorted(kept)))))
 
 
@@ -337,5 +333,5 @@ def _about(manifest: Manifest) -> dict[str, Any]:
             manifest.classes, class_columns([entry.name for entry in manifest.classes]), strict=True)],
         "products": further_columns([entry.name for entry in manifest.classes], classes_of(manifest)),
         "manifest_sha256": hashlib.sha256(manifests.dump_manifest(manifest)).hexdigest(),
-        "shards": digests(shards_of(manifest)),
+        "shards": shard_digests(shards_of(manifest)),
     }  # fmt: skip

@@ -57,7 +57,7 @@ class Rules:
     agreement does not count. gap: years that halve a weight, or None."""
 
     label: Columns
-    pairs: tuple["Pair", ...] = ()
+    pairs: tuple[Pair, ...] = ()
     sharpness: float = 5.0
     valid: bool = False
     gap: float | None = None
@@ -139,7 +139,7 @@ def weights_of(table: pa.Table, rules: Rules) -> np.ndarray:
 def training_rows(folder: Path, manifest: Manifest, columns: Sequence[str]) -> Iterator[pa.Table]:
     """These columns of all training records in their order. Raises RecordError, OSError."""
     names, also = [entry.name for entry in manifest.classes], tile_table.classes_of(manifest)
-    path, wanted = folder / tile_table.NAME, tile_table.digests(manifest.train.shards)
+    path, wanted = folder / tile_table.NAME, manifests.shard_digests(manifest.train.shards)
     held = tile_table.held_shards(path)
     if held.items() >= wanted.items() and set(columns) <= set(pq.read_schema(path).names):
         with pq.ParquetFile(path) as file:
@@ -240,8 +240,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         labels = chosen.labels if chosen.labels != manifest.product else None
         chosen.out.absolute().parent.mkdir(parents=True, exist_ok=True)
         with shards.whole_file(chosen.out) as file:
-            marks = manifests.shard_marks(manifest.train.shards)
-            np.savez(file, weights=weights, shards=np.array(marks), labels=np.array(labels or ""))
+            held = [" ".join(item) for item in manifests.shard_digests(manifest.train.shards).items()]
+            np.savez(file, weights=weights, shards=np.array(held), labels=np.array(labels or ""))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

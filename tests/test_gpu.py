@@ -66,7 +66,9 @@ def batches_of(count: int, size: int = 32) -> list[toy.ToyBatch]:
 
 
 def on_device(batch: toy.ToyBatch) -> toy.ToyBatch:
-    moved = (batch.images.to(DEVICE), batch.fractions.to(DEVICE), batch.record_ids, batch.weights.to(DEVICE))
+    """With weights of labels that differ from batch to batch, which a recorded step must take over."""
+    weights = torch.from_numpy(0.5 + batch.record_ids % 3 / 2).float()
+    moved = (batch.images.to(DEVICE), batch.fractions.to(DEVICE), batch.record_ids, weights.to(DEVICE))
     return toy.ToyBatch(*moved)
 
 

@@ -10,7 +10,7 @@ import torch
 from affine import Affine
 
 from geokr import landcover, losses, manifests
-from geokr.manifests import shard_marks
+from geokr.manifests import shard_digests
 from geokr.options import AugmentOptions, DataOptions, RecordsSource
 from geokr.train import train_step
 from launch.preflight import problem
@@ -98,8 +98,9 @@ def of(folder, path):
 @pytest.mark.parametrize("form", ["npy", "npz", "npz with shards"])
 def test_files_are_read_and_have_a_mean_of_1(folder, tmp_path, form):
     values = np.random.default_rng(0).uniform(0, 9, 70)
-    marks = shard_marks(manifests.load_manifest(folder).train.shards) if form.endswith("shards") else None
-    found = of(folder, saved(tmp_path / f"w.{form[:3]}", values, marks))
+    held = shard_digests(manifests.load_manifest(folder).train.shards)
+    marks = [f"{name} {digest}" for name, digest in held.items()]
+    found = of(folder, saved(tmp_path / f"w.{form[:3]}", values, marks if form.endswith("shards") else None))
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, values / values.mean(), rtol=1e-6)
     assert of(folder, None) is None
