@@ -20,6 +20,7 @@ import torch
 from benchmarks.bench_cases import Setting, synchronize
 from benchmarks.bench_steps import geokr_step
 from geokr.options import PretrainOptions
+from pipelines.augment import change_count
 from pipelines.loaders import available_cores
 from pipelines.synthetic import random_batch
 
@@ -139,7 +140,7 @@ def run_steps(setting: Setting, batch: int) -> Try:
     device, manifest = setting.device, setting.dataset.manifest
     data = setting.options.data.model_copy(update={"global_batch": batch})
     options: PretrainOptions = setting.options.model_copy(update={"data": data})
-    step, chosen = geokr_step(options, manifest, setting.image_size, device)
+    step, chosen = geokr_step(options, setting.dataset, setting.image_size, device)
     images = random_batch(
         count=batch,
         bands=len(manifest.bands),
@@ -148,6 +149,7 @@ def run_steps(setting: Setting, batch: int) -> Try:
         device=device,
         seed=0,
         uint8=manifest.tile.dtype == "uint8",
+        changes=change_count(setting.dataset.band_facts()),
     )
     for _ in range(2):  # the second one meets the optimizer's state
         step(images)

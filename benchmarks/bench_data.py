@@ -123,6 +123,7 @@ def batches(setting: Setting, stack: ExitStack, name: str, batch: int) -> Any:
             seed=0,
             device=setting.device,
             image_size=setting.image_size,
+            by_colour=setting.options.model.condition_on_colour,
         )
     )
 

@@ -19,11 +19,12 @@ from benchmarks.bench_data import batches, drain
 from geokr import losses
 from geokr.assemble import DTYPES, build_learner
 from geokr.distributed import World
-from geokr.manifests import Manifest
 from geokr.models import BackboneSpec
 from geokr.options import PretrainOptions
 from geokr.precision import choose_precision
 from geokr.train import train_step
+from pipelines.augment import change_count
+from pipelines.dataset import Dataset
 from pipelines.loaders import resolve_loader
 
 Step = Callable[[Any], None]
@@ -33,10 +34,10 @@ STEPS = 100_000
 
 
 def geokr_step(
-    options: PretrainOptions, manifest: Manifest, image_size: int, device: torch.device
+    options: PretrainOptions, dataset: Dataset, image_size: int, device: torch.device
 ) -> tuple[Step, dict[str, Any]]:
     """A function that trains on one batch, and what was chosen in words."""
-    train = manifest.train
+    manifest, train = dataset.manifest, dataset.manifest.train
     learner, chosen = build_learner(
         options,
         BackboneSpec(options.model.backbone, len(manifest.bands), image_size),
@@ -45,6 +46,7 @@ def geokr_step(
         std=list(train.std),
         steps=STEPS,
         world=World(device),
+        changes=change_count(dataset.band_facts()),
     )
     numbers: Iterator[int] = iter(range(1, STEPS))
     return lambda batch: void(train_step(learner, [batch], next(numbers))), chosen
@@ -137,7 +139,7 @@ def step_cases(setting: Setting, stack: ExitStack, stages: set[str], variants: l
         prepare = nothing if source is random else drain(setting, source)
         return Case(stage, loader, lambda: _run(step, source, setting.steps, count), prepare, options)
 
-    own = [geokr_step(options, manifest, setting.image_size, setting.device) for _, options in variants]
+    own = [geokr_step(options, setting.dataset, setting.image_size, setting.device) for _, options in variants]
     for (words, _), (step, chosen) in zip(variants, own, strict=True):
         print(f"geokr's step ({words or 'defaults'}): {chosen}")
         yield case("step", "synthetic", step, random, words)

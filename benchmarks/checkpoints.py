@@ -39,6 +39,7 @@ class RandomBatch:
     record_ids: np.ndarray
     weights: torch.Tensor
     squares: torch.Tensor | None = None
+    colour_changes: torch.Tensor | None = None
 
 
 def make_batch(batch: int, size: int, device: torch.device) -> RandomBatch:

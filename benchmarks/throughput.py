@@ -120,7 +120,7 @@ def run_find_batch(setting: Setting, limit_gb: float | None, words: str) -> tupl
 
 def run_profile(setting: Setting, folder: Path) -> dict[str, Any]:
     """Prints the costliest operations; what goes into the report."""
-    step, chosen = geokr_step(setting.options, setting.dataset.manifest, setting.image_size, setting.device)
+    step, chosen = geokr_step(setting.options, setting.dataset, setting.image_size, setting.device)
     with ExitStack() as stack:
         random = batches(setting, stack, "synthetic", setting.options.data.global_batch)
         for _ in range(2):  # compiles, searches for the best convolutions

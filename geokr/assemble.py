@@ -50,10 +50,13 @@ def images_at_once(global_batch: int, world_size: int, accumulate: int) -> int:
     return each
 
 
-def build_student(options: PretrainOptions, spec: BackboneSpec, classes: int, *, fresh: bool) -> LandCoverModel:
+def build_student(
+    options: PretrainOptions, spec: BackboneSpec, classes: int, changes: int, *, fresh: bool
+) -> LandCoverModel:
     """The student on the CPU, its weights as ``model.init`` says; a run that resumes brings its own (not fresh)."""
     init = options.model.init if fresh else "random"
-    student = build_model(spec, classes, options.run.seed, pretrained=init == "imagenet")
+    told = changes if options.model.condition_on_colour else 0
+    student = build_model(spec, classes, options.run.seed, pretrained=init == "imagenet", changes=told)
     if init not in ("random", "imagenet"):
         load_into(student.backbone, read_state(init), init)
     return student
@@ -175,8 +178,11 @@ def _passes(
         return _Passes(student, runs, folded)
     how = options.train.compile
     through = partial(for_trial, world=world, options=options.train)
-    compiled = compile_forward(how, student, images(None), autocast, through)
-    return _Passes(compiled, compile_forward(how, runs, images(None), autocast) if asked else runs, folded)
+    inputs: list[torch.Tensor] = [images(None)]
+    if student.condition is not None:
+        inputs.append(inputs[0].new_zeros(len(inputs[0]), student.condition.modulate.in_features))
+    compiled = compile_forward(how, student, inputs, autocast, through)
+    return _Passes(compiled, compile_forward(how, runs, inputs, autocast) if asked else runs, folded)
 
 
 def _pair(
@@ -201,17 +207,19 @@ def build_learner(
     steps: int,
     world: World,
     squares: int = 0,
+    changes: int = 0,
     restore: Callable[[LandCoverModel, LandCoverModel, torch.optim.Optimizer, Scaler], None] | None = None,
 ) -> tuple[Learner, dict[str, Any]]:
     """The learner, and what was chosen in words.
 
-    squares: along a tile's side, whose fractions the records hold, 0 for none. restore: fills models, optimizer and
+    squares: along a tile's side, whose fractions the records hold, 0 for none. changes: numbers of a batch that say how
+    an image's colours were changed. restore: fills models, optimizer and
     scaler with a checkpoint's state, in place of ``model.init``.
     Raises ConfigError for whatever in the configuration cannot be.
     """
     at_once = images_at_once(options.data.global_batch, world.size, options.train.accumulate)
     synchronized = _synchronize(options, world, at_once)
-    student = build_student(options, spec, classes, fresh=restore is None)
+    student = build_student(options, spec, classes, changes, fresh=restore is None)
     sizes = _sizes(options, spec, student, steps)
     crops = None if sizes else _crops(options, spec, student, squares, steps)
     student, teacher = _pair(options, student, world, synchronized)

@@ -26,6 +26,11 @@ class Batch(Protocol):
         ...
 
     @property
+    def colour_changes(self) -> Tensor | None:
+        """float32 [N, Q], how each image's colours were changed, 0 where they were not; None where not asked for."""
+        ...
+
+    @property
     def record_ids(self) -> np.ndarray:
         """int64 [N], on the host."""
         ...
@@ -45,3 +50,4 @@ class Changed:
     squares: Tensor | None
     record_ids: np.ndarray
     weights: Tensor
+    colour_changes: Tensor | None

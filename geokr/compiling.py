@@ -11,7 +11,7 @@ The loss is in the generated kernels for batch norm in training mode, which the 
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from geokr.config import ConfigError
 
 log = logging.getLogger(__name__)
-Forward = Callable[[Tensor], Tensor]
+Forward = Callable[..., Tensor]  # of images, and how their colours were changed where the head is told
 
 
 def wanted(option: str, device: torch.device) -> bool:
@@ -28,11 +28,11 @@ def wanted(option: str, device: torch.device) -> bool:
     return option == "on" or (option == "auto" and device.type == "cuda")
 
 
-def _trial(forward: Forward, model: nn.Module, images_NCHW: Tensor) -> None:
+def _trial(forward: Forward, model: nn.Module, inputs: Sequence[Tensor]) -> None:
     """A forward pass as the run will do it, with a backward pass if the model trains; leaves the model as it was."""
     buffers = [buffer.clone() for buffer in model.buffers()]
     with torch.set_grad_enabled(any(p.requires_grad for p in model.parameters())):
-        out = forward(images_NCHW)
+        out = forward(*inputs)
         if out.requires_grad:
             out.float().sum().backward()
     model.zero_grad(set_to_none=True)
@@ -44,11 +44,11 @@ def _trial(forward: Forward, model: nn.Module, images_NCHW: Tensor) -> None:
 def compile_forward(
     option: str,
     model: nn.Module,
-    images_NCHW: Tensor,
+    inputs: Sequence[Tensor],
     autocast: Callable[[], AbstractContextManager],
     through: Callable[[Forward], Forward] = lambda forward: forward,
 ) -> Forward:
-    """The model's forward pass, compiled for images of this shape, type and memory format.
+    """The model's forward pass, compiled for inputs of these shapes, types and memory formats.
 
     through: gives what the first call is made through, where torch compiles according to who calls.
     If that fails, ``auto`` gives back the model as it is and says so; ``on`` raises ConfigError.
@@ -56,7 +56,7 @@ def compile_forward(
     forward = torch.compile(model)
     try:
         with autocast():
-            _trial(through(forward), model, images_NCHW)
+            _trial(through(forward), model, inputs)
     except Exception as error:
         reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         if option == "on":

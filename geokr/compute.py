@@ -55,13 +55,13 @@ class Beside:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     @torch.no_grad()
-    def start(self, forward: Callable[[Tensor], Tensor], images_NCHW: Tensor) -> Tensor:
-        """The result, which nobody may read before ``join``. ``images_NCHW`` must live until then."""
+    def start(self, forward: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        """The result, which nobody may read before ``join``. ``inputs`` must live until then."""
         if self._stream is None:
-            return forward(images_NCHW)
+            return forward(*inputs)
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
-            return forward(images_NCHW)
+            return forward(*inputs)
 
     def join(self) -> None:
         """What follows in the current stream waits for the pass."""
@@ -83,8 +83,7 @@ def compute(learner: "Learner", batches: Iterable[Batch]) -> Computed:
     for index, batch in enumerate(batches, start=1):
         ids.append(batch.record_ids)
         with _gradient_exchange(learner, last=index == learner.accumulate):
-            images_NCHW = learner.normalise(batch.images)
-            student_NK, teacher_NK = _forward(learner, images_NCHW)
+            student_NK, teacher_NK = _forward(learner, *learner.inputs(batch))
             loss = supervision = learner.supervision(student_NK, batch.fractions, batch.weights)
             consistency = torch.zeros_like(supervision)
             if learner.consistency is not None and teacher_NK is not None:
@@ -96,13 +95,13 @@ def compute(learner: "Learner", batches: Iterable[Batch]) -> Computed:
     return Computed(sums / learner.accumulate, _optimize(learner), ids)
 
 
-def _forward(learner: "Learner", images_NCHW: Tensor) -> tuple[Tensor, Tensor | None]:
+def _forward(learner: "Learner", *inputs: Tensor) -> tuple[Tensor, Tensor | None]:
     """Logits of the student, and of the teacher where the loss asks for them."""
     with learner.autocast():
         if learner.consistency is None:
-            return learner.student_forward(images_NCHW), None
-        teacher_NK = learner.beside.start(learner.teacher_forward, images_NCHW)
-        student_NK = learner.student_forward(images_NCHW)
+            return learner.student_forward(*inputs), None
+        teacher_NK = learner.beside.start(learner.teacher_forward, *inputs)
+        student_NK = learner.student_forward(*inputs)
     learner.beside.join()
     return student_NK, teacher_NK
 
@@ -130,6 +129,7 @@ class _Places:
     fractions: Tensor
     record_ids: np.ndarray
     weights: Tensor
+    colour_changes: Tensor | None
     squares: Tensor | None = None
 
 
@@ -162,7 +162,8 @@ class Recorded:
     def _record(self, learner: "Learner", batch: Batch) -> bool:
         images = torch.empty_like(batch.images)  # keeps the memory format
         fractions, weights = torch.empty_like(batch.fractions), torch.empty_like(batch.weights)
-        self._places = _Places(images, fractions, batch.record_ids, weights)
+        changes = None if batch.colour_changes is None else torch.empty_like(batch.colour_changes)
+        self._places = _Places(images, fractions, batch.record_ids, weights, changes)
         graph = torch.cuda.CUDAGraph()
         learner.optimizer.zero_grad()  # gradients of earlier steps lie in other memory
         try:
@@ -192,6 +193,8 @@ class Recorded:
         self._places.images.copy_(batch.images, non_blocking=True)
         self._places.fractions.copy_(batch.fractions, non_blocking=True)
         self._places.weights.copy_(batch.weights, non_blocking=True)
+        if self._places.colour_changes is not None and batch.colour_changes is not None:
+            self._places.colour_changes.copy_(batch.colour_changes, non_blocking=True)
         self._graph.replay()
         return Computed(self._computed.losses, self._computed.skipped, [batch.record_ids])
 

@@ -106,4 +106,5 @@ def crop(batch: Batch, row: int, column: int, side: int) -> Changed:
         inside,
         batch.record_ids,
         batch.weights,
+        batch.colour_changes,
     )

@@ -100,9 +100,9 @@ def for_trial(forward: Forward, world: World, options: TrainOptions) -> Forward:
     size = None if options.ddp_bucket_mb is None else max(smallest, options.ddp_bucket_mb)
     wrapped = DistributedDataParallel(forward, **_choices(world), bucket_cap_mb=size)  # type: ignore[arg-type]
 
-    def call(images_NCHW: Tensor) -> Tensor:
+    def call(*inputs: Tensor) -> Tensor:
         with wrapped.no_sync():
-            return wrapped(images_NCHW)
+            return wrapped(*inputs)
 
     return call
 

@@ -87,7 +87,8 @@ def without(norm: Any) -> nn.Module:
 
 
 class FoldedTeacher(nn.Module):
-    """The folded copy of a teacher in eval mode; called like it: images [N, C, H, W] to logits float32 [N, K].
+    """The folded copy of a teacher in eval mode; called like it: images [N, C, H, W], and how their colours
+    were changed where its head is told, to logits float32 [N, K].
 
     teacher: backbone and head. dtype: of the backbone's weights and activations; the head stays float32.
     Raises FoldError if it has norms that cannot be folded.
@@ -163,7 +164,6 @@ class FoldedTeacher(nn.Module):
                 offset.addcmul_(pair.conv.bias, scale)
         torch._foreach_copy_([pair.folded.bias.data for pair in self._pairs], offsets)
 
-    def forward(self, images_NCHW: Tensor) -> Tensor:
+    def forward(self, images_NCHW: Tensor, changes_NQ: Tensor | None = None) -> Tensor:
         with torch.autocast(images_NCHW.device.type, enabled=False):
-            features_ND = self.model.backbone(images_NCHW.to(self._dtype))
-            return self.model.head(features_ND.float())
+            return self.model.classify(self.model.backbone(images_NCHW.to(self._dtype)), changes_NQ)

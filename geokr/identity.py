@@ -43,7 +43,8 @@ def _in_full(tree: Mapping[str, Any]) -> dict[str, Any]:
     else:
         augment.setdefault("crop_until", 1.0)
     augment.setdefault("progressive", False)
-    return {**tree, "augment": augment}
+    model = {"condition_on_colour": False, **tree.get("model", {})}
+    return {**tree, "augment": augment, "model": model}
 
 
 def check_identity(found: Mapping[str, Any], current: Mapping[str, Any], where: str) -> None:

@@ -1,6 +1,6 @@
 """Student and teacher: any timm backbone with any number of bands, and a linear head over the classes.
 
-N images, C bands, H x W pixels, K classes, D features.
+N images, C bands, H x W pixels, K classes, D features, Q numbers that say how an image's colours were changed.
 """
 
 import contextlib
@@ -42,22 +42,49 @@ class BackboneSpec:
         return arguments
 
 
+class ColourCondition(nn.Module):
+    """Features [N, D] scaled and moved, each by a linear function of how the image's colours were changed [N, Q].
+
+    Feature-wise linear modulation (Perez et al., "FiLM: Visual Reasoning with a General Conditioning Layer", AAAI 2018)
+    without a constant part: where nothing was changed, and at the start, it does nothing.
+    """
+
+    def __init__(self, changes: int, features: int) -> None:
+        super().__init__()
+        self.modulate = nn.Linear(changes, 2 * features, bias=False)
+        nn.init.zeros_(self.modulate.weight)
+
+    def forward(self, features_ND: Tensor, changes_NQ: Tensor) -> Tensor:
+        scale_ND, offset_ND = self.modulate(changes_NQ).chunk(2, dim=1)
+        return torch.addcmul(features_ND + offset_ND, features_ND, scale_ND)
+
+
 class LandCoverModel(nn.Module):
     """Normalised images [N, C, H, W] to class logits [N, K], float32.
+
+    changes: Q, with which the head is told how colours were changed (:class:`ColourCondition`); 0 for a head that is
+    not. Without the numbers, as in validation, images are taken to be unchanged.
 
     The head runs in float32 under any autocast: its cost is nothing beside the backbone's, and logits rounded
     to 8 bits would round the losses too.
     """
 
-    def __init__(self, backbone: nn.Module, features: int, classes: int) -> None:
+    def __init__(self, backbone: nn.Module, features: int, classes: int, changes: int = 0) -> None:
         super().__init__()
         self.backbone = backbone
         self.head = nn.Linear(features, classes)
+        self.condition = ColourCondition(changes, features) if changes else None
 
-    def forward(self, images_NCHW: Tensor) -> Tensor:
-        features_ND = self.backbone(images_NCHW)
+    def forward(self, images_NCHW: Tensor, changes_NQ: Tensor | None = None) -> Tensor:
+        return self.classify(self.backbone(images_NCHW), changes_NQ)
+
+    def classify(self, features_ND: Tensor, changes_NQ: Tensor | None = None) -> Tensor:
+        """Logits of pooled features."""
         with torch.autocast(features_ND.device.type, enabled=False):
-            return self.head(features_ND.float())
+            features_ND = features_ND.float()
+            if self.condition is not None and changes_NQ is not None:
+                features_ND = self.condition(features_ND, changes_NQ)
+            return self.head(features_ND)
 
 
 def check_backbone_name(name: str) -> None:
@@ -124,11 +151,13 @@ def feature_count(backbone: nn.Module, spec: BackboneSpec) -> int:
     return shape[1]
 
 
-def build_model(spec: BackboneSpec, classes: int, seed: int, *, pretrained: bool = False) -> LandCoverModel:
+def build_model(
+    spec: BackboneSpec, classes: int, seed: int, *, pretrained: bool = False, changes: int = 0
+) -> LandCoverModel:
     """Backbone and head, their random weights a function of the seed alone. See :func:`build_backbone`."""
     with seeded(seed):
         backbone = build_backbone(spec, pretrained=pretrained)
-        return LandCoverModel(backbone, feature_count(backbone, spec), classes)
+        return LandCoverModel(backbone, feature_count(backbone, spec), classes, changes)
 
 
 class Normalise:

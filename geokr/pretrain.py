@@ -38,6 +38,7 @@ log = logging.getLogger("geokr")
 
 def pretrain(options: PretrainOptions, world: World, threads: int) -> int:
     """One run, from its beginning or its last checkpoint to its end. Returns the exit status."""
+    from pipelines.augment import change_count
     from pipelines.dataset import open_records
     from pipelines.label_weights import read_label_weights
 
@@ -70,6 +71,7 @@ def pretrain(options: PretrainOptions, world: World, threads: int) -> int:
             steps=facts.steps,
             world=world,
             squares=facts.manifest.tile.grid,
+            changes=change_count(dataset.band_facts(facts.band_indices)),
             restore=None if found is None else lambda *parts: restore(found, *parts),
         )
         _announce(options, facts, learner, chosen, threads)
@@ -128,6 +130,7 @@ def _train(
             start_sample=start * options.data.global_batch,
             accumulate=options.train.accumulate,
             by_square=learner.crops is not None,
+            by_colour=learner.by_colour,
             label_weights=label_weights,
             **_place(facts, world),
         ) as batches,

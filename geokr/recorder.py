@@ -42,11 +42,12 @@ class Recorder:
         if not self._count:
             return
         images_NCHW = batch.images[: self._count]
+        inputs = [values[: self._count] for values in learner.inputs(batch)]
         learner.student.eval()
         shares = []
         for model in (learner.student, learner.teacher):
             with learner.autocast():
-                shares.append(model(learner.normalise(images_NCHW)).softmax(1).cpu().numpy())
+                shares.append(model(*inputs).softmax(1).cpu().numpy())
         learner.student.train()
         pictures = panels.display_images(images_NCHW, panels.rgb_channels(self._facts.band_names))
         targets = batch.fractions[: self._count].cpu().numpy()

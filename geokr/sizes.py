@@ -46,7 +46,7 @@ class Sizes:
 def shrunk(batch: Batch, side: int) -> Changed:
     """The same batch with whole images of a smaller side."""
     images = _shrink(batch.images, side).contiguous(memory_format=torch.channels_last)
-    return Changed(images, batch.fractions, batch.squares, batch.record_ids, batch.weights)
+    return Changed(images, batch.fractions, batch.squares, batch.record_ids, batch.weights, batch.colour_changes)
 
 
 def _shrink(images_NCHW: Tensor, side: int) -> Tensor:

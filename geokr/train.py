@@ -62,6 +62,19 @@ class Learner:
     local_statistics: bool
     """Whether batch norm's running statistics differ between processes and have to be averaged."""
 
+    @property
+    def by_colour(self) -> bool:
+        """Whether the head is told how colours were changed."""
+        return self.student.condition is not None
+
+    def inputs(self, batch: Batch) -> tuple[Tensor, ...]:
+        """What the models are called with in training."""
+        images_NCHW = self.normalise(batch.images)
+        if not self.by_colour:
+            return (images_NCHW,)
+        assert batch.colour_changes is not None, "the loader was not asked for them"
+        return images_NCHW, batch.colour_changes
+
 
 def step_seed(seed: int, step: int, rank: int) -> int:
     """Seed of a step's dropout and stochastic depth: a function of run, step and process, so no state is kept."""

@@ -8,10 +8,11 @@ An image goes through the same steps in the same order in every loader:
 Dihedral number k, 0..7: transpose (k & 4), then flip the rows (k & 2), then flip the columns (k & 1).
 Colour is one affine map of a pixel's bands, float32 [C, Cin + 1]: out = matrix[:, :Cin] @ in + matrix[:, Cin], in the
 record's own units. It also picks the bands, so that no loader needs a step for it.
+What was done to colours can be given to the model, too (``colour_changes``).
 Nothing is cropped here: that would falsify the tile's class fractions. Training crops whole batches where records hold
 the fractions of squares (geokr.crops), which are turned as their images are.
 
-Legend of shapes: N samples, C bands given to the model, I bands in the record.
+Legend of shapes: N samples, C bands given to the model, I bands in the record, Q numbers that say how colours changed.
 """
 
 from dataclasses import dataclass
@@ -63,10 +64,11 @@ class BandFacts:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Parameters:
-    """dihedral: int64 [N]. colour: float32 [N, C, I + 1]."""
+    """dihedral: int64 [N]. colour: float32 [N, C, I + 1]. changes: float32 [N, Q], where the model is to know them."""
 
     dihedral: np.ndarray
     colour: np.ndarray
+    changes: np.ndarray | None = None
 
 
 def identity(count: int, facts: BandFacts) -> Parameters:
@@ -165,6 +167,24 @@ def _spread(colour: np.ndarray, facts: BandFacts) -> np.ndarray:
     out = np.zeros((len(colour), count, inner + 1), np.float32)
     out[:, :, [*facts.bands, inner]] = colour
     return out
+
+
+def change_count(facts: BandFacts) -> int:
+    """Q: where there is a hue the whole affine map, else a gain and an offset for each band."""
+    bands = len(facts.bands)
+    return bands * (bands + 1) if facts.is_rgb else 2 * bands
+
+
+def colour_changes(colour: np.ndarray, facts: BandFacts) -> np.ndarray:
+    """How colours were changed, float32 [N, Q]: the affine maps [N, C, I + 1] as they act on normalised bands, less the
+    map that changes nothing, so that 0 says "as packed"."""
+    mean, std = facts.normalisation()
+    picked = colour[:, :, list(facts.bands)].astype(np.float64)
+    gains = picked * std / std[:, None] - np.eye(len(std))
+    offsets = (picked @ mean + colour[:, :, -1] - mean) / std
+    if not facts.is_rgb:
+        gains = np.diagonal(gains, axis1=1, axis2=2)
+    return np.concatenate([gains.reshape(len(colour), -1), offsets], 1).astype(np.float32)
 
 
 def turn_squares(squares_NGGK: np.ndarray, dihedral_N: np.ndarray) -> np.ndarray:

@@ -21,6 +21,7 @@ class Batch:
     record_ids: int64 [N], on the host.
     squares: float32 [N, G, G, K], the fractions by squares of the image as it is turned, summing to ``fractions``; None
         where they were not asked for.
+    colour_changes: float32 [N, Q], see :func:`pipelines.augment.colour_changes`; None where they were not asked for.
     """
 
     images: torch.Tensor
@@ -28,6 +29,7 @@ class Batch:
     record_ids: np.ndarray
     weights: torch.Tensor
     squares: torch.Tensor | None = None
+    colour_changes: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -56,6 +58,7 @@ class Decoded:
     plan: Plan
     fractions: np.ndarray
     squares: np.ndarray | None
+    colour_changes: np.ndarray | None
     give: Callable[[], torch.Tensor]
 
     @classmethod
@@ -63,14 +66,15 @@ class Decoded:
         """A loaded batch whose images are there; its squares are turned as the images were."""
         squares = batch.samples.squares
         turned = None if squares is None else turn_squares(squares, batch.parameters.dihedral)
-        return cls(batch.plan, batch.samples.fractions, turned, give)
+        return cls(batch.plan, batch.samples.fractions, turned, batch.parameters.changes, give)
 
     def to(self, device: torch.device) -> Batch:
         """On the device, without waiting for the copy."""
         images = self.give().to(device, non_blocking=True).permute(0, 3, 1, 2)
         fractions, weights = _move(self.fractions, device), _move(self.plan.weights, device)
         squares = None if self.squares is None else _move(self.squares, device)
-        return Batch(images, fractions, self.plan.ids, weights, squares)
+        changes = None if self.colour_changes is None else _move(self.colour_changes, device)
+        return Batch(images, fractions, self.plan.ids, weights, squares, changes)
 
 
 def _move(values: np.ndarray, device: torch.device) -> torch.Tensor:

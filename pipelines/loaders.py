@@ -6,7 +6,7 @@ plan (pure) -> read ahead (bytes, checksums, parameters) -> decode ahead (DALI o
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import numpy as np
@@ -86,6 +86,7 @@ def train_batches(
     bands: tuple[int, ...] | None = None,
     local_ranks: int | None = None,
     by_square: bool = False,
+    by_colour: bool = False,
     label_weights: np.ndarray | None = None,
 ) -> Loader:
     """Endless micro-batches of ``global_batch / (world_size * accumulate)`` samples for this rank.
@@ -93,7 +94,8 @@ def train_batches(
     seed, start_sample: the stream and the samples of it already consumed, over all ranks: the loader's whole state.
     image_size: None for the tiles' own. bands: indices into the record's bands, None for all.
     local_ranks: processes that share this machine's cores (None: all of them).
-    by_square: batches have the fractions of the tiles' squares, too.
+    by_square: batches have the fractions of the tiles' squares, too. by_colour: and how each image's colours were
+    changed.
     label_weights: float32, one a training record (see :mod:`pipelines.label_weights`), None for 1.
     Raises PipelineError for a batch, image size, band or loader that cannot be; while iterating RecordError for
     damaged records and ReadTimeoutError for storage that hangs.
@@ -107,10 +109,13 @@ def train_batches(
             "labels.grid=8"
         )
     if options.loader == "synthetic":
-        return _synthetic(setting, share.micro_batch, seed + rank, dataset.manifest.tile.grid if by_square else 0)
+        squares = dataset.manifest.tile.grid if by_square else 0
+        changes = augment.change_count(facts) if by_colour else 0
+        return _synthetic(setting, share.micro_batch, seed + rank, squares, changes)
 
     def parameters(plan: Plan) -> augment.Parameters:
-        return augment.draw(augmentation, facts, seed, plan.epochs, plan.ids)
+        drawn = augment.draw(augmentation, facts, seed, plan.epochs, plan.ids)
+        return replace(drawn, changes=augment.colour_changes(drawn.colour, facts)) if by_colour else drawn
 
     def plans() -> Iterator[Plan]:
         return _train_plans(_order(dataset, seed), share, start_sample, label_weights)
@@ -235,7 +240,7 @@ def _with_real_loader(setting: _Setting) -> _Setting:
     return _Setting(setting.dataset, setting.split, options, setting.transform, setting.device, setting.threads)
 
 
-def _synthetic(setting: _Setting, count: int, seed: int, squares: int) -> Loader:
+def _synthetic(setting: _Setting, count: int, seed: int, squares: int, changes: int) -> Loader:
     batch = synthetic.random_batch(
         count=count,
         bands=len(setting.transform.facts.bands),
@@ -245,6 +250,7 @@ def _synthetic(setting: _Setting, count: int, seed: int, squares: int) -> Loader
         seed=seed,
         uint8=setting.transform.is_bytes,
         squares=squares,
+        changes=changes,
     )
     return Loader(synthetic.repeat(batch), [])
 

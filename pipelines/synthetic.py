@@ -18,10 +18,12 @@ def random_batch(
     seed: int,
     uint8: bool,
     squares: int = 0,
+    changes: int = 0,
 ) -> Batch:
     """Random images (uint8, or standard normal half) and fractions, of the form the other loaders give.
 
-    squares: along a side, that share the fractions evenly; 0 for none.
+    squares: along a side, that share the fractions evenly; 0 for none. changes: numbers that say how colours were
+    changed, random ones; 0 for none.
     """
     generator = torch.Generator().manual_seed(seed % 2**63)
     shape = (count, image_size, image_size, bands)
@@ -38,6 +40,7 @@ def random_batch(
         np.arange(count, dtype=np.int64),
         weights.to(device),
         fractions[:, None, None].expand(-1, squares, squares, -1).div(squares**2).to(device) if squares else None,
+        torch.randn((count, changes), generator=generator).to(device) if changes else None,
     )
 
 

@@ -76,8 +76,9 @@ def check_sizes_agree(world: World) -> None:
 
     In small steps: in large ones a ReLU or the pooling that rounding turns round makes 1e-2 of 1e-6 with some weights.
     """
-    for accumulate in (1, 2):
-        apart, losses, _ = compare(world, 5, f"train.accumulate={accumulate}", "optim.lr=0.01")
+    for accumulate, told in ((1, "false"), (2, "false"), (1, "true")):
+        keys = (f"train.accumulate={accumulate}", f"model.condition_on_colour={told}")
+        apart, losses, _ = compare(world, 5, *keys, "optim.lr=0.01")
         assert apart < 1e-4, apart
         assert losses < 1e-4, losses
 

@@ -14,7 +14,7 @@ from geokr.models import BackboneSpec
 from geokr.options import PretrainOptions
 from geokr.train import Hooks, Learner
 
-CLASSES, SIZE = 4, 32
+CLASSES, SIZE, CHANGES = 4, 32, 12
 CPU = World(torch.device("cpu"))
 
 
@@ -25,11 +25,13 @@ class ToyBatch:
     record_ids: np.ndarray
     weights: torch.Tensor
     squares: torch.Tensor | None = None
+    colour_changes: torch.Tensor | None = None
 
 
 def make_batch(ids: np.ndarray, bands: int = 3) -> ToyBatch:
-    """Images whose colour says which fractions they have; a function of the ids alone."""
-    images, fractions = [], []
+    """Images whose colour says which fractions they have, and numbers for changes of colour; a function of the ids
+    alone."""
+    images, fractions, changes = [], [], []
     colours = np.random.default_rng(99).uniform(30, 220, (CLASSES, bands))
     for number in ids:
         rng = np.random.default_rng(int(number))
@@ -37,11 +39,13 @@ def make_batch(ids: np.ndarray, bands: int = 3) -> ToyBatch:
         labels = rng.choice(CLASSES, (SIZE, SIZE), p=share)
         images.append(np.clip(colours[labels] + rng.normal(0, 9, (SIZE, SIZE, bands)), 0, 255).astype(np.uint8))
         fractions.append(np.bincount(labels.ravel(), minlength=CLASSES) / SIZE**2)
+        changes.append(rng.normal(0, 0.3, CHANGES))
     return ToyBatch(
         torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2),
         torch.from_numpy(np.stack(fractions).astype(np.float32)),
         np.asarray(ids, np.int64),
         torch.ones(len(ids)),
+        colour_changes=torch.from_numpy(np.stack(changes).astype(np.float32)),
     )
 
 
@@ -65,7 +69,15 @@ def options(*overrides: str) -> PretrainOptions:
 def learner(chosen: PretrainOptions, steps: int = 8, world: World = CPU, restore: Any = None) -> Learner:
     spec = BackboneSpec(chosen.model.backbone, 3, SIZE, chosen.model.drop_path)
     made, _ = build_learner(
-        chosen, spec, classes=CLASSES, mean=[125.0] * 3, std=[60.0] * 3, steps=steps, world=world, restore=restore
+        chosen,
+        spec,
+        classes=CLASSES,
+        mean=[125.0] * 3,
+        std=[60.0] * 3,
+        steps=steps,
+        world=world,
+        changes=CHANGES,
+        restore=restore,
     )
     return made
 

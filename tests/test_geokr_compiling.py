@@ -28,7 +28,7 @@ def test_a_compiled_step_is_the_eager_one_and_the_trial_leaves_no_trace():
     compiled_model, eager = small(), small()
     before = toy.bits(compiled_model)
     images = torch.randn(4, 3, 8, 8)
-    forward = compiling.compile_forward("auto", compiled_model, images, contextlib.nullcontext)
+    forward = compiling.compile_forward("auto", compiled_model, [images], contextlib.nullcontext)
     if forward is compiled_model:
         pytest.skip("torch.compile does not work on this machine")
     assert toy.bits(compiled_model) == before
@@ -51,7 +51,7 @@ def test_without_a_compiler_auto_goes_on_aloud_and_on_is_an_error(monkeypatch, c
 
     monkeypatch.setattr(torch, "compile", broken)
     model, images = small(), torch.randn(2, 3, 8, 8)
-    assert compiling.compile_forward("auto", model, images, contextlib.nullcontext) is model
+    assert compiling.compile_forward("auto", model, [images], contextlib.nullcontext) is model
     assert "going on without it" in caplog.text
     with pytest.raises(ConfigError, match="no working C\\+\\+ compiler"):
-        compiling.compile_forward("on", model, images, contextlib.nullcontext)
+        compiling.compile_forward("on", model, [images], contextlib.nullcontext)

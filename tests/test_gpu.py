@@ -69,7 +69,7 @@ def on_device(batch: toy.ToyBatch) -> toy.ToyBatch:
     """With weights of labels that differ from batch to batch, which a recorded step must take over."""
     weights = torch.from_numpy(0.5 + batch.record_ids % 3 / 2).float()
     moved = (batch.images.to(DEVICE), batch.fractions.to(DEVICE), batch.record_ids, weights.to(DEVICE))
-    return toy.ToyBatch(*moved)
+    return toy.ToyBatch(*moved, colour_changes=batch.colour_changes.to(DEVICE))
 
 
 def losses_of(learner, batches, begin: int = 1) -> torch.Tensor:
@@ -86,10 +86,11 @@ def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 2e-3), ("bf16", 0.05), ("fp16", 0.05)])
-def test_every_fast_path_keeps_the_loss_curve(precision, tolerance):
+@pytest.mark.parametrize("told", ["false", "true"])
+def test_every_fast_path_keeps_the_loss_curve(precision, tolerance, told):
     """Fused norms, folded teacher and CUDA graph against plain eager, same seed, 16 steps."""
-    batches = batches_of(16)
-    fast, plain = (learner_of(f"train.precision={precision}", *paths) for paths in (FAST, PLAIN))
+    batches, keys = batches_of(16), (f"train.precision={precision}", f"model.condition_on_colour={told}")
+    fast, plain = (learner_of(*keys, *paths) for paths in (FAST, PLAIN))
     found, expected = losses_of(fast, batches), losses_of(plain, batches)
     assert distance(found[:, 0], expected[:, 0]) < tolerance
     assert found[-4:, 0].mean() < 0.7 * found[:4, 0].mean()
