@@ -15,7 +15,7 @@ from geokr.config import differences
 from geokr.manifests import Manifest, Part, ProductInfo, SplitInfo
 from preprocess import summing
 from preprocess.inputs import PlanError
-from preprocess.plan import Plan
+from preprocess.plan import Plan, SceneTask
 
 
 def kept_name(manifest: Manifest) -> str:
@@ -38,13 +38,25 @@ def new_scenes(plan: Plan, manifest: Manifest, out: Path) -> Plan:
                 )
             tasks.append(task)
         elif have[scene.scene_id] != scene.fingerprint:
-            raise PlanError(
-                f"--append: {scene.path}: {out} holds another scene {scene.scene_id!r} (fingerprint "
-                f"{have[scene.scene_id]}, this one {scene.fingerprint}): rename this one, or pack anew where it "
-                "replaces that one"
-            )
+            raise PlanError(_other_content(task, out, have[scene.scene_id]))
     left_out = {scene: reason for scene, reason in plan.rejected.items() if scene not in manifest.left_out}
     return replace(plan, tasks=tuple(tasks), rejected=left_out)
+
+
+def _other_content(task: SceneTask, out: Path, there: str) -> str:
+    """What is wrong where a scene, or a folder of tiles, has another fingerprint than the one of its name."""
+    scene = task.scene
+    if task.sample is not None:  # renamed, the folder's old tiles would be packed twice
+        return (
+            f"--append: {scene.path}: {out} holds the tiles of a folder {scene.scene_id!r} with other files "
+            f"(fingerprint {there}, this one {scene.fingerprint}). Where this folder has grown, put the new tiles "
+            "alone into a folder of another name and give that; where it is another one of the same name, rename it; "
+            "where tiles have changed, pack anew"
+        )
+    return (
+        f"--append: {scene.path}: {out} holds another scene {scene.scene_id!r} (fingerprint {there}, this one "
+        f"{scene.fingerprint}): rename this one, or pack anew where it replaces that one"
+    )
 
 
 def _check_alike(plan: Plan, manifest: Manifest, out: Path) -> None:

@@ -153,6 +153,20 @@ def test_another_folder_is_added(world, tmp_path, capsys):
     assert verify_records.verify(tmp_path / "d", 1)[0] == []
 
 
+def test_a_folder_that_has_grown_is_not_packed_twice(tmp_path, capsys):
+    for column in range(3):
+        write_raster(tmp_path / "north" / f"t{column}.tif", noise(column, (3, SIZE, SIZE)), place(column * SIZE, 0))
+        (tmp_path / "north" / f"t{column}.json").write_text(json.dumps({"10": 1}))
+    again = (tmp_path / "north", tmp_path / "d", "--labels", str(tmp_path / "north"), *KEYS, "--append")
+    assert command(*again) == command(*again) == 0
+    before = contents(tmp_path / "d")
+    write_raster(tmp_path / "north" / "t9.tif", noise(9, (3, SIZE, SIZE)), place(9 * SIZE, 0))
+    (tmp_path / "north" / "t9.json").write_text(json.dumps({"20": 1}))
+    assert command(*again) == 1
+    assert "put the new tiles alone into a folder of another name" in capsys.readouterr().err
+    assert contents(tmp_path / "d") == before
+
+
 def test_labels_on_other_grids_and_a_rotated_tile(tmp_path):
     """Label rasters of another resolution and CRS, against every sub-pixel by itself."""
     turned = (8.0, 3.0, 5e5, 3.0, -8.0, 4e6)
