@@ -112,7 +112,7 @@ def _loader_case(name: str, setting: Setting, stack: ExitStack, title: str) -> C
     return Case("loader", title, run, drain(setting, loader))
 
 
-def batches(setting: Setting, stack: ExitStack, name: str, batch: int) -> Any:
+def batches(setting: Setting, stack: ExitStack, name: str, batch: int, *, by_colour: bool = False) -> Any:
     """geokr's own training batches by the named loader, closed with the stack."""
     data = setting.options.data.model_copy(update={"loader": name, "global_batch": batch})
     return stack.enter_context(
@@ -123,7 +123,7 @@ def batches(setting: Setting, stack: ExitStack, name: str, batch: int) -> Any:
             seed=0,
             device=setting.device,
             image_size=setting.image_size,
-            by_colour=setting.options.model.condition_on_colour,
+            by_colour=by_colour,
         )
     )
 

@@ -133,7 +133,8 @@ Variant = tuple[str, PretrainOptions]
 def step_cases(setting: Setting, stack: ExitStack, stages: set[str], variants: list[Variant]) -> Iterator[Case]:
     """Steps on one random batch and, for end2end, on the loader's. The first variant is the run's own options."""
     manifest, count = setting.dataset.manifest, setting.options.data.global_batch
-    random = batches(setting, stack, "synthetic", count)
+    told = any(options.model.condition_on_colour for _, options in variants)
+    random = batches(setting, stack, "synthetic", count, by_colour=told)
 
     def case(stage: str, loader: str, step: Step, source: Any, options: str = "") -> Case:
         prepare = nothing if source is random else drain(setting, source)
@@ -152,7 +153,7 @@ def step_cases(setting: Setting, stack: ExitStack, stages: set[str], variants: l
             yield case("step", TUNED, tuned, random)
     if "end2end" in stages:
         name = resolve_loader(setting.options.data.loader)
-        yield case("end2end", name, own[0][0], batches(setting, stack, name, count), variants[0][0])
+        yield case("end2end", name, own[0][0], batches(setting, stack, name, count, by_colour=told), variants[0][0])
 
 
 def _run(step: Step, source: Any, steps: int, count: int) -> int:

@@ -56,6 +56,8 @@ def build_student(
     """The student on the CPU, its weights as ``model.init`` says; a run that resumes brings its own (not fresh)."""
     init = options.model.init if fresh else "random"
     told = changes if options.model.condition_on_colour else 0
+    if options.model.condition_on_colour and not told:
+        raise ValueError("model.condition_on_colour=true needs the number of changes")
     student = build_model(spec, classes, options.run.seed, pretrained=init == "imagenet", changes=told)
     if init not in ("random", "imagenet"):
         load_into(student.backbone, read_state(init), init)
@@ -212,9 +214,9 @@ def build_learner(
 ) -> tuple[Learner, dict[str, Any]]:
     """The learner, and what was chosen in words.
 
-    squares: along a tile's side, whose fractions the records hold, 0 for none. changes: numbers of a batch that say how
-    an image's colours were changed. restore: fills models, optimizer and
-    scaler with a checkpoint's state, in place of ``model.init``.
+    squares: along a tile's side, whose fractions the records hold, 0 for none. changes: Q, the numbers that say how an
+    image's colours were changed, needed where the head is told. restore: fills models, optimizer and scaler with a
+    checkpoint's state, in place of ``model.init``.
     Raises ConfigError for whatever in the configuration cannot be.
     """
     at_once = images_at_once(options.data.global_batch, world.size, options.train.accumulate)

@@ -193,7 +193,8 @@ class Recorded:
         self._places.images.copy_(batch.images, non_blocking=True)
         self._places.fractions.copy_(batch.fractions, non_blocking=True)
         self._places.weights.copy_(batch.weights, non_blocking=True)
-        if self._places.colour_changes is not None and batch.colour_changes is not None:
+        if self._places.colour_changes is not None:
+            assert batch.colour_changes is not None
             self._places.colour_changes.copy_(batch.colour_changes, non_blocking=True)
         self._graph.replay()
         return Computed(self._computed.losses, self._computed.skipped, [batch.record_ids])

@@ -17,7 +17,8 @@ def parameter_groups(model: nn.Module, options: OptimOptions) -> list[dict[str, 
     """Parameters with and without weight decay.
 
     Without: norms' parameters and biases (all that have one axis or none), and what the backbone itself excepts
-    (position embeddings, class tokens). ``optim.decay_norm_bias`` puts all into one group.
+    (position embeddings, class tokens). ``optim.decay_norm_bias`` puts all into one group, but for the layer that tells
+    the head of colours: it begins at 0, where LAMB's trust ratio, which decaying parameters take, would hold it.
     """
     backbone = getattr(model, "backbone", model)
     listed = getattr(backbone, "no_weight_decay", set)()
@@ -25,6 +26,7 @@ def parameter_groups(model: nn.Module, options: OptimOptions) -> list[dict[str, 
     decayed, plain = [], []
     for name, parameter in model.named_parameters():
         free = (parameter.ndim <= 1 or name in excepted) and not options.decay_norm_bias
+        free = free or name.startswith("condition.")
         (plain if free else decayed).append(parameter)
     groups = [
         {"params": decayed, "weight_decay": options.weight_decay},

@@ -186,7 +186,8 @@ class ModelOptions(Options):
     """`dataset`: the training tiles' mean and std. `published`: values scaled to 0..1 and no more."""
     condition_on_colour: bool = False
     """The head is told how augmentation changed each image's colours, by a layer that does nothing where they are as
-    packed and that no export holds. Without it a backbone becomes blind to what hue and brightness say of a class."""
+    packed and that no export holds. So changes of colour need not teach the backbone to ignore what colour says of a
+    class, nor does it learn to do without where light and sensors differ."""
     sync_batchnorm: Literal["auto", "on", "off"] = "auto"
     """Batch statistics over all processes. `auto`: on where a process sees fewer than 64 images at once."""
 

@@ -238,6 +238,10 @@ def _announce(
         _fast_paths(chosen),
         "all processes" if chosen["synchronized"] else "each process's images",
     )
+    if learner.by_colour:
+        log.info("the head is told how colours were changed")
+        if options.augment.colour_probability == 0:
+            log.warning("model.condition_on_colour=true: augment.colour_probability=0 leaves nothing to tell")
     if learner.sizes:
         log.info("images of %s px first, whole at the end", " and ".join(map(str, learner.sizes.sides)))
     if crops := learner.crops:

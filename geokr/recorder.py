@@ -41,8 +41,7 @@ class Recorder:
         """Draws the first tiles of a training batch beside target, student (in eval mode) and teacher."""
         if not self._count:
             return
-        images_NCHW = batch.images[: self._count]
-        inputs = [values[: self._count] for values in learner.inputs(batch)]
+        images_NCHW, inputs = batch.images[: self._count], learner.inputs(batch, self._count)
         learner.student.eval()
         shares = []
         for model in (learner.student, learner.teacher):

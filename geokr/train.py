@@ -67,13 +67,13 @@ class Learner:
         """Whether the head is told how colours were changed."""
         return self.student.condition is not None
 
-    def inputs(self, batch: Batch) -> tuple[Tensor, ...]:
-        """What the models are called with in training."""
-        images_NCHW = self.normalise(batch.images)
+    def inputs(self, batch: Batch, first: int | None = None) -> tuple[Tensor, ...]:
+        """What the models are called with in training; of the ``first`` images, or of all."""
+        images_NCHW = self.normalise(batch.images[:first])
         if not self.by_colour:
             return (images_NCHW,)
         assert batch.colour_changes is not None, "the loader was not asked for them"
-        return images_NCHW, batch.colour_changes
+        return images_NCHW, batch.colour_changes[:first]
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:

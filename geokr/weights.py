@@ -59,7 +59,7 @@ def _first_convolution(backbone: nn.Module) -> str | None:
 
 def _head_keys(state: dict[str, Tensor], wanted: dict[str, Tensor]) -> set[str]:
     """Keys of a classifier, which a backbone has no place for."""
-    heads = ("fc.", "head.", "classifier.", "pre_logits.")
+    heads = ("fc.", "head.", "condition.", "classifier.", "pre_logits.")
     return {key for key in state if key not in wanted and key.startswith(heads)}
 
 

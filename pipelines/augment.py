@@ -176,12 +176,15 @@ def change_count(facts: BandFacts) -> int:
 
 
 def colour_changes(colour: np.ndarray, facts: BandFacts) -> np.ndarray:
-    """How colours were changed, float32 [N, Q]: the affine maps [N, C, I + 1] as they act on normalised bands, less the
-    map that changes nothing, so that 0 says "as packed"."""
+    """How colours were changed, float32 [N, Q]: the affine maps [N, C, I + 1] as they act on bands less their mean, in
+    deviations, before clamping and rounding; less the map that changes nothing, so that 0 says "as packed". Of a
+    constant band nothing is said."""
     mean, std = facts.normalisation()
     picked = colour[:, :, list(facts.bands)].astype(np.float64)
     gains = picked * std / std[:, None] - np.eye(len(std))
     offsets = (picked @ mean + colour[:, :, -1] - mean) / std
+    constant = ~(np.array(facts.std)[list(facts.bands)] > 0)
+    gains[:, constant], gains[:, :, constant], offsets[:, constant] = 0.0, 0.0, 0.0
     if not facts.is_rgb:
         gains = np.diagonal(gains, axis1=1, axis2=2)
     return np.concatenate([gains.reshape(len(colour), -1), offsets], 1).astype(np.float32)

@@ -94,7 +94,7 @@ def train_batches(
     seed, start_sample: the stream and the samples of it already consumed, over all ranks: the loader's whole state.
     image_size: None for the tiles' own. bands: indices into the record's bands, None for all.
     local_ranks: processes that share this machine's cores (None: all of them).
-    by_square: batches have the fractions of the tiles' squares, too. by_colour: and how each image's colours were
+    by_square: batches have the fractions of the tiles' squares, too. by_colour: they say how each image's colours were
     changed.
     label_weights: float32, one a training record (see :mod:`pipelines.label_weights`), None for 1.
     Raises PipelineError for a batch, image size, band or loader that cannot be; while iterating RecordError for

@@ -76,7 +76,7 @@ def check_sizes_agree(world: World) -> None:
 
     In small steps: in large ones a ReLU or the pooling that rounding turns round makes 1e-2 of 1e-6 with some weights.
     """
-    for accumulate, told in ((1, "false"), (2, "false"), (1, "true")):
+    for accumulate, told in ((1, "false"), (2, "false"), (1, "true"), (2, "true")):
         keys = (f"train.accumulate={accumulate}", f"model.condition_on_colour={told}")
         apart, losses, _ = compare(world, 5, *keys, "optim.lr=0.01")
         assert apart < 1e-4, apart
@@ -216,7 +216,8 @@ def check_powersgd_resumes(world: World) -> None:
 def check_compiled_students_send_while_they_compute(world: World) -> None:
     """torch.compile cuts the student's graph where buckets end: the first bucket leaves before the last gradient."""
     compiled = functools.partial(torch.compile, backend="aot_eager")  # which needs no compiler
-    chosen = toy.options("model.sync_batchnorm=off", "train.ddp_bucket_mb=1", "train.compile=on", *SGD)
+    told = "model.condition_on_colour=true"
+    chosen = toy.options("model.sync_batchnorm=off", "train.ddp_bucket_mb=1", "train.compile=on", told, *SGD)
     with mock.patch.object(torch, "compile", compiled):
         learner = toy.learner(chosen, world=world)
     assert learner.student_forward.module is not learner.student

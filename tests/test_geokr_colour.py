@@ -1,22 +1,27 @@
 """The head that is told how colours were changed: what it is told, what that does, and what a run leaves behind."""
 
 import shutil
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from geokr import export
+from geokr import export, panels
+from geokr.assemble import build_learner
 from geokr.config import ConfigError
 from geokr.crops import crop
 from geokr.folding import FoldedTeacher
 from geokr.identity import check_identity
 from geokr.models import BackboneSpec, build_model
 from geokr.options import AugmentOptions, DataOptions
+from geokr.recorder import Recorder
 from geokr.sizes import shrunk
 from geokr.teacher import make_teacher
 from geokr.train import train_step
+from geokr.weights import load_into
 from pipelines.augment import BandFacts, change_count, colour_changes, draw, identity
 from pipelines.dataset import open_records
 from pipelines.loaders import train_batches
@@ -34,7 +39,7 @@ FACTS = {
     "three of four": BandFacts("uint8", (3, 0, 1), MEAN, STD),
     "all of four": BandFacts("uint16", (0, 1, 2, 3), MEAN, STD),
     "two of four": BandFacts("float32", (2, 0), MEAN, STD),
-    "a constant band": BandFacts("int16", (1, 3), MEAN, (40.0, 0.0, 25.0, 0.0)),
+    "far from 0": BandFacts("uint16", (1, 0), (30_000.0, 9_000.0), (500.0, 700.0)),
 }
 
 
@@ -46,7 +51,7 @@ def test_the_numbers_say_what_happens_to_normalised_bands(name):
     found = colour_changes(colour, facts)
     assert found.shape == (count, change_count(facts))
     assert found.dtype == np.float32
-    pixels = np.random.default_rng(1).uniform(0, 255, (50, len(facts.mean)))
+    pixels = np.random.default_rng(1).normal(facts.mean, facts.std, (50, len(facts.mean)))
     mean, std = facts.normalisation()
     before = (pixels[:, list(facts.bands)] - mean) / std
     bands = len(facts.bands)
@@ -54,7 +59,7 @@ def test_the_numbers_say_what_happens_to_normalised_bands(name):
         after = (pixels @ matrix[:, :-1].T + matrix[:, -1] - mean) / std
         gains, offsets = numbers[:-bands], numbers[-bands:]
         gains = gains.reshape(bands, bands) if facts.is_rgb else np.diag(gains)
-        np.testing.assert_allclose(before + before @ gains.T + offsets, after, atol=2e-5)
+        np.testing.assert_allclose(before + before @ gains.T + offsets, after, atol=5e-5)
     assert np.abs(found).max() > 0.01
 
 
@@ -62,6 +67,22 @@ def test_the_numbers_say_what_happens_to_normalised_bands(name):
 def test_zeros_where_nothing_is_changed(name):
     facts = FACTS[name]
     np.testing.assert_allclose(colour_changes(identity(3, facts).colour, facts), 0.0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int16"])
+def test_nothing_is_said_of_a_constant_band(dtype):
+    facts = BandFacts(dtype, (0, 1, 2), (100.0, 255.0, 90.0), (30.0, 0.0, 20.0))
+    colour = draw(AugmentOptions(), facts, 5, np.zeros(20, np.int64), np.arange(20)).colour
+    found = colour_changes(colour, facts)
+    gains, offsets = found[:, :-3], found[:, -3:]
+    assert not offsets[:, 1].any()
+    if dtype == "uint8":
+        gains = gains.reshape(-1, 3, 3)
+        assert not gains[:, 1].any()
+        assert not gains[:, :, 1].any()
+    else:
+        assert not gains[:, 1].any()
+    assert 0.01 < np.abs(found).max() < 10
 
 
 @pytest.mark.parametrize("loader", LOADERS)
@@ -153,6 +174,60 @@ def test_a_step_trains_the_condition_and_moves_the_teachers():
     assert 0 < float(teachers.abs().max()) < float(own.abs().max())
 
 
+def test_the_teacher_is_told_what_the_student_is():
+    learner, heard = toy.learner(toy.options(TOLD)), []
+
+    def teacher(images, changes):
+        heard.append(changes)
+        return learner.teacher(images, changes)
+
+    batch = toy.make_batch(np.arange(8))
+    train_step(replace(learner, teacher_forward=teacher), [batch], 1)
+    assert torch.equal(heard[0], batch.colour_changes)
+
+
+def test_panels_show_what_the_models_say_when_told(monkeypatch, tmp_path):
+    learner, drawn, batch = toy.learner(toy.options(TOLD)), [], toy.make_batch(np.arange(8))
+    for model in (learner.student, learner.teacher):
+        trained_a_little(model).eval()
+    monkeypatch.setattr(panels, "draw_panels", lambda found, *_: drawn.extend(found))
+    monkeypatch.setattr(panels, "write_png", lambda *_: None)
+    made = SimpleNamespace(band_names=("red", "green", "blue"), manifest=SimpleNamespace(classes=()))
+    recorder = object.__new__(Recorder)
+    recorder._count, recorder._facts, recorder._folder, recorder._board = 3, made, tmp_path, None
+    recorder.panel(learner, 1, batch)
+    images = learner.normalise(batch.images)
+    for name in ("student", "teacher"):
+        with torch.no_grad():
+            expected = getattr(learner, name).eval()(images, batch.colour_changes).softmax(1)[:3].numpy()
+        np.testing.assert_allclose([getattr(panel, name) for panel in drawn], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("decays", ["false", "true"])
+def test_lamb_moves_it_as_fast_as_adam(decays):
+    """It begins at 0, where a trust ratio would hold it for a thousand steps."""
+    sizes = {}
+    for name in ("adamw", "lamb"):
+        learner = toy.learner(toy.options(TOLD, f"optim.name={name}", f"optim.decay_norm_bias={decays}"), steps=40)
+        for step in range(1, 21):
+            train_step(learner, [toy.make_batch(np.arange(8 * step, 8 * step + 8) % 40)], step)
+        sizes[name] = float(learner.student.condition.modulate.weight.detach().norm())
+    assert sizes["lamb"] > 0.5 * sizes["adamw"] > 0
+
+
+def test_a_whole_model_gives_its_backbone():
+    backbone = build_model(BackboneSpec("test_resnet", 3, 32), 4, 1).backbone
+    whole = trained_a_little(told_model())
+    load_into(backbone, whole.state_dict(), "whole.pth")
+    assert toy.bits(backbone) == toy.bits(whole.backbone)
+
+
+def test_the_number_of_changes_must_be_known():
+    spec = BackboneSpec("test_resnet", 3, 32)
+    with pytest.raises(ValueError, match="needs the number of changes"):
+        build_learner(toy.options(TOLD), spec, classes=4, mean=[1.0] * 3, std=[1.0] * 3, steps=8, world=toy.CPU)
+
+
 def test_parts_of_a_batch_make_the_same_step():
     """Without batch norm's statistics over parts: a network that has none."""
     keys = (TOLD, "model.backbone=test_vit", "optim.name=sgd", "optim.warmup=0")
@@ -221,6 +296,14 @@ def test_the_export_holds_the_backbone_alone(folder, tmp_path):
         assert run(folder, tmp_path / name, *keys, f"model.condition_on_colour={told}") == 0
         export.export(tmp_path / name, tmp_path / f"{name}.safetensors")
     assert load_file(tmp_path / "told.safetensors").keys() == load_file(tmp_path / "plain.safetensors").keys()
+
+
+def test_some_bands_in_another_order(tmp_path, capsys):
+    four = make_dataset(tmp_path / "d", tiles=48, val=8, bands=4, codec="raw")
+    assert run(four, tmp_path / "run", TOLD, "train.max_steps=2", "model.bands=[band4,red]") == 0
+    assert "the head is told how colours were changed" in capsys.readouterr().err
+    assert run(four, tmp_path / "two", TOLD, "train.max_steps=1", "augment.colour_probability=0") == 0
+    assert "leaves nothing to tell" in capsys.readouterr().err
 
 
 def test_synthetic_batches_have_the_numbers(folder, tmp_path):

@@ -142,8 +142,10 @@ def test_a_recorded_step_reads_its_batch_from_fixed_places(monkeypatch):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", Recording)
     monkeypatch.setattr("geokr.compute._UNRECORDED", 0)
-    learner, recorded, stream = toy.learner(toy.options()), Recorded(required=True), toy.stream(0, 8)
+    learner = toy.learner(toy.options("model.condition_on_colour=true"))
+    recorded, stream = Recorded(required=True), toy.stream(0, 8)
     first, second = next(stream), next(stream)
+    second.weights = torch.linspace(0.5, 1.5, 8)
     recorded(learner, [first])
     seen = []
     recorded._graph.again = lambda: seen.append(recorded._places.images.clone())
@@ -152,5 +154,6 @@ def test_a_recorded_step_reads_its_batch_from_fixed_places(monkeypatch):
     assert seen[0].is_contiguous(memory_format=torch.channels_last) == second.images.is_contiguous(
         memory_format=torch.channels_last
     )
-    assert torch.equal(recorded._places.fractions, second.fractions)
+    for name in ("fractions", "weights", "colour_changes"):
+        assert torch.equal(getattr(recorded._places, name), getattr(second, name)), name
     assert np.array_equal(computed.ids[0], second.record_ids)
