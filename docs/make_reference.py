@@ -48,7 +48,12 @@ that names it. What is not given has its default; a run saves its whole configur
 - [Pretraining](#pretraining): `python -m geokr.pretrain`, recipes `configs/*.yaml`
 """
 PARTS = (
-    ("Packing", "Keys of `preprocess/pack_records.py`. All but `workers` decide the dataset's bytes.", PackOptions),
+    (
+        "Packing",
+        "Keys of `preprocess/pack_records.py`. All but `workers`, `scene.remote` and where `mask.pattern` looks decide "
+        "the dataset's bytes.",
+        PackOptions,
+    ),
     ("Pretraining", "Keys of `geokr.pretrain`, alone or under `launch/pretrain_8gpu.sh`.", PretrainOptions),
 )
 WORDS = {int: "whole number", float: "number", str: "text", bool: "true or false", type(None): "null"}

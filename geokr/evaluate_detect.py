@@ -41,7 +41,7 @@ def library() -> Any:
     try:
         from pycocotools import coco, cocoeval
     except ImportError as error:
-        raise ConfigError("--task detect needs pycocotools: pip install 'geokr[evaluate]'") from error
+        raise ConfigError("--task detect needs pycocotools: pip install -e '.[evaluate]' in geokr's folder") from error
     return coco, cocoeval
 
 

@@ -81,5 +81,7 @@ def _rasterio(path: Path) -> Any:
     try:
         import rasterio
     except ImportError as error:
-        raise ConfigError(f"{path}: GeoTIFF and JPEG 2000 need rasterio: pip install 'geokr[pack]'") from error
+        raise ConfigError(
+            f"{path}: GeoTIFF and JPEG 2000 need rasterio: pip install -e '.[pack]' in geokr's folder"
+        ) from error
     return rasterio

@@ -34,7 +34,9 @@ def library() -> Any:
     try:
         import segmentation_models_pytorch as smp
     except ImportError as error:
-        raise ConfigError("--task segment needs segmentation-models-pytorch: pip install 'geokr[evaluate]'") from error
+        raise ConfigError(
+            "--task segment needs segmentation-models-pytorch: pip install -e '.[evaluate]' in geokr's folder"
+        ) from error
     return smp
 
 

@@ -45,7 +45,7 @@ def check(form: str, dtype: str) -> None:
     if form != "onnx":
         return
     if missing := [name for name in ONNX_MODULES if importlib.util.find_spec(name) is None]:
-        raise ConfigError(f"--format onnx needs {' and '.join(missing)}: pip install 'geokr[onnx]'")
+        raise ConfigError(f"--format onnx needs {' and '.join(missing)}: pip install -e '.[onnx]' in geokr's folder")
     if dtype == "bfloat16":
         raise ConfigError("--dtype bfloat16: ONNX Runtime does not compute in it on a CPU; take float16 for onnx")
 

@@ -259,7 +259,8 @@ class TrainOptions(Options):
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile. `auto`: on CUDA where it works and norms are not fused, else without it and with a word."""
     fused_norm: Literal["auto", "on", "off"] = "auto"
-    """Batch norm, residual sum and ReLU as one operation of geokr's own. `auto`: on CUDA, for plain ResNets."""
+    """Batch norm, residual sum and ReLU as one operation of geokr's own. `auto`: on CUDA, for plain ResNets whose batch
+    norm is not synchronised."""
     fold_teacher: Literal["auto", "on", "off"] = "auto"
     """The teacher's batch norms folded into its convolutions, anew after each move. `auto`: where all can be."""
     cuda_graph: Literal["auto", "on", "off"] = "auto"

@@ -129,7 +129,7 @@ install() {
     make_venv
   fi
   : >"$UNFINISHED"
-  say "installing geokr[$list]: the first time about 6.5 GB of packages, a minute or several (log: $log)"
+  say "installing geokr[$list]: the first time about 7 GB of packages, a minute or several (log: $log)"
   pip_install "$log" -e "${ROOT}[$list]" || failed=$?
   if [ "$failed" -ne 0 ]; then
     [ "$failed" -gt 128 ] || rm -f "$UNFINISHED" # pip gave up in order, it was not killed: nothing is half-written

@@ -122,11 +122,20 @@ def _bring_all(source: Path, folder: Path, manifest: Manifest) -> None:
     _bring(source / MANIFEST, folder / MANIFEST, expected)  # last: a folder with a manifest is whole
 
 
+def _expanded(to: Path) -> Path:
+    """A folder whose name holds variables that each machine has its own value of, such as a job's own disk."""
+    found = os.path.expandvars(to)
+    if "$" in found:
+        raise StageError(f"{to}: the environment of {os.uname().nodename} has no such variable; name a folder")
+    return Path(found)
+
+
 def override(arguments: Sequence[str], to: Path) -> list[str]:
     """Stages what a run's arguments name, and returns the override for the copies; nothing to stage gives none.
 
-    Raises ConfigError, RecordError or StageError.
+    to: variables in it are this machine's. Raises ConfigError, RecordError or StageError.
     """
+    to = _expanded(to)
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--config")
     others, overrides = split_overrides(arguments)

@@ -40,7 +40,7 @@ class DaskCluster(OverExecutor):
         try:
             from distributed import Client, KilledWorker
         except ImportError as error:
-            raise PackError("--scheduler needs Dask: pip install 'geokr[cluster]'") from error
+            raise PackError("--scheduler needs Dask: pip install -e '.[cluster]' in geokr's folder") from error
         where: dict[str, Any] = {"scheduler_file": address} if os.path.isfile(address) else {"address": address}
         try:
             self.client: Any = Client(**where, timeout=CONNECT_S, set_as_default=False)
@@ -157,7 +157,7 @@ def _code() -> str:
 
 def _fault(answer: Any, expected: Mapping[str, Any], out: Path) -> str:
     if not isinstance(answer, dict):
-        return f"cannot run geokr ({answer}); install the same version there: pip install 'geokr[cluster]'"
+        return f"cannot run geokr ({answer}); install the same version there, with the extra `cluster`"
     for key, name in (("version", "geokr"), ("python", "Python")):
         if answer[key] != expected[key]:
             return f"runs {name} {answer[key]}, here is {expected[key]}; use the same on both"

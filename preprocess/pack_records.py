@@ -36,6 +36,8 @@ from preprocess.sensor import sensor_names
 from preprocess.sheets import LabelError
 from preprocess.workfolder import PackError, check_writable
 
+# Training tiles from which on the recipe for large datasets is named as the next step, else the small one.
+MANY = 100_000
 USER_ERRORS = (
     config.ConfigError,
     PlanError,
@@ -190,10 +192,11 @@ def run(arguments: Sequence[str]) -> int:
     print(report.summary(packed.manifest, packed.seconds if packed.written else None))
     for warning in (*report.warnings(packed.manifest), *finishing.warnings):
         print(f"warning: {warning}", file=sys.stderr)
+    recipe = "geokr_resnet50" if packed.manifest.train.records >= MANY else "smoke"
     print(
         f"\nrecords: {chosen.out}\nreport:  {chosen.out / report_page.NAME} (any browser)\n"
         f"tiles:   {chosen.out / tile_table.NAME} (QGIS, geopandas)\nnext:    python -m geokr.pretrain "
-        f"--config configs/geokr_resnet50.yaml data.records={chosen.out} run.dir=out/run"
+        f"--config configs/{recipe}.yaml data.records={chosen.out} run.dir=out/run"
     )
     return 0
 

@@ -341,8 +341,9 @@ def test_the_documented_pairs_are_classes_of_the_products():
     text = DATA_MD.read_text().replace("\\\n", " ")
     said = re.search(r"weigh_records\.py out/records --agreement worldcover +--same (.*) --out", text)
     pairs = said[1].split()
-    products = [landcover.load_product(name).classes for name in ("globeland30", "worldcover")]
-    columns = [Columns("v", "g", {entry.name: entry.name for entry in classes}) for classes in products]
+    products = [landcover.load_product(name) for name in ("globeland30", "worldcover")]
+    legends = [landcover.build_legend(product) for product in products]
+    columns = [Columns("v", "g", {entry.name: entry.name for entry in legend.classes}) for legend in legends]
     found = matched(*columns, weigh_records.pairs_of(pairs))
     assert [left_over(columns[side], side, found) for side in (0, 1)] == [[], []]
 

@@ -36,7 +36,7 @@ if kind == "fails" and os.environ["SLURM_NODEID"] == "1":
     sys.exit(1)
 if kind == "fails" and "geokr-4242-0-1" in " ".join(sys.argv):
     sys.exit(1)
-while kind != "good" and not stop and "-1-0" not in " ".join(sys.argv):
+while kind != "good" and (not stop or kind == "stubborn") and "-1-0" not in " ".join(sys.argv):
     time.sleep(0.02)
 sys.exit(1 if stop else 0)
 """
@@ -216,6 +216,30 @@ def test_records_are_staged_on_every_node_and_read_there(cluster, tmp_path, caps
     assert not list((tmp_path / "other").glob("*/manifest.json"))
 
 
+def test_variables_in_the_staging_folder_are_each_nodes_own(cluster, tmp_path):
+    disks = {f"FAKE_PREFIX_{n}": f"env NODE_DISK={tmp_path}/disk{n}" for n in (0, 1)}
+    status, said = cluster.run(KIND="good", STAGE_DIR="$NODE_DISK/records", **disks)
+    assert status == 0, said
+    found = {variables["SLURM_NODEID"]: arguments[-1] for arguments, variables in cluster.notes}
+    for n in ("0", "1"):
+        (copy,) = (tmp_path / f"disk{n}" / "records").iterdir()
+        assert found[n] == f'data.records="{copy}"'
+    assert not list(cluster.folder.glob("*$*"))
+    status, said = cluster.run(KIND="good", STAGE_DIR="$NO_SUCH_DISK/records")
+    assert (status, "could not be copied" in said) == (1, True)
+    logs = [path.read_text() for path in (cluster.folder / "slurm-4242").glob("*stage*")]
+    assert any("has no such variable" in log for log in logs)
+
+
+def test_what_does_not_end_in_time_is_killed(cluster):
+    job = cluster.submit(f"data.records={cluster.folder}/records", KIND="stubborn", GRACE="1")
+    cluster.wait_for(job, cluster.running)
+    begin = time.monotonic()
+    cluster.signal_job(signal.SIGUSR1)
+    job.communicate(timeout=90)
+    assert time.monotonic() - begin < 60  # and not after the 100 s of the default
+
+
 def test_records_that_cannot_be_staged_end_the_job(cluster):
     (cluster.folder / "file").touch()
     status, said = cluster.run(KIND="good", STAGE_DIR=str(cluster.folder / "file"))
@@ -230,6 +254,8 @@ def test_what_is_wrong_is_said_before_any_step(cluster):
     assert "unknown key" in said
     status, said = cluster.run(KIND="good", RESTARTS="often")
     assert (status, "RESTARTS='often'" in said) == (1, True)
+    status, said = cluster.run(KIND="good", GRACE="long")
+    assert (status, "GRACE='long'" in said) == (1, True)
     assert not [line for line in cluster.log if line.startswith("srun")]
     script = ROOT / "launch" / "pretrain_slurm.sbatch"
     done = subprocess.run(["bash", str(script)], env=cluster.environment(), capture_output=True, text=True)
