@@ -6,7 +6,7 @@ PYTHON ?= $(shell [ -x .venv/bin/python ] && echo .venv/bin/python || echo pytho
 help:
 	@echo 'make lint    ruff, formatting and types'
 	@echo 'make format  puts imports and layout right'
-	@echo 'make test    every test'
+	@echo 'make test    the everyday tests'
 	@echo 'make gpu     what only a GPU runs: tests, then training throughput as JSON under out/bench'
 	@echo 'make zion    the real scene at full length with three seeds, where it lies beside the checkout'
 	@echo 'make method  recipes compared by held-out KL and by what their backbones are worth (docs/results.md)'

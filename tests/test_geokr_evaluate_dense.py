@@ -504,4 +504,4 @@ def test_a_loss_that_is_no_number_stops(weights):
 def test_what_is_not_installed_is_named(task, package, weights, pairs, boxes, monkeypatch, capsys):
     monkeypatch.setitem(__import__("sys").modules, package, None)
     assert command(weights, pairs if task == "segment" else boxes, task) == 1
-    assert "pip install 'geokr[evaluate]'" in capsys.readouterr().err
+    assert "pip install -e '.[evaluate]'" in capsys.readouterr().err

@@ -288,7 +288,7 @@ def test_export_explains_what_it_cannot_do(whole, tmp_path, capsys, monkeypatch)
         (["--run", str(whole), "--out", "/proc/x.safetensors"], "cannot be written"),
     ]
     monkeypatch.setattr(export.export_formats, "ONNX_MODULES", ("onnx_that_is_not_there",))
-    cases.append((["--run", str(whole), "--out", str(tmp_path / "x.onnx")], r"pip install 'geokr[onnx]'"))
+    cases.append((["--run", str(whole), "--out", str(tmp_path / "x.onnx")], "pip install -e '.[onnx]'"))
     for arguments, message in cases:
         assert export.main(arguments) == 1
         assert message in capsys.readouterr().err
