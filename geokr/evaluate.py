@@ -66,7 +66,8 @@ def entrants(
     """
     first = _exported(main, data, bands, large=large)
     assert first.backbone is not None
-    spec, prepare = _spec(first.backbone.card), first.prepare  # type: ignore[arg-type]
+    about: Any = first.backbone.card
+    spec, prepare = _spec(about), first.prepare
     found = [first]
     for name in baselines:
         if name == COLOUR:
@@ -77,20 +78,72 @@ def entrants(
             evaluate_features.calibrate(backbone, data.parts["train"], prepare, device)
             found.append(Entrant("random", backbone, prepare))
         elif name == "imagenet":
-            found.append(Entrant("imagenet", _imagenet(spec), prepare))
+            backbone = _imagenet(spec)
+            found.append(Entrant("imagenet", backbone, _as_imagenet(backbone, about, prepare)))
         elif Path(f"{name}.json").exists():
-            found.append(_exported(name, data, bands, large=large))
+            found.append(_exported(name, data, bands, large=large, like=(Path(main).name, about)))
         else:
             backbone = build_backbone(spec)
             load_into(backbone, read_state(name), name)
             found.append(Entrant(Path(name).name, backbone, prepare))
-    return found
+    return _told_apart(found, [main, *baselines])
 
 
-def _exported(path: str, data: Data, bands: Sequence[int] | None, *, large: bool) -> Entrant:
+def _told_apart(found: list[Entrant], words: Sequence[str]) -> list[Entrant]:
+    """Each under a name of its own: where files have one, with the folders above them."""
+    names = [entrant.name for entrant in found]
+    return [
+        dataclasses.replace(entrant, name=word) if names.count(entrant.name) > 1 else entrant
+        for entrant, word in zip(found, words, strict=True)
+    ]
+
+
+def _exported(
+    path: str,
+    data: Data,
+    bands: Sequence[int] | None,
+    *,
+    large: bool,
+    like: tuple[str, Mapping[str, Any]] | None = None,
+) -> Entrant:
+    """like: name and card of the weights that it is compared with, to whose bands ``bands`` belong."""
     backbone, name = geokr.load_backbone(path), Path(path).name
-    prepare = preparation(name, backbone.card, data, bands)  # pyright: ignore[reportArgumentType] - a module's attribute
+    about: Any = backbone.card
+    if like is not None:
+        if large and about["backbone"]["name"] != like[1]["backbone"]["name"]:
+            raise ConfigError(
+                f"{path}: is a {about['backbone']['name']}, {like[0]} a {like[1]['backbone']['name']}; segment and "
+                "detect compare weights of one architecture"
+            )
+        bands = _bands_of(name, about, like, data, bands)
+    prepare = preparation(name, about, data, bands)
     return Entrant(name, backbone, prepare.as_large() if large else prepare)
+
+
+def _bands_of(
+    name: str, about: Mapping[str, Any], like: tuple[str, Mapping[str, Any]], data: Data, bands: Sequence[int] | None
+) -> Sequence[int] | None:
+    """Which of the images' bands other weights take, from 1; None to go by the images' own names of them."""
+    own, first = ([band["name"] for band in card["bands"]] for card in (about, like[1]))
+    if own == first or (bands is None and data.names):
+        return bands
+    if not set(own) <= set(first):
+        raise ConfigError(
+            f"{name}: takes {', '.join(own)}, {like[0]} {', '.join(first)}; nothing says which of the images' bands "
+            "those are: compare them one by one, each with its --bands"
+        )
+    given = range(1, len(first) + 1) if bands is None else bands
+    return [given[first.index(band)] for band in own]
+
+
+def _as_imagenet(backbone: nn.Module, about: Mapping[str, Any], prepare: Preparation) -> Preparation:
+    """Images as ImageNet's weights saw them, where they are of 8 bits in red, green and blue; else as the card says."""
+    names, config = [band["name"] for band in about["bands"]], getattr(backbone, "pretrained_cfg", None)
+    if config is None or about["input"]["dtype"] != "uint8" or sorted(names) != ["blue", "green", "red"]:
+        return prepare
+    order = [("red", "green", "blue").index(name) for name in names]
+    mean, std = ([255.0 * config[key][n] for n in order] for key in ("mean", "std"))
+    return Preparation(mean, std, prepare.side, tuple(prepare.bands))
 
 
 def _imagenet(spec: BackboneSpec) -> nn.Module:
@@ -110,6 +163,13 @@ def _spec(about: Mapping[str, Any]) -> BackboneSpec:
 def preparation(weights: str, about: Mapping[str, Any], data: Data, bands: Sequence[int] | None) -> Preparation:
     """How images become what a backbone takes. Raises ConfigError where they are not what its card describes."""
     names = [band["name"] for band in about["bands"]]
+    if bands is None and data.names:
+        if lacking := [name for name in names if name not in data.names]:
+            raise ConfigError(
+                f"--data {data.path}: has bands {', '.join(data.names)}, {weights} takes {', '.join(names)}; say which "
+                f"is {lacking[0]} with --bands, from 1, in that order"
+            )
+        bands = [data.names.index(name) + 1 for name in names]
     if bands is None:
         if data.bands != len(names):
             raise ConfigError(
@@ -194,7 +254,7 @@ class Study:
             "labels": round(float(np.mean(counts))),
             "seeds": len(figures),
             "chosen": chosen,
-            "figures": evaluate_metrics.over_seeds(figures, extra),
+            "figures": evaluate_metrics.over_seeds(figures, extra, test.groups),
         }
 
 
@@ -248,8 +308,11 @@ def _dense(chosen: argparse.Namespace, device: torch.device, say: Callable[[str]
 
 def _report(chosen: argparse.Namespace, data: Data, rows: list[dict[str, Any]]) -> dict[str, Any]:
     kind = chosen.task[-1]
-    settings = {name: getattr(chosen, name) for name in ("baselines", "labels", "seeds", "epochs", "bands", "device")}
-    settings["batch"] = chosen.batch or BATCH.get(kind)
+    settings = {
+        name: getattr(chosen, name) for name in ("weights", "baselines", "labels", "seeds", "epochs", "bands", "device")
+    }
+    trained = [name for name in chosen.task if name in BATCH]
+    settings["batch"] = (chosen.batch or BATCH[trained[0]]) if trained else None
     own = {"segment": ("decoder", "crop", "ignore"), "detect": ("detector",)}.get(kind, ())
     return {
         "data": data.path,

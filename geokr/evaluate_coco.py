@@ -24,6 +24,7 @@ from geokr.evaluate_images import form, hash_of, read, same_form
 
 SHOWN = 5
 OVER = 1.0  # pixels that a box may reach over the edge by rounding
+LEAST_SIDE = 1e-2  # of a box in pixels: detectors refuse those without area
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -203,6 +204,8 @@ def _add(
             "[x, y, width, height] in pixels"
         )
     corners = (max(x, 0.0), max(y, 0.0), min(x + width, columns), min(y + height, rows))
+    if corners[2] - corners[0] < LEAST_SIDE or corners[3] - corners[1] < LEAST_SIDE:
+        raise ConfigError(f"{where}: bbox {box!r} has no area within image {image}; remove it or correct it")
     listed[image].boxes.append((category, corners, bool(one.get("iscrowd", 0))))
 
 

@@ -16,6 +16,7 @@ from geokr.config import ConfigError, suggestion
 from geokr.evaluate_images import GEO, PLAIN, hash_of, read, same_form
 
 PARTS = ("train", "val", "test")
+SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}  # folders by that name
 LEAST = 3  # images of a class that is split by names: one for each part
 SHOWN = 5
 
@@ -24,12 +25,14 @@ SHOWN = 5
 class Part:
     """Images and what they show. read: numbers of images to [H, W, C] each. targets: float64 [N, K], rows of sum 1.
 
-    names: one an image, for messages.
+    names: one an image, for messages. groups: int64 [N], a number for images that are no independent samples of what
+    there is, as tiles that overlap; None where each stands for itself.
     """
 
     names: Sequence[str]
     targets: np.ndarray
     read: Callable[[Sequence[int]], list[np.ndarray]]
+    groups: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.names)
@@ -46,7 +49,8 @@ class Part:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Data:
-    """What there is to evaluate on. soft: whether targets are shares of several classes. dtype, bands: of images."""
+    """What there is to evaluate on. soft: whether targets are shares of several classes. dtype, bands: of images.
+    names: of the bands, where they are known."""
 
     path: str
     classes: tuple[str, ...]
@@ -54,6 +58,7 @@ class Data:
     dtype: str
     bands: int
     parts: dict[str, Part] = field(default_factory=dict)
+    names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in PARTS:
@@ -71,16 +76,22 @@ def open_folders(path: str | Path) -> Data:
     folder = Path(path)
     if not folder.is_dir():
         raise ConfigError(f"--data {folder}: there is no such folder")
-    if (folder / "train").is_dir() and (folder / "test").is_dir():
-        return _given(folder)
-    return _folders(folder)
+    given = {SPLITS[below.name.lower()]: below for below in folder.iterdir() if below.name.lower() in SPLITS}
+    if not given or not all(below.is_dir() for below in given.values()):
+        return _folders(folder)
+    if lacking := [name for name in ("train", "test") if name not in given]:
+        raise ConfigError(
+            f"--data {folder}: is split into {' and '.join(sorted(below.name for below in given.values()))} and has no "
+            f"{lacking[0]}; add it, or rename what is to be it"
+        )
+    return _given(folder, given)
 
 
 # ----------------------------------------------------------------------------------------------- folders a class
 
 
-def _given(folder: Path) -> Data:
-    files = {name: _files(folder / name) for name in PARTS if (folder / name).is_dir()}
+def _given(folder: Path, given: dict[str, Path]) -> Data:
+    files = {name: _files(given[name]) for name in PARTS if name in given}
     classes = sorted(files["train"])
     for name, found in files.items():
         if unknown := sorted(set(found) - set(classes)):
@@ -89,9 +100,10 @@ def _given(folder: Path) -> Data:
             )
     pairs = {name: [(p, k) for k, c in enumerate(classes) for p in found.get(c, [])] for name, found in files.items()}
     if "val" not in pairs:
-        ordered = sorted(pairs["train"], key=lambda pair: hash_of(pair[0], folder))
-        pairs["val"] = [pair for n, pair in enumerate(ordered) if n % 5 == 0]
-        pairs["train"] = [pair for n, pair in enumerate(ordered) if n % 5]
+        ordered = sorted(pairs["train"], key=lambda pair: (pair[1], hash_of(pair[0], folder)))  # class by class
+        first = {k: next(n for n, pair in enumerate(ordered) if pair[1] == k) for _, k in ordered}
+        pairs["val"] = [pair for n, pair in enumerate(ordered) if (n - first[pair[1]]) % 5 == 0]
+        pairs["train"] = [pair for n, pair in enumerate(ordered) if (n - first[pair[1]]) % 5]
     return _data(folder, classes, pairs)
 
 

@@ -41,6 +41,10 @@ class Task(Protocol):
         """Draws of a bootstrap."""
         ...
 
+    def check(self, entrant: Entrant) -> None:
+        """Raises ConfigError where its weights are not those of the task's architecture."""
+        ...
+
     def run(self, entrant: Entrant, train: np.ndarray, val: np.ndarray, seed: int) -> Outcome:
         """Trained on these images of train, chosen by these of val. Without a backbone: colours alone."""
         ...
@@ -49,8 +53,11 @@ class Task(Protocol):
 def rows(
     task: Task, kind: str, entrants: Sequence[Entrant], labels: Sequence[float], seeds: int, say: Callable[[str], None]
 ) -> list[dict[str, Any]]:
-    """A row of the report for every entrant and share of labels."""
+    """A row of the report for every entrant and share of labels. Raises ConfigError where one of them does not fit,
+    before the first is trained."""
     found = []
+    for entrant in entrants:
+        task.check(entrant)
     for entrant in entrants:
         for percent in labels:
             outcomes, counts = [], []
@@ -131,7 +138,8 @@ def check_finite(part: Part) -> None:
 
 
 def middle(part: Part, side: int) -> Part:
-    """The same images, only their middles up to this side: what batch norms are calibrated with."""
+    """The same images, only their middles of this side: what batch norms are calibrated with. Smaller ones are
+    continued by their edges."""
 
     def read(numbers: Sequence[int]) -> list[np.ndarray]:
         return [_middle(image, side) for image in part.read(numbers)]
@@ -141,4 +149,6 @@ def middle(part: Part, side: int) -> Part:
 
 def _middle(image_HWC: np.ndarray, side: int) -> np.ndarray:
     top, left = (max(0, (length - side) // 2) for length in image_HWC.shape[:2])
-    return image_HWC[top : top + side, left : left + side]
+    cut = image_HWC[top : top + side, left : left + side]
+    lacking = [(0, side - length) for length in cut.shape[:2]]
+    return np.pad(cut, (*lacking, (0, 0)), mode="edge") if any(end for _, end in lacking) else cut

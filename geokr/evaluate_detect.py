@@ -131,6 +131,11 @@ class Detect:
         halvings = np.clip(np.ceil(np.log2(SMALLEST / max(np.percentile(sides, 5), 1.0))), 0, 2)
         return float(SMALLEST / 2**halvings)
 
+    def check(self, entrant: Entrant) -> None:
+        assert entrant.backbone is not None
+        model = make_detector(self.kind, self.spec, len(self.found.classes), SMALLEST)
+        load_maps(model.backbone.body, entrant.backbone, entrant.name)
+
     def run(self, entrant: Entrant, train: np.ndarray, val: np.ndarray, seed: int) -> "Precision":
         assert entrant.backbone is not None  # colours alone draw no boxes; the command leaves them out
         prepare, rng = entrant.prepare, np.random.default_rng(seed)

@@ -78,6 +78,7 @@ def features(backbone: nn.Module, part: Part, prepare: Preparation, device: torc
 def calibrate(backbone: nn.Module, part: Part, prepare: Preparation, device: torch.device, count: int = 512) -> None:
     """Statistics of batch norms from images, for weights that have seen none: a cumulative mean over ``count``."""
     norms = [module for module in backbone.modules() if isinstance(module, _BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None
@@ -86,6 +87,8 @@ def calibrate(backbone: nn.Module, part: Part, prepare: Preparation, device: tor
     for images in batches(some, prepare, 64) if norms else ():
         if len(images) > 1:
             backbone(images.to(device))
+    for norm, momentum in zip(norms, momenta, strict=True):  # who trains these weights on follows them as others'
+        norm.momentum = momentum
     backbone.eval()
 
 

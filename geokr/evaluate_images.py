@@ -38,6 +38,8 @@ def form(path: Path, *, mask: bool = False) -> Form:
         except rasterio.errors.RasterioIOError as error:
             raise ConfigError(f"{path}: is no image that can be read ({error})") from error
     try:
+        if _png_depth(path) == (16, True):
+            raise ConfigError(f"{path}: colours of 16 bits in a PNG are not read; convert it to GeoTIFF")
         with Image.open(path) as image:
             if image.mode not in MODES:
                 raise ConfigError(f"{path}: images of mode {image.mode} are not read; convert it to RGB")
@@ -55,11 +57,22 @@ def read(path: Path, *, mask: bool = False) -> np.ndarray:
                 return np.ascontiguousarray(file.read().transpose(1, 2, 0))
         with Image.open(path) as image:
             pixels = np.asarray(image.convert("RGB") if image.mode == "P" and not mask else image)
+            if mask and image.mode == "L" and (depth := _png_depth(path)[0]) < 8:
+                pixels = pixels // (255 // (2**depth - 1))  # grey of 2 or 4 bits comes spread over 0 to 255
     except (OSError, ValueError, SyntaxError) as error:
         raise ConfigError(f"{path}: is damaged ({error})") from error
     if pixels.dtype == bool:
         pixels = pixels.astype(np.uint8)
     return pixels if pixels.ndim == 3 else pixels[..., None]
+
+
+def _png_depth(path: Path) -> tuple[int, bool]:
+    """(bits a band, whether it has colours) of a PNG, which Pillow changes without a word; (8, False) of others."""
+    with open(path, "rb") as file:
+        head = file.read(26)
+    if head[:8] != b"\x89PNG\r\n\x1a\n" or len(head) < 26:
+        return 8, False
+    return head[24], bool(head[25] & 2) and not head[25] & 1
 
 
 def same_form(paths: Sequence[Path]) -> tuple[int, str]:

@@ -95,6 +95,10 @@ class Segment:
     def data(self) -> Data:
         return self.pairs.data
 
+    def check(self, entrant: Entrant) -> None:
+        if entrant.backbone is not None:
+            self._model(entrant.backbone, entrant.name)
+
     def run(self, entrant: Entrant, train: np.ndarray, val: np.ndarray, seed: int) -> Confusion:
         if entrant.backbone is None:
             return self._colours(entrant.prepare, train, val, seed)

@@ -14,7 +14,7 @@ import copy
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,7 @@ def backbone_state(found: Checkpoint, model: str) -> dict[str, Tensor]:
 
 def make_card(run: Path, found: Checkpoint, model: str) -> dict[str, Any]:
     """What a user of the weights should know, from the run's folder and its checkpoint."""
-    figures = dict(found.meta["validation"])
+    figures = _figures(found.meta["validation"], model)
     return {
         "format": 1,
         **found.meta["card"],
@@ -86,6 +86,14 @@ def make_card(run: Path, found: Checkpoint, model: str) -> dict[str, Any]:
         "recipe": _recipe(run),
         "versions": found.meta["versions"],
     }
+
+
+def _figures(found: Mapping[str, float], model: str) -> dict[str, float]:
+    """Of the network that is exported: a validation has both, the student's with a word behind."""
+    if model != "student":
+        return {name: value for name, value in found.items() if not name.endswith("_student")}
+    own = {name.removesuffix("_student"): value for name, value in found.items() if name.endswith("_student")}
+    return {name: own.get(name, value) for name, value in found.items() if not name.endswith("_student")}
 
 
 def _recipe(run: Path) -> dict[str, Any]:
@@ -129,6 +137,8 @@ def export(
     form = form or SUFFIXES.get(out.suffix)
     if form is None:
         raise ConfigError(f"--out {out}: expected a name ending in {', '.join(SUFFIXES)}, or give --format")
+    if SUFFIXES.get(out.suffix, form) != form:
+        raise ConfigError(f"--out {out}: its ending says {SUFFIXES[out.suffix]}, --format {form}; give one of them")
     export_formats.check(form, dtype)
     read_run(run)
     found = checkpoint.load_latest(run / "checkpoints")

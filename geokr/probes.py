@@ -15,6 +15,7 @@ TEMPERATURE = 0.07  # of similarities, as instance discrimination has it (Wu et 
 HIDDEN = 64
 DECAYS = (1e-4, 1e-2, 1e-1)
 EPOCHS = 300
+LEAST = 1e-2  # deviation of a colour, as a share of its largest value, under which it is not scaled
 
 
 def _divergence(targets_NK: np.ndarray, found_NK: np.ndarray) -> float:
@@ -131,7 +132,9 @@ def best_network(
     train: tuple[np.ndarray, np.ndarray], val: tuple[np.ndarray, np.ndarray], test_ND: np.ndarray, seed: int
 ) -> tuple[np.ndarray, dict[str, float]]:
     """A network with one hidden layer, its weight decay and its length chosen on val."""
-    mean, deviation = train[0].mean(0), np.maximum(train[0].std(0), 1e-6)
+    mean, deviation = train[0].mean(0), train[0].std(0)
+    # what few images do not tell apart would be far off in others, and no gradient would have seen it
+    deviation = np.where(deviation > LEAST * np.abs(np.concatenate([train[0], val[0]])).max(0), deviation, 1.0)
     inputs, held, test = (torch.from_numpy((x - mean) / deviation).float() for x in (train[0], val[0], test_ND))
     targets = torch.from_numpy(train[1]).float()
     best = (np.inf, np.zeros(0), {"decay": 0.0, "epochs": 0})

@@ -95,6 +95,7 @@ def check_records(folder: Path, shown: str | None = None) -> Finding:
 
 
 def _sound(name: str, manifest: Manifest, number: int, size: int, seconds: float, checked: bool) -> Finding:
+    seconds = max(seconds, 1e-9)  # of a dataset without a shard
     found = (
         f"{manifest.train.records} + {manifest.val.records} tiles of {manifest.tile.size} px, {number} read"
         f"{', checksums right' if checked else ''}, {number / seconds:,.0f} records/s, {size / seconds / 1e6:,.0f} MB/s"

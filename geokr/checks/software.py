@@ -236,7 +236,7 @@ def check_compile(has_gpu: bool) -> Finding:
         )
         remedy = "apt-get install g++ (or your system's), and python3-dev for Triton."
         return warning("compiler", f"{compiler or 'no C++ compiler'}: {error}", means, remedy)
-    how = f"Triton {metadata.version('triton')}" if device == "cuda" else compiler
+    how = "Triton" if device == "cuda" else compiler
     return ok("compiler", f"torch.compile works on {device} ({how})")
 
 
