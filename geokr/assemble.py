@@ -20,6 +20,7 @@ from geokr.crops import Crops
 from geokr.ddp import for_trial, wrap
 from geokr.distributed import World
 from geokr.folding import FoldedTeacher
+from geokr.identity import crops_are_off
 from geokr.models import BackboneSpec, LandCoverModel, Normalise, build_model, feature_count
 from geokr.optim import build_optimizer
 from geokr.options import PretrainOptions
@@ -70,7 +71,7 @@ def _crops(
     """How batches are cropped, where they are. Raises ConfigError where squares or backbone do not allow what was asked
     for."""
     chosen = options.augment.crop_probability
-    if not chosen or (chosen == "auto" and options.train.cuda_graph == "on"):
+    if not chosen or crops_are_off(options):
         return None
     try:
         crops = Crops(options.augment, options.run.seed, spec.image_size, squares, steps)

@@ -101,7 +101,10 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     found = list_checkpoints(folder)
     newest = found.index(final)
     for old in found[:newest] + found[newest + keep :]:
-        shutil.rmtree(old)
+        try:
+            shutil.rmtree(old)
+        except OSError as error:  # as on NFS, where somebody reads it; the new one is sound
+            log.warning("%s: the old checkpoint cannot be removed yet (%s)", old, error)
     for rest in folder.glob(".tmp-*"):
         shutil.rmtree(rest, ignore_errors=True)
     return final

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -79,11 +78,9 @@ def find_pairs(model: nn.Module, images_NCHW: Tensor) -> list[tuple[str, str]]:
 
 
 def without(norm: Any) -> nn.Module:
-    """What stays of a folded norm: nothing, or the activation that timm's norm carries."""
-    if isinstance(norm, BatchNormAct2d):
-        kept: list[Any] = [norm.drop, norm.act]
-        return nn.Sequential(*kept)
-    return nn.Identity()
+    """What stays of a folded norm: nothing, or the activation that timm's norm carries, synchronised or not."""
+    kept: list[Any] = [getattr(norm, name) for name in ("drop", "act") if hasattr(norm, name)]
+    return nn.Sequential(*kept) if kept else nn.Identity()
 
 
 class FoldedTeacher(nn.Module):

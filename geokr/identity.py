@@ -10,6 +10,11 @@ from geokr.options import PretrainOptions
 FREE = {"optim": {"implementation"}, "model": {"init", "sync_batchnorm"}}
 
 
+def crops_are_off(options: PretrainOptions) -> bool:
+    """Whether ``augment.crop_probability=auto`` gives way to a graph that was asked for, which allows one size only."""
+    return options.augment.crop_probability == "auto" and options.train.cuda_graph == "on"
+
+
 def identity(
     options: PretrainOptions, *, image_size: int, bands: tuple[str, ...], dataset: str, label_weights: str | None = None
 ) -> dict[str, Any]:
@@ -25,6 +30,8 @@ def identity(
         for name in ("augment", "model", "method", "optim")
     }
     sections["model"]["bands"] = list(bands)
+    if crops_are_off(options):
+        sections["augment"]["crop_probability"] = 0.0
     data = {"image_size": image_size, "global_batch": options.data.global_batch, "dataset": dataset}
     if label_weights is not None:
         data["label_weights"] = label_weights

@@ -38,16 +38,19 @@ class Recorder:
 
     @torch.no_grad()
     def panel(self, learner: Learner, step: int, batch: Batch) -> None:
-        """Draws the first tiles of a training batch beside target, student (in eval mode) and teacher."""
+        """Draws the first tiles of a training batch beside target, student and teacher, both in eval mode."""
         if not self._count:
             return
         images_NCHW, inputs = batch.images[: self._count], learner.inputs(batch, self._count)
-        learner.student.eval()
         shares = []
         for model in (learner.student, learner.teacher):
-            with learner.autocast():
-                shares.append(model(*inputs).softmax(1).cpu().numpy())
-        learner.student.train()
+            training = model.training
+            model.eval()  # a teacher in training mode would move its statistics, in this process alone
+            try:
+                with learner.autocast():
+                    shares.append(model(*inputs).softmax(1).cpu().numpy())
+            finally:
+                model.train(training)
         pictures = panels.display_images(images_NCHW, panels.rgb_channels(self._facts.band_names))
         targets = batch.fractions[: self._count].cpu().numpy()
         drawn = panels.draw_panels(

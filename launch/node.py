@@ -157,8 +157,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         place = place_of(chosen)
         processes = count_processes(os.environ.get("NGPU"))
         address = local_address(place)
-        if chosen.stage is not None:
-            rest = [*rest, *stage.override(rest, chosen.stage)]
+        if chosen.stage is not None and (copies := stage.override(rest, chosen.stage)):
+            rest = [*(word for word in rest if not word.startswith("data.records=")), *copies]
         lifeline = Lifeline(
             place.rank, len(place.nodes), place.host, place.port + 1, place.name, silence_s=chosen.silence
         )

@@ -14,7 +14,7 @@ if __package__ in (None, ""):  # run as a file: the folder on the path must be t
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from geokr.config import ConfigError, load, split_overrides
-from geokr.manifests import MANIFEST, Manifest, check_folder, load_manifest
+from geokr.manifests import MANIFEST, Manifest, check_folder, labelled_by, load_manifest
 from geokr.options import PretrainOptions, RecordsSource
 from geokr.records import RecordError
 from pipelines.errors import PipelineError, TransferError
@@ -43,8 +43,12 @@ def problem(config: str | None, overrides: Sequence[str]) -> str | None:
         if not sources:
             return "no records to train on: data.records is not set\n" + HOW_TO.format(out="out/records")
         manifests = [_manifest(source) for source in sources]
-        lay_out(sources, manifests, options.model.bands)
-        shares_of(sources, manifests)
+        seen = [
+            labelled_by(manifest, options.data.labels, source.shown)[0]
+            for source, manifest in zip(sources, manifests, strict=True)
+        ]
+        lay_out(sources, seen, options.model.bands)
+        shares_of(sources, seen)
         for source, manifest in zip(sources, manifests, strict=True):
             check_label_weights(source, manifest, options.data.labels)
     except (ConfigError, RecordError, PipelineError, TransferError) as error:

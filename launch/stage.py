@@ -24,7 +24,7 @@ if __package__ in (None, ""):  # run as a file: the folder on the path must be t
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from geokr.config import load, split_overrides
-from geokr.manifests import MANIFEST, Manifest, check_folder, load_manifest
+from geokr.manifests import MANIFEST, Manifest, check_folder, folder_of, load_manifest
 from geokr.options import PretrainOptions
 from geokr.records import SPLITS
 
@@ -59,9 +59,20 @@ def _copy(source: Path, target: Path) -> str:
     return digest.hexdigest()
 
 
-def _bring(source: Path, target: Path, expected: str) -> None:
+def _is_there(target: Path, expected: str, size: int | None) -> bool:
+    """Whether the file is whole, by its size, or its hash where the manifest gives none: disks of nodes are swept."""
+    if not target.is_file():
+        return False
+    return target.stat().st_size == size if size is not None else _hash(target.read_bytes()) == expected
+
+
+def _hash(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _bring(source: Path, target: Path, expected: str, size: int | None) -> None:
     """Copies one file under its name, unless it is there. Raises StageError if its hash stays wrong."""
-    if target.exists():
+    if _is_there(target, expected, size):
         return
     temporary = target.with_name(f".{target.name}.part")
     for _ in range(_ATTEMPTS):
@@ -73,7 +84,8 @@ def _bring(source: Path, target: Path, expected: str) -> None:
 
 
 def _check_room(manifest: Manifest, folder: Path) -> None:
-    missing = sum(size or 0 for name, (_, size) in files_of(manifest).items() if not (folder / name).exists())
+    wanted = files_of(manifest).items()
+    missing = sum(size for name, (digest, size) in wanted if size and not _is_there(folder / name, digest, size))
     free = shutil.disk_usage(folder).free
     if missing > free:
         raise StageError(
@@ -91,20 +103,31 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def stage(source: Path, to: Path) -> Path:
-    """The copy of a dataset in a folder of ``to``, made where it is not there yet.
+    """The copy of a dataset in a folder of ``to``, made where it is not there yet, and made good where files of it are
+    gone. source: its folder, or a manifest that it has grown beyond.
 
     Raises StageError, and RecordError where the source is no sound dataset.
     """
-    manifest = load_manifest(source)
+    file = source / MANIFEST if folder_of(source) == source else source
+    while True:  # the dataset may grow meanwhile: what is read, what names the copy and what ends in it are one
+        manifest = load_manifest(source)
+        said = file.read_bytes()
+        if load_manifest(source) == manifest and file.read_bytes() == said:
+            break
     check_folder(source, manifest)
-    name = hashlib.sha256((source / MANIFEST).read_bytes()).hexdigest()[:16]
-    folder = to / name
+    folder = to / _hash(said)[:16]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _alone(folder):
-            if not (folder / MANIFEST).exists():
-                _check_room(manifest, folder)
-                _bring_all(source, folder, manifest)
+            _check_room(manifest, folder)
+            _bring_all(folder_of(source), folder, manifest)
+            if not (folder / MANIFEST).exists():  # last: a folder with a manifest was whole once
+                temporary = folder / f".{MANIFEST}.part"
+                with temporary.open("wb") as writer:
+                    writer.write(said)
+                    writer.flush()
+                    os.fsync(writer.fileno())
+                temporary.replace(folder / MANIFEST)
     except OSError as error:
         raise StageError(f"{source} cannot be copied to {folder} ({error}); make room or access") from error
     return folder
@@ -113,13 +136,11 @@ def stage(source: Path, to: Path) -> Path:
 def _bring_all(source: Path, folder: Path, manifest: Manifest) -> None:
     with ThreadPoolExecutor(_THREADS) as pool:
         jobs = [
-            pool.submit(_bring, source / name, folder / name, digest)
-            for name, (digest, _) in files_of(manifest).items()
+            pool.submit(_bring, source / name, folder / name, digest, size)
+            for name, (digest, size) in files_of(manifest).items()
         ]
         for job in jobs:
             job.result()
-    expected = hashlib.sha256((source / MANIFEST).read_bytes()).hexdigest()
-    _bring(source / MANIFEST, folder / MANIFEST, expected)  # last: a folder with a manifest is whole
 
 
 def _expanded(to: Path) -> Path:
@@ -145,7 +166,7 @@ def override(arguments: Sequence[str], to: Path) -> list[str]:
     entries = []
     for source in data.sources:
         local = "://" not in source.path or source.path.startswith("file://")
-        path = str(stage(Path(source.folder), to)) if local else source.path
+        path = str(stage(Path(source.folder), to)) if local else source.path  # an earlier manifest is a copy's only one
         entries.append(source.model_dump() | {"path": path})
     whole = entries[0]["path"] if isinstance(data.records, str) else entries
     return [f"data.records={json.dumps(whole)}"]

@@ -55,13 +55,14 @@ class _Feed:
     def __call__(self) -> tuple[Any, ...]:
         try:
             batch = next(self._batches)
+            made = self._inputs(batch)
         except StopIteration:
             raise
         except BaseException as error:
             self._error = error
             raise StopIteration from error
         self.waiting.append(batch)
-        return self._inputs(batch)
+        return made
 
     def runs(
         self, pipeline: Pipeline, shape: tuple[int, ...], find_damage: Callable[[Iterable[Loaded]], None]

@@ -67,10 +67,11 @@ def _fitted(names: Sequence[str], header: Header, pictured: Sequence[int], title
 
 
 def _own_names(header: Header) -> list[str]:
-    """Descriptions, else colours (red, green, ...), else band_N; made unique."""
+    """Descriptions, else colours (red, green, ...), else band_N; made unique. A described band is no alpha: programs
+    tag the fourth of four as that by default."""
     names: list[str] = []
     for number, (text, colour) in enumerate(zip(header.descriptions, header.colours, strict=True), 1):
-        name = ALPHA if colour == ALPHA else text or (colour if colour in COLOURS else "")
+        name = text or (colour if colour in (*COLOURS, ALPHA) else "")
         names.append(name if name and name not in names else f"band_{number}")
     return names
 

@@ -1,5 +1,6 @@
 """Phase 2: every shard gathers its tiles from the spill files in the global hash order."""
 
+import hashlib
 import json
 import os
 from collections import OrderedDict
@@ -38,6 +39,12 @@ class ShardJob:
     out: str
     work: str
 
+    @property
+    def digest(self) -> str:
+        """Of its frames, in order: a run that leaves other scenes out has other ones in a shard of the same number."""
+        columns = (self.chunks, self.offsets, self.lengths, self.facts)
+        return hashlib.sha256(b"".join(np.ascontiguousarray(column).tobytes() for column in columns)).hexdigest()
+
 
 def gather(job: ShardJob) -> dict[str, Any]:
     """Writes a shard; returns its commit's content: {shard: its entry in the manifest, stages}."""
@@ -58,7 +65,7 @@ def gather(job: ShardJob) -> dict[str, Any]:
             job.also,
         )
         tile_table.write_part(work / tile_table.PARTS, table, shard.name)
-    entry = {"shard": shard.model_dump(), "stages": clock.times}
+    entry = {"shard": shard.model_dump(), "stages": clock.times, "rows": job.digest}
     shards.write_whole(work / "shards" / f"{shard.name}.json", json.dumps(entry).encode())
     return entry
 

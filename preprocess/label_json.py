@@ -1,6 +1,7 @@
 """A tile's histogram of classes from a JSON file: ``{"10": 5321, "20": 212, ...}``.
 
-Keys are the product's codes or its names of classes; values are counts of pixels or shares, in whatever unit.
+Keys are the product's codes or its names of classes; values are counts of pixels, in whatever unit, or shares of the
+tile, of which what is missing to 1 is not known.
 """
 
 import json
@@ -13,13 +14,14 @@ from geokr.landcover import IGNORED, LOOKUP_OFFSET, LOOKUP_SIZE, NODATA, UNKNOWN
 from preprocess.labels import TileLabels
 from preprocess.sheets import LabelError
 
+ROUNDING = 1e-3  # by which shares may miss 1 for how they were written
 LARGEST = 1e300  # so that sums are finite too
 
 
 def read_histogram(path: str, legend: Legend, codes: dict[str, int]) -> TileLabels:
     """One tile's labels. codes: class names to codes. Raises LabelError that names file and key."""
-    counts = np.zeros(256)
-    for key, value in _entries(path):
+    counts, entries = np.zeros(256), _entries(path)
+    for key, value in entries:
         label = legend.lookup[_code(key, codes, path) + LOOKUP_OFFSET]
         if label == UNKNOWN:
             raise LabelError(
@@ -29,6 +31,8 @@ def read_histogram(path: str, legend: Legend, codes: dict[str, int]) -> TileLabe
     classes = len(legend.classes)
     total = counts[:classes].sum()
     everything = total + counts[IGNORED] + counts[NODATA]
+    if any(0 < value < 1 for _, value in entries) and everything < 1 - ROUNDING:
+        everything = 1.0
     fractions = counts[:classes] / (total or 1.0)
     return TileLabels(fractions[None], np.array([total / everything if everything else 0.0]))
 

@@ -243,7 +243,7 @@ class Run:
         finished: list[Shard] = []
         todo = []
         for job in gather.shard_jobs(self.plan, self.out, self.work, chunk_of, table, gather.next_numbers(self.base)):
-            if (entry := self._gathered(f"{job.split}-{job.number:05d}.tfrecord")) is None:
+            if (entry := self._gathered(job)) is None:
                 todo.append(job)
             else:
                 finished.append(Shard.model_validate(entry["shard"]))
@@ -259,12 +259,14 @@ class Run:
                 self.progress("shards", done, kept)
         return sorted(finished, key=lambda shard: gather.number_of(shard.name))
 
-    def _gathered(self, name: str) -> dict[str, Any] | None:
-        """The commit of a shard that is there."""
+    def _gathered(self, job: gather.ShardJob) -> dict[str, Any] | None:
+        """The commit of a shard that is there and holds these very tiles."""
+        name = f"{job.split}-{job.number:05d}.tfrecord"
         entry = workfolder.read_commit(self.work / "shards" / f"{name}.json")
         shard, index = self.out / name, self.out / name.replace(".tfrecord", ".idx")
         there = shard.exists() and index.exists()
-        return entry if entry and there and shard.stat().st_size == entry["shard"]["bytes"] else None
+        known = entry and there and entry.get("rows") == job.digest
+        return entry if entry and known and shard.stat().st_size == entry["shard"]["bytes"] else None
 
 
 def _turned_away(commits: list[dict[str, Any]]) -> str:

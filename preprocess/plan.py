@@ -90,7 +90,8 @@ class Plan:
         layers = (layer.path for task in self.tasks for layer in task.scene.layers if layer is not None)
         masks = (task.scene.mask.path for task in self.tasks if task.scene.mask is not None)
         sheets = (sheet.sheet.path for cover in self.covers for sheet in cover.sheets)
-        return list(dict.fromkeys((*layers, *masks, *sheets)))
+        dem = [self.options.scene.dem] if self.options.scene.dem else []
+        return list(dict.fromkeys((*layers, *masks, *sheets, *dem)))
 
     def identity(self) -> dict[str, Any]:
         """What decides the dataset's bytes: two runs with equal identities write equal files."""

@@ -88,7 +88,7 @@ class Listing:
         if not os.path.isdir(folder):
             raise PlanError(f"{what} {folder}: there is no such folder")
         sizes: dict[str, int] = {}
-        for path, folders, names in os.walk(folder):
+        for path, folders, names in os.walk(folder, onerror=_unread):
             folders[:] = [name for name in folders if not name.startswith(".")]
             for name in names:
                 if name.lower().endswith(tuple(endings)) and not name.startswith("."):
@@ -100,6 +100,10 @@ class Listing:
 
     def path(self, name: str) -> str:
         return os.path.join(self.folder, name)
+
+
+def _unread(error: OSError) -> None:
+    raise PlanError(f"{error.filename}: the folder cannot be read ({error.strerror}), so tiles would be missing")
 
 
 def stem(name: str) -> str:

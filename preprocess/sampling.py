@@ -81,7 +81,8 @@ def limits_from(samples: Sequence[np.ndarray], bands: int, dtype: str, options: 
         return np.tile([0.0, 1.0], (bands, 1))
     if len(limits) == 1:
         limits = np.tile(limits, (bands, 1))
-    limits[:, 1] = np.maximum(limits[:, 1], limits[:, 0] + 1e-6)  # a constant scene; its tiles are rejected as flat
+    least = limits[:, 0] + np.maximum(1e-6, np.abs(limits[:, 0]) * 1e-6)
+    limits[:, 1] = np.maximum(limits[:, 1], least)  # a constant scene; its tiles are rejected as flat
     return limits
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from preprocess import covers, gdal_files, label_json, labels, precut, sampling, scan, sheet_headers
+from preprocess import bands, covers, gdal_files, label_json, labels, precut, sampling, scan, sheet_headers
 from preprocess.covers import SceneCover
 from preprocess.errors import RasterError
 from preprocess.grid import Chunk
@@ -16,6 +16,7 @@ from preprocess.labels import TileLabels
 from preprocess.options import PackOptions
 from preprocess.pixels import Room
 from preprocess.precut import Files, Sample
+from preprocess.raster import Scene
 from preprocess.report_pictures import Rejected, keep_examples
 from preprocess.scan import Job, View
 from preprocess.sheets import LabelError, LabelSheet
@@ -80,10 +81,25 @@ def _view(job: Job, files: Files, name: str, clock: Clock) -> View:
         how = job.options, files.sensor, files.placement
         scene = precut.open_tile(files.folder, name, job.scene.scene_id, *how)
         precut.check_form(scene, files.size, files.shape)
+        _check_bands(scene, job)
     one = replace(
         job, scene=scene, chunk=Chunk((0,), (0,), files.size), tile_id=precut.tile_id(job.scene.scene_id, name)
     )
     return scan.read_view(one, clock, Room())  # tiles of many files wait together to be spilled
+
+
+def _check_bands(scene: Scene, job: Job) -> None:
+    """Raises RasterError for a tile whose bands lie in another order than the first one's, as far as names say."""
+    try:
+        found = tuple(band.number for band in bands.choose_bands(scene, job.options))
+    except PlanError as error:
+        raise RasterError(str(error), "bands") from error
+    if found != job.bands:
+        raise RasterError(
+            f"{scene.path}: its bands are {', '.join(scene.band_names)}, of which {found} are asked for, in the first "
+            f"tiles {job.bands}; pack them as separate datasets",
+            "bands",
+        )
 
 
 def _scanned(view: View, files: Files, n: int, clock: Clock) -> list[Kept]:

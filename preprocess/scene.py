@@ -38,7 +38,8 @@ class Source:
 
     title: what messages call it. path: its first file, which tells scenes of one name apart. name: the id it wants to
     have; empty for the file's. names: of the file's bands, where a list gives them. date: ISO or empty.
-    nodata: for files that name none. mask: a mask beside the scene, or empty.
+    nodata: for files that name none. mask: a mask beside the scene, or empty. mask_kind: what it holds, as
+    ``mask.kind`` says it, where that is known.
     """
 
     title: str
@@ -50,6 +51,7 @@ class Source:
     date: str = ""
     nodata: float | None = None
     mask: str = ""
+    mask_kind: str = ""
 
 
 def open_scene(
@@ -159,7 +161,7 @@ def _assembled(
         else "",
         layers=tuple(layers),
         aliases=tuple(band.also for band in named),
-        mask_path=source.mask,
+        mask_path=source.mask if options.mask.kind is None or source.mask_kind in ("", options.mask.kind) else "",
     )
 
 

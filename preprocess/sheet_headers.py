@@ -30,6 +30,11 @@ def read_sheet(path: str, probabilities: Sequence[str] = ()) -> Sheet:
                 f"{path}: {dataset.count} band(s) of {dataset.dtypes[0]}; a land-cover sheet has one band of "
                 f"{', '.join(SHEET_DTYPES)} with class codes{other}"
             )
+        if dataset.nodata is None and not bands and _has_mask(dataset):
+            raise RasterError(
+                f"{path}: has a mask of its own and no nodata value, so what lies under it would count as a class; "
+                "gdalwarp -dstnodata 255 SHEET NEW writes it into the pixels (another number where 255 is a class)"
+            )
         crs, grid, name = crs_of(dataset, path), grid_of(dataset, path), Path(remote.shown(path)).name
         return Sheet(
             path=path,
@@ -45,6 +50,10 @@ def read_sheet(path: str, probabilities: Sequence[str] = ()) -> Sheet:
             ),
             bands=bands,
         )
+
+
+def _has_mask(dataset: Any) -> bool:
+    return any(flag.name == "per_dataset" for flag in dataset.mask_flag_enums[0])
 
 
 def _probability_bands(dataset: Any, classes: Sequence[str]) -> tuple[int, ...]:

@@ -47,7 +47,11 @@ def find_sources(patterns: Sequence[str], sensor: Sensor | None, allow_remote: b
 
 def _walk(folder: str, sensor: Sensor | None) -> list[str]:
     """Files below a folder whose names are the sensor's."""
-    below = sorted(os.path.join(root, name) for root, _, names in os.walk(folder) for name in names)
+
+    def unread(error: OSError) -> None:
+        raise PlanError(f"--scenes {error.filename}: the folder cannot be read ({error.strerror})")
+
+    below = sorted(os.path.join(root, name) for root, _, names in os.walk(folder, onerror=unread) for name in names)
     if sensor is None:
         fits = [name for name in sensor_names() if any(load_sensor(name).parse(Path(file).name) for file in below)]
         hint = f"give --sensor {' or --sensor '.join(fits)}, or add /*.tif to it" if fits else "add /*.tif to it"

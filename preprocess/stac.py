@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 from preprocess import remote
 from preprocess.dates import find_date
@@ -23,7 +24,7 @@ TYPES = {"Feature", "FeatureCollection", "Catalog", "Collection"}
 NO_DATA = {"thumbnail", "overview", "visual", "metadata", "date", "mask", "cloud", "snow-ice", "land-water"}
 NO_DATA |= {"water-mask", "saturation", "cloud-shadow", "reflectance-offset"}
 # Classification bands that the common collections carry, by key.
-MASKS = ("scl", "SCL", "qa_pixel", "QA_PIXEL")
+MASKS = {"scl": "scl", "SCL": "scl", "qa_pixel": "qa_pixel", "QA_PIXEL": "qa_pixel"}  # assets, and what they hold
 ENDINGS = (".tif", ".tiff", ".jp2", ".cog")
 MEDIA = ("image/tiff", "image/jp2", "image/vnd.stac.geotiff")
 
@@ -100,7 +101,7 @@ def _source(item: Any, path: str, sensor: Sensor | None, allow_remote: bool) -> 
     for key, asset in item.assets.items():
         if not _is_raster(asset):
             continue
-        href = resolved(asset.href.removeprefix("file://"), folder, f"{title}: asset {key!r}:", allow_remote)
+        href = resolved(_local(asset.href), folder, f"{title}: asset {key!r}:", allow_remote)
         described = asset.extra_fields.get("bands") or asset.extra_fields.get("eo:bands") or [{}]
         several = len(described) > 1
         for number, band in enumerate(described, 1):
@@ -112,7 +113,8 @@ def _source(item: Any, path: str, sensor: Sensor | None, allow_remote: bool) -> 
     if not bands:
         listed = ", ".join(f"{key} ({asset.media_type or 'no type'})" for key, asset in item.assets.items()) or "none"
         raise PlanError(f"{title}: no asset is a GeoTIFF or JPEG 2000 with data; its assets: {listed}")
-    mask = next((item.assets[key].href for key in MASKS if key in item.assets), "")
+    mask = next((key for key in MASKS if key in item.assets), "")
+    masked = resolved(_local(item.assets[mask].href), folder, f"{title}: mask:", allow_remote) if mask else ""
     properties = item.properties
     day = properties.get("datetime") or properties.get("start_datetime") or ""
     return Source(
@@ -121,8 +123,14 @@ def _source(item: Any, path: str, sensor: Sensor | None, allow_remote: bool) -> 
         name=item.id,
         bands=_distinct(bands),
         date=find_date(str(day)[:10]),
-        mask=resolved(mask, folder, f"{title}: mask:", allow_remote) if mask else "",
+        mask=masked,
+        mask_kind=MASKS.get(mask, ""),
     )
+
+
+def _local(href: str) -> str:
+    """A file URL as a path; others as they are."""
+    return unquote(urlsplit(href).path) if href.lower().startswith("file://") else href
 
 
 def _is_raster(asset: Any) -> bool:

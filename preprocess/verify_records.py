@@ -30,7 +30,7 @@ def verify_shard(folder: Path, shard: Shard, manifest: Manifest) -> Findings:
     """Problems of one shard, and the ids of its tiles."""
     problems: list[str] = []
     tiles: list[str] = []
-    path = folder / shard.name
+    path = manifests.folder_of(folder) / shard.name
     spans = None
     try:
         spans = manifests.open_index(folder, shard)

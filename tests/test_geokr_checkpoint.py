@@ -52,6 +52,23 @@ def test_the_newest_are_kept_and_remains_removed(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-00000020", "step-00000030"]
 
 
+def test_an_old_one_that_cannot_be_removed_ends_nothing(tmp_path, monkeypatch, caplog):
+    """As on NFS, where an open file leaves a name behind."""
+
+    def busy(path, *more, **how):
+        if str(path).endswith("step-00000001"):
+            raise OSError(39, "Directory not empty")
+        return rmtree(path, *more, **how)
+
+    rmtree = checkpoint.shutil.rmtree
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", busy)
+    for step in (1, 2, 3):
+        checkpoint.save(tmp_path, make(step), keep=1)
+    assert "step-00000001: the old checkpoint cannot be removed yet" in caplog.text
+    assert checkpoint.load_latest(tmp_path).step == 3
+    assert not (tmp_path / "step-00000002").exists()
+
+
 @pytest.mark.parametrize("name", ["state.safetensors", "state.json"])
 @pytest.mark.parametrize("where", [0, 40, -3])
 def test_a_damaged_one_falls_back_aloud(tmp_path, caplog, name, where):

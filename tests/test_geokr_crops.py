@@ -9,13 +9,14 @@ import torch
 from geokr import records
 from geokr.config import ConfigError
 from geokr.crops import Crops, crop
-from geokr.identity import check_identity
+from geokr.identity import check_identity, identity
 from geokr.options import AugmentOptions, DataOptions
 from pipelines.augment import apply_dihedral
 from pipelines.dataset import Dataset, open_records
 from pipelines.errors import PipelineError
 from pipelines.loaders import train_batches
 from pipelines.reader import Reader
+from tests import geokr_toy as toy
 from tests.datasets import make_dataset
 from tests.geokr_toy import ToyBatch
 from tests.test_geokr_pretrain import run, same_tensors
@@ -273,6 +274,18 @@ def test_crops_that_a_run_does_not_make_decide_nothing():
     for other in (tree(crop_probability=0.5, crop_min=0.5, crop_until=0.7), whole):
         with pytest.raises(ConfigError, match=r"augment\.crop_"):
             check_identity(cropped, other, "run")
+
+
+def test_auto_under_a_graph_that_was_asked_for_is_another_run():
+    """It crops nothing, so a run that did must not go on so in silence."""
+    how = {"image_size": 32, "bands": ("red",), "dataset": "d"}
+    keys = ("augment.crop_probability=auto", "train.cuda_graph=on")
+    cropped, whole, plain = (
+        identity(toy.options(*chosen), **how) for chosen in (keys[:1], keys, ("augment.crop_probability=0",))
+    )
+    check_identity(whole, plain, "run")
+    with pytest.raises(ConfigError, match=r"augment\.crop_probability: 'auto' -> None"):
+        check_identity(cropped, whole, "run")
 
 
 def test_datasets_of_different_squares_are_trained_whole(folder, tmp_path, capsys):

@@ -4,11 +4,12 @@ import copy
 
 import pytest
 import torch
+from timm.layers.norm_act import BatchNormAct2d, convert_sync_batchnorm
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from geokr.config import ConfigError
-from geokr.folding import FoldedTeacher, FoldError, find_pairs
+from geokr.folding import FoldedTeacher, FoldError, find_pairs, without
 from geokr.models import BackboneSpec, build_model
 from geokr.train import train_step
 from tests import geokr_toy as toy
@@ -146,3 +147,12 @@ def test_where_it_is_not_for():
     for plain in ("train.fold_teacher=off", "method.teacher_mode=train"):
         learner = toy.learner(toy.options(plain))
         assert learner.teacher_forward is learner.teacher
+
+
+def test_a_synchronised_norm_leaves_its_activation_too():
+    plain = BatchNormAct2d(4)
+    synchronised = convert_sync_batchnorm(nn.Sequential(BatchNormAct2d(4)))[0]
+    x = torch.randn(2, 4, 3, 3)
+    for norm in (plain, synchronised):
+        torch.testing.assert_close(without(norm)(x), x.relu())
+    torch.testing.assert_close(without(nn.BatchNorm2d(4))(x), x)

@@ -15,6 +15,8 @@ import pytest
 
 from geokr import config
 from geokr.landcover import build_legend, load_product
+from geokr.manifests import Manifest, dump_manifest
+from launch import preflight
 from preprocess.options import PackOptions
 from tests.datasets import make_dataset
 
@@ -150,6 +152,26 @@ def test_the_check_loads_neither_torch_nor_gdal(records):
     )
     done = subprocess.run([sys.executable, "-c", code, str(records)], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_mixtures_are_checked_by_the_labels_that_the_run_takes(tmp_path):
+    """A product that one dataset has first and the other among further ones."""
+    one = make_dataset(tmp_path / "a", tiles=8, val=4, also={"nlcd": 6})
+    tree = json.loads((one / "manifest.json").read_bytes())
+    problem = preflight.problem(None, [f"data.records=[{one}]", "data.labels=nlcd", "train.max_steps=1"])
+    assert problem is None
+    problem = preflight.problem(None, [f"data.records=[{one}]", "data.labels=corine", "train.max_steps=1"])
+    assert "no labels of product 'corine'" in problem
+    other = make_dataset(tmp_path / "b", tiles=8, val=4, classes=6)
+    second = json.loads((other / "manifest.json").read_bytes())
+    for key in ("product", "product_title", "classes"):
+        if key in tree["products"]["nlcd"]:
+            second[key] = tree["products"]["nlcd"][key]
+    second["product"] = "nlcd"
+    (other / "manifest.json").write_bytes(dump_manifest(Manifest.model_validate(second)))
+    both = [f"data.records=[{one},{other}]", "train.max_steps=1"]
+    assert preflight.problem(None, [*both, "data.labels=nlcd"]) is None
+    assert "product" in preflight.problem(None, both)
 
 
 def test_records_that_are_not_there_or_damaged_are_named(machine, tmp_path):

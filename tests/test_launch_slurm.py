@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 
 from geokr.checkpoint import list_checkpoints
+from geokr.config import parse_overrides, split_overrides
+from geokr.manifests import Manifest, check_folder, dump_manifest, load_manifest
 from launch import node, stage
 from tests.datasets import make_dataset
 from tests.test_geokr_distributed import torchrun
@@ -206,6 +208,8 @@ def test_records_are_staged_on_every_node_and_read_there(cluster, tmp_path, caps
     (copy,) = (tmp_path / "fast disk").iterdir()
     for arguments, _ in cluster.notes:
         assert arguments[-1] == f'data.records="{copy}"'
+        _, overrides = split_overrides(arguments[arguments.index("geokr.pretrain") + 1 :])
+        assert parse_overrides(overrides)["data.records"] == str(copy)  # once, which training insists on
     assert {path.name for path in copy.iterdir()} - {".lock"} == {p.name for p in (tmp_path / "records").iterdir()}
     shard = tmp_path / "records" / "train-00000.tfrecord"
     data = bytearray(shard.read_bytes())
@@ -280,6 +284,35 @@ def test_staging_mixtures_and_urls(tmp_path):
     assert stage.override([given, "train.max_steps=1"], tmp_path / "to") == [line]
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert stage.override(["train.max_steps=1"], tmp_path / "to") == []
+
+
+def test_a_copy_that_the_node_has_swept_is_made_good(tmp_path):
+    source = make_dataset(tmp_path / "d", tiles=40, val=8)
+    copy = stage.stage(source, tmp_path / "to")
+    for lost in (copy / "train-00000.tfrecord", copy / "train-00001.idx", copy / "val-00000.tfrecord"):
+        lost.unlink()
+    cut = copy / "train-00001.tfrecord"
+    cut.write_bytes(cut.read_bytes()[:100])
+    (copy / "val-00000.idx").write_text("0 1\n")
+    kept = (copy / "train-00002.tfrecord").stat().st_mtime_ns
+    assert stage.stage(source, tmp_path / "to") == copy
+    for path in source.iterdir():
+        assert (copy / path.name).read_bytes() == path.read_bytes(), path.name
+    assert (copy / "train-00002.tfrecord").stat().st_mtime_ns == kept
+
+
+def test_a_manifest_that_the_dataset_has_grown_beyond_is_staged_as_it_was(tmp_path):
+    source = make_dataset(tmp_path / "d", tiles=40, val=8)
+    earlier = source / "manifest-v1.json"
+    earlier.write_bytes((source / "manifest.json").read_bytes())
+    tree = json.loads(earlier.read_bytes())
+    grown = Manifest.model_validate({**tree, "version": 2})
+    (source / "manifest.json").write_bytes(dump_manifest(grown))
+    (line,) = stage.override([f"data.records={earlier}", "train.max_steps=1"], tmp_path / "to")
+    copy = Path(json.loads(line.removeprefix("data.records=")))
+    assert (copy / "manifest.json").read_bytes() == earlier.read_bytes()
+    check_folder(copy, load_manifest(copy))
+    assert stage.stage(source, tmp_path / "to") != copy
 
 
 def test_an_interrupted_copy_goes_on_and_a_full_disk_is_named(tmp_path, monkeypatch):

@@ -9,13 +9,16 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from geokr import manifests, records
+from geokr import config, manifests, records
 from geokr.config import ConfigError
 from geokr.identity import check_identity
 from geokr.records import RecordError
 from pipelines.dataset import Dataset
-from preprocess import appending, verify_records
+from preprocess import appending, gather, plan, sampling, verify_records
+from preprocess.errors import RasterError
 from preprocess.inputs import PlanError
+from preprocess.options import PackOptions
+from preprocess.plan import make_plan
 from preprocess.workfolder import PackError
 from tests.scenes import (
     NO_QUALITY,
@@ -314,6 +317,53 @@ def cut_after_shards(world, out, monkeypatch):
         patch.setattr(appending, "joined", lambda *a: (_ for _ in ()).throw(PowerCut()))
         with pytest.raises(PowerCut):
             world.pack(out, "abcd", append=True)
+
+
+def test_goes_on_with_a_command_that_names_fewer_old_scenes(world, out, monkeypatch):
+    """How scenes are cut into tasks follows from all that a command names, so a task's number may be another window."""
+    monkeypatch.setattr(plan, "chunk_tiles", lambda positions: 4 if positions > 100 else 9)
+    positions = sum(task.tiles for task in planned(world, "abcd").tasks)
+    few = sum(task.tiles for task in planned(world, "cd").tasks)
+    assert few <= 100 < positions
+    cut_after_shards(world, out, monkeypatch)
+    world.pack(out, "cd", append=True)
+    assert contents(out) == world.bytes
+
+
+def planned(world, names):
+    scenes = [str(world.scenes[name]) for name in names]
+    options = config.load(PackOptions, None, KEYS)
+    return make_plan(scenes, [str(world.west), str(world.east)], "worldcover", options)
+
+
+def test_a_scene_that_could_not_be_read_and_then_can(world, tmp_path, monkeypatch):
+    """Shards of the first run hold other tiles than those of the same numbers in the second."""
+    find, gather_one, made = sampling.stretch_limits, gather.gather, []
+
+    def broken(scene, *more):
+        if scene.scene_id == "a":
+            raise RasterError(f"{scene.path}: the network is away")
+        return find(scene, *more)
+
+    def cut(job):
+        if made:
+            raise PowerCut
+        made.append(job)
+        return gather_one(job)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sampling, "stretch_limits", broken)
+        patch.setattr(sampling, "shares_of", lambda *_: 1)
+        patch.setattr(gather, "gather", cut)
+        with pytest.raises(PowerCut):
+            world.pack(tmp_path / "out", "abc", "max_bad_fraction=0.5", "stretch.mode=joint")
+    world.pack(tmp_path / "out", "abc", "max_bad_fraction=0.5", "stretch.mode=joint")
+    world.pack(tmp_path / "plain", "abc", "max_bad_fraction=0.5", "stretch.mode=joint")
+    assert contents(tmp_path / "out") == contents(tmp_path / "plain")
+
+
+def test_an_earlier_manifest_is_verified_by_itself(world):
+    assert verify_records.verify(world.grown / "manifest-v1.json", 1)[0] == []
 
 
 def test_an_unfinished_append_of_other_scenes_is_refused(world, out, monkeypatch):
