@@ -18,6 +18,7 @@ import dataclasses
 import json
 import os
 import platform
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -55,6 +56,7 @@ TASKS = ("knn", "linear", "finetune")
 DENSE = ("segment", "detect")  # with data of their own
 BATCH = {"finetune": 32, "segment": 16, "detect": 4}
 COLOUR = "colour"
+COLOURS = ("red", "green", "blue", "nir")  # words by which bands of other names are known
 
 
 def entrants(
@@ -160,16 +162,34 @@ def _spec(about: Mapping[str, Any]) -> BackboneSpec:
     return BackboneSpec(about["backbone"]["name"], len(about["bands"]), about["backbone"]["image_size"])
 
 
+def _place_of(name: str, among: Sequence[str]) -> int | None:
+    """The one of these bands that has a name, or else its colour (``red``, ``B4 red``); None where there is none."""
+    if name in among:
+        return among.index(name)
+    colour = _colour(name)
+    found = [n for n, other in enumerate(among) if colour and _colour(other) == colour]
+    return found[0] if len(found) == 1 else None
+
+
+def _colour(name: str) -> str | None:
+    words = re.findall("[a-z]+", name.lower())
+    found = [word for word in words if word in COLOURS]
+    return found[0] if len(found) == 1 and "edge" not in words else None
+
+
 def preparation(weights: str, about: Mapping[str, Any], data: Data, bands: Sequence[int] | None) -> Preparation:
     """How images become what a backbone takes. Raises ConfigError where they are not what its card describes."""
     names = [band["name"] for band in about["bands"]]
     if bands is None and data.names:
-        if lacking := [name for name in names if name not in data.names]:
-            raise ConfigError(
-                f"--data {data.path}: has bands {', '.join(data.names)}, {weights} takes {', '.join(names)}; say which "
-                f"is {lacking[0]} with --bands, from 1, in that order"
-            )
-        bands = [data.names.index(name) + 1 for name in names]
+        places = [_place_of(name, data.names) for name in names]
+        if lacking := [name for name, place in zip(names, places, strict=True) if place is None]:
+            if len(lacking) < len(names) or data.bands != len(names):
+                raise ConfigError(
+                    f"--data {data.path}: has bands {', '.join(data.names)}, {weights} takes {', '.join(names)}; say "
+                    f"which is {lacking[0]} with --bands, from 1, in that order"
+                )
+        else:
+            bands = [place + 1 for place in places if place is not None]
     if bands is None:
         if data.bands != len(names):
             raise ConfigError(

@@ -34,7 +34,7 @@ def open_records(path: str | Path) -> Data:
     block_m = float(dataset.manifest.config.get("split", {}).get("block_m", BLOCK_M))
     held = held_out(places["train"], block_m)
     groups = _some_cells(places["val"], block_m)
-    test = replace(test, groups=groups if groups.max() + 1 >= FEWEST else None)
+    test = replace(test, groups=groups if len(np.unique(groups)) >= FEWEST else None)
     parts = {"train": train.some(np.flatnonzero(~held)), "val": train.some(np.flatnonzero(held)), "test": test}
     classes = tuple(entry.name for entry in dataset.manifest.classes)
     names = tuple(band.name for band in dataset.manifest.bands)
@@ -66,6 +66,8 @@ def held_out(places_N2: np.ndarray, block_m: float) -> np.ndarray:
 
 def _some_cells(places_N2: np.ndarray, block_m: float) -> np.ndarray:
     """Cells of this side, halved three times at most where there are few of them; int64 [N]."""
+    if not len(places_N2):
+        return np.zeros(0, np.int64)
     sides = [block_m / 2**halvings for halvings in range(4)]
     found = (cells(places_N2, side) for side in sides)
     return next((number for number in found if number.max() + 1 >= CELLS), cells(places_N2, sides[-1]))

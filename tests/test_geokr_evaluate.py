@@ -378,6 +378,8 @@ def test_bands_go_by_their_names(weights, tmp_path):
         object.__setattr__(data, key, value)
     assert evaluate.preparation("w", about, data, None).bands == [3, 2, 1]
     assert evaluate.preparation("w", about, data, [1, 2, 3]).bands == [0, 1, 2]
+    object.__setattr__(data, "names", ("B2 blue", "B3 green", "B4 red", "B5 red edge"))
+    assert evaluate.preparation("w", about, data, None).bands == [2, 1, 0]
     object.__setattr__(data, "names", ("a", "b", "c", "d"))
     with pytest.raises(ConfigError, match=f"has bands a, b, c, d, w takes {', '.join(names)}; say which is {names[0]}"):
         evaluate.preparation("w", about, data, None)
