@@ -263,7 +263,10 @@ def test_exported_weights_give_the_runs_own_features(whole, tmp_path, name, mode
     card = backbone.card
     assert card["model"] == model
     assert card["trained"] == {"step": 12, "samples": 96}
-    assert card["metrics"]["val/kl"] == read_metrics(whole / "metrics.jsonl")[-1]["val/kl"]
+    last = read_metrics(whole / "metrics.jsonl")[-1]
+    assert card["metrics"]["val/kl"] == last["val/kl" if model == "teacher" else "val/kl_student"]
+    assert card["metrics"]["val/top1"] == last["val/top1" if model == "teacher" else "val/top1_student"]
+    assert not [name for name in card["metrics"] if name.endswith("_student")]
     assert [entry["name"] for entry in card["classes"]] == ["class0", "class1", "class2", "class3"]
     assert card["versions"]["torch"] == torch.__version__
     assert str(whole) not in json.dumps(card), "no paths of the machine"
