@@ -43,7 +43,7 @@ zion:
 	$(PYTHON) -m pytest -s -m slow tests/test_zion.py
 
 method:
-	$(PYTHON) benchmarks/method.py --out out/method --jobs 2
+	$(PYTHON) benchmarks/method.py --out out/method --jobs 2 --recipe plain model.condition_on_colour=false
 
 faults:
 	GEOKR_FAULTS_JSON=out/faults/faults.json OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m "slow or not slow" tests/faults

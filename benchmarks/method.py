@@ -10,7 +10,7 @@ backbone is exported and goes through geokr.evaluate: nearest neighbours and lin
 those of the other datasets, with --labels percent of the labels, beside random weights and mere colours; with
 --segment also a U-Net on the classes of pixels.
 
-`default` is configs/smoke.yaml. `reference` is that with method, optimizer and normalisation of
+`default` is configs/smoke.yaml. `reference` is that with method, optimizer, normalisation and head of
 configs/reference.yaml. --recipe adds one: the default with these keys changed; records are packed with squares, so it
 may crop. The others are compared with the first recipe that is named. What is done already with the same settings is
 not done again. Everything lands in --out: report.json, table.md, curves.png.
@@ -41,7 +41,7 @@ from geokr.options import PretrainOptions  # noqa: E402
 
 # What of configs/reference.yaml is the method; the rest is length, batch and augmentation, which are equal for all.
 REFERENCE_SECTIONS = ("method", "optim")
-REFERENCE_KEYS = {"model.normalisation": "published"}
+REFERENCE_KEYS = {"model.normalisation": "published", "model.condition_on_colour": False}
 BUILT_IN = ("default", "reference")
 TAKEN = (*BUILT_IN, *reports.BASELINES)
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
