@@ -39,6 +39,7 @@ from benchmarks import bench_report  # noqa: E402
 from geokr.config import ConfigError, check_keys, parse_overrides, read_yaml  # noqa: E402
 from geokr.options import PretrainOptions  # noqa: E402
 
+CONFIG = ROOT / "configs" / "smoke.yaml"
 # What of configs/reference.yaml is the method; the rest is length, batch and augmentation, which are equal for all.
 REFERENCE_SECTIONS = ("method", "optim")
 REFERENCE_KEYS = {"model.normalisation": "published", "model.condition_on_colour": False}
@@ -58,7 +59,8 @@ def reference_keys() -> dict[str, Any]:
 class Cell:
     """One run: a recipe on one packing of one dataset with one seed.
 
-    keys: the run's, but for where it lies and how many threads it has. Runs of other keys lie in other folders.
+    keys: the run's, but for where it lies and how many threads it has. Runs of other keys, or of another
+    configs/smoke.yaml, lie in other folders.
     """
 
     data: data_sets.Packed
@@ -68,7 +70,8 @@ class Cell:
 
     @property
     def digest(self) -> str:
-        return hashlib.sha256("\n".join((*self.keys, self.data.digest)).encode()).hexdigest()[:12]
+        recipe = hashlib.sha256(CONFIG.read_bytes()).hexdigest()
+        return hashlib.sha256("\n".join((*self.keys, recipe, self.data.digest)).encode()).hexdigest()[:12]
 
     @property
     def folder(self) -> Path:
@@ -127,7 +130,7 @@ def train(cell: Cell, threads: int) -> None:
     cell.folder.mkdir(parents=True, exist_ok=True)
     where = [f"data.records={cell.data.records}", f"run.dir={cell.run}"]
     beside = [f"train.threads={threads}", f"data.threads={threads}"]
-    config = ["--config", str(ROOT / "configs" / "smoke.yaml")]
+    config = ["--config", str(CONFIG)]
     command(["-m", "geokr.pretrain", *config, *where, *cell.keys, *beside], cell.folder / "pretrain.log", threads)
     out = ["--out", str(cell.weights), "--model", cell.better]
     command(["-m", "geokr.export", "--run", str(cell.run), *out], cell.folder / "export.log", threads)

@@ -137,3 +137,14 @@ def test_spread_and_differences_by_hand():
     cells = [cell.strip() for cell in lines[4].split("|")[1:-1]]
     assert cells[:3] == ["held-out KL", "0.250 ± 0.071", "0.400 ± 0.141 (+0.150 ± 0.071)"]
     assert cells[-1] == "1.000 ± 0.000 (+0.750 ± 0.071)"
+
+
+def test_another_recipe_in_the_file_is_another_cell(tmp_path, monkeypatch):
+    """Weights of an older configs/smoke.yaml must not stand for the new one's."""
+    records = make_dataset(tmp_path / "d", tiles=8, val=4)
+    cell = method.Cell(Packed("d", 0, records), "default", ("run.seed=0",), tmp_path)
+    before = cell.digest
+    changed = tmp_path / "smoke.yaml"
+    changed.write_bytes(method.CONFIG.read_bytes() + b"\n# changed\n")
+    monkeypatch.setattr(method, "CONFIG", changed)
+    assert cell.digest != before
