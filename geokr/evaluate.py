@@ -18,16 +18,14 @@ import dataclasses
 import json
 import os
 import platform
-import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 import geokr
 from geokr import (
@@ -35,6 +33,7 @@ from geokr import (
     evaluate_coco,
     evaluate_dense,
     evaluate_detect,
+    evaluate_entrants,
     evaluate_features,
     evaluate_metrics,
     evaluate_pairs,
@@ -47,168 +46,12 @@ from geokr import (
 from geokr.checkpoint import write_text
 from geokr.config import ConfigError
 from geokr.evaluate_data import Data, open_folders
-from geokr.evaluate_features import Entrant, Preparation
+from geokr.evaluate_features import Entrant
 from geokr.manifests import MANIFEST
-from geokr.models import BackboneSpec, build_backbone, seeded
-from geokr.weights import load_into, read_state
 
 TASKS = ("knn", "linear", "finetune")
 DENSE = ("segment", "detect")  # with data of their own
 BATCH = {"finetune": 32, "segment": 16, "detect": 4}
-COLOUR = "colour"
-COLOURS = ("red", "green", "blue", "nir")  # words by which bands of other names are known
-
-
-def entrants(
-    main: str, baselines: Sequence[str], data: Data, bands: Sequence[int] | None, device: torch.device, *, large: bool
-) -> list[Entrant]:
-    """The weights and what they are compared with, all loaded before anything is computed.
-
-    Exports are given images as their own cards say, the rest as the first one's does. large: images keep their size.
-    """
-    first = _exported(main, data, bands, large=large)
-    assert first.backbone is not None
-    about: Any = first.backbone.card
-    spec, prepare = _spec(about), first.prepare
-    found = [first]
-    for name in baselines:
-        if name == COLOUR:
-            found.append(Entrant(COLOUR, None, prepare))
-        elif name == "random":
-            with seeded(0):
-                backbone = build_backbone(spec)
-            evaluate_features.calibrate(backbone, data.parts["train"], prepare, device)
-            found.append(Entrant("random", backbone, prepare))
-        elif name == "imagenet":
-            backbone = _imagenet(spec)
-            found.append(Entrant("imagenet", backbone, _as_imagenet(backbone, about, prepare)))
-        elif Path(f"{name}.json").exists():
-            found.append(_exported(name, data, bands, large=large, like=(Path(main).name, about)))
-        else:
-            backbone = build_backbone(spec)
-            load_into(backbone, read_state(name), name)
-            found.append(Entrant(Path(name).name, backbone, prepare))
-    return _told_apart(found, [main, *baselines])
-
-
-def _told_apart(found: list[Entrant], words: Sequence[str]) -> list[Entrant]:
-    """Each under a name of its own: where files have one, with the folders above them."""
-    names = [entrant.name for entrant in found]
-    return [
-        dataclasses.replace(entrant, name=word) if names.count(entrant.name) > 1 else entrant
-        for entrant, word in zip(found, words, strict=True)
-    ]
-
-
-def _exported(
-    path: str,
-    data: Data,
-    bands: Sequence[int] | None,
-    *,
-    large: bool,
-    like: tuple[str, Mapping[str, Any]] | None = None,
-) -> Entrant:
-    """like: name and card of the weights that it is compared with, to whose bands ``bands`` belong."""
-    backbone, name = geokr.load_backbone(path), Path(path).name
-    about: Any = backbone.card
-    if like is not None:
-        if large and about["backbone"]["name"] != like[1]["backbone"]["name"]:
-            raise ConfigError(
-                f"{path}: is a {about['backbone']['name']}, {like[0]} a {like[1]['backbone']['name']}; segment and "
-                "detect compare weights of one architecture"
-            )
-        bands = _bands_of(name, about, like, data, bands)
-    prepare = preparation(name, about, data, bands)
-    return Entrant(name, backbone, prepare.as_large() if large else prepare)
-
-
-def _bands_of(
-    name: str, about: Mapping[str, Any], like: tuple[str, Mapping[str, Any]], data: Data, bands: Sequence[int] | None
-) -> Sequence[int] | None:
-    """Which of the images' bands other weights take, from 1; None to go by the images' own names of them."""
-    own, first = ([band["name"] for band in card["bands"]] for card in (about, like[1]))
-    if own == first or (bands is None and data.names):
-        return bands
-    if not set(own) <= set(first):
-        raise ConfigError(
-            f"{name}: takes {', '.join(own)}, {like[0]} {', '.join(first)}; nothing says which of the images' bands "
-            "those are: compare them one by one, each with its --bands"
-        )
-    given = range(1, len(first) + 1) if bands is None else bands
-    return [given[first.index(band)] for band in own]
-
-
-def _as_imagenet(backbone: nn.Module, about: Mapping[str, Any], prepare: Preparation) -> Preparation:
-    """Images as ImageNet's weights saw them, where they are of 8 bits in red, green and blue; else as the card says."""
-    names, config = [band["name"] for band in about["bands"]], getattr(backbone, "pretrained_cfg", None)
-    if config is None or about["input"]["dtype"] != "uint8" or sorted(names) != ["blue", "green", "red"]:
-        return prepare
-    order = [("red", "green", "blue").index(name) for name in names]
-    mean, std = ([255.0 * config[key][n] for n in order] for key in ("mean", "std"))
-    return Preparation(mean, std, prepare.side, tuple(prepare.bands))
-
-
-def _imagenet(spec: BackboneSpec) -> nn.Module:
-    try:
-        return build_backbone(spec, pretrained=True)
-    except ConfigError as error:
-        raise ConfigError(
-            f"--baselines imagenet: timm's weights for {spec.name!r} cannot be had ({error.__cause__ or error}). Fetch "
-            "them elsewhere and give their file in place of the word, or leave it out"
-        ) from error
-
-
-def _spec(about: Mapping[str, Any]) -> BackboneSpec:
-    return BackboneSpec(about["backbone"]["name"], len(about["bands"]), about["backbone"]["image_size"])
-
-
-def _place_of(name: str, among: Sequence[str]) -> int | None:
-    """The one of these bands that has a name, or else its colour (``red``, ``B4 red``); None where there is none."""
-    if name in among:
-        return among.index(name)
-    colour = _colour(name)
-    found = [n for n, other in enumerate(among) if colour and _colour(other) == colour]
-    return found[0] if len(found) == 1 else None
-
-
-def _colour(name: str) -> str | None:
-    words = re.findall("[a-z]+", name.lower())
-    found = [word for word in words if word in COLOURS]
-    return found[0] if len(found) == 1 and "edge" not in words else None
-
-
-def preparation(weights: str, about: Mapping[str, Any], data: Data, bands: Sequence[int] | None) -> Preparation:
-    """How images become what a backbone takes. Raises ConfigError where they are not what its card describes."""
-    names = [band["name"] for band in about["bands"]]
-    if bands is None and data.names:
-        places = [_place_of(name, data.names) for name in names]
-        if lacking := [name for name, place in zip(names, places, strict=True) if place is None]:
-            if len(lacking) < len(names) or data.bands != len(names):
-                raise ConfigError(
-                    f"--data {data.path}: has bands {', '.join(data.names)}, {weights} takes {', '.join(names)}; say "
-                    f"which is {lacking[0]} with --bands, from 1, in that order"
-                )
-        else:
-            bands = [place + 1 for place in places if place is not None]
-    if bands is None:
-        if data.bands != len(names):
-            raise ConfigError(
-                f"--data {data.path}: images of {data.bands} band(s), {weights} takes {len(names)} "
-                f"({', '.join(names)}); say which with --bands, from 1, in that order"
-            )
-        bands = range(1, len(names) + 1)
-    if len(bands) != len(names) or not all(1 <= band <= data.bands for band in bands):
-        raise ConfigError(
-            f"--bands {' '.join(map(str, bands))}: expected {len(names)} numbers from 1 to {data.bands}, for "
-            f"{', '.join(names)}"
-        )
-    if data.dtype != about["input"]["dtype"]:
-        raise ConfigError(
-            f"--data {data.path}: images of {data.dtype}, {weights} was trained on {about['input']['dtype']}; its "
-            "mean and deviation mean nothing for them: convert the images"
-        )
-    chosen = tuple(band - 1 for band in bands)
-    return Preparation(about["input"]["mean"], about["input"]["std"], about["backbone"]["image_size"], chosen)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -287,7 +130,7 @@ def evaluate(chosen: argparse.Namespace, say: Callable[[str], None]) -> dict[str
             raise ConfigError(f"--data {chosen.data}: records hold shares of classes, for the tasks {', '.join(TASKS)}")
         return _dense(chosen, device, say)
     data = evaluate_records.open_records(chosen.data) if is_packed else open_folders(chosen.data)
-    found = entrants(chosen.weights, chosen.baselines, data, chosen.bands, device, large=False)
+    found = evaluate_entrants.entrants(chosen.weights, chosen.baselines, data, chosen.bands, device, large=False)
     batch = chosen.batch or BATCH["finetune"]
     study = Study(data, device, tuple(chosen.labels), chosen.seeds, chosen.epochs, batch, say)
     rows = [row for entrant in found for row in study.of(entrant, chosen.task)]
@@ -307,22 +150,24 @@ def _device(text: str) -> torch.device:
 def _dense(chosen: argparse.Namespace, device: torch.device, say: Callable[[str], None]) -> dict[str, Any]:
     kind = chosen.task[0]
     about: dict[str, Any] = geokr.load_backbone(chosen.weights).card  # type: ignore[assignment]
-    spec = _spec(about)
+    spec = evaluate_entrants.spec_of(about)
     shared = {"spec": spec, "device": device, "epochs": chosen.epochs, "batch": chosen.batch or BATCH[kind]}
     say(f"{chosen.data}: every file is checked")
     if kind == "segment":
         pairs = evaluate_pairs.open_pairs(chosen.data, chosen.ignore)
-        preparation(Path(chosen.weights).name, about, pairs.data, chosen.bands)  # before every image is read
+        evaluate_entrants.preparation(
+            Path(chosen.weights).name, about, pairs.data, chosen.bands
+        )  # before every image is read
         crop = evaluate_segment.crop_side(chosen.crop or spec.image_size)
         task = evaluate_segment.Segment(pairs, decoder=chosen.decoder, crop=crop, **shared)
     else:
         found = evaluate_coco.open_coco(chosen.data)
-        preparation(Path(chosen.weights).name, about, found.data, chosen.bands)
+        evaluate_entrants.preparation(Path(chosen.weights).name, about, found.data, chosen.bands)
         task = evaluate_detect.Detect(found, kind=chosen.detector, **shared)
-    baselines = [name for name in chosen.baselines if kind == "segment" or name != COLOUR]
+    baselines = [name for name in chosen.baselines if kind == "segment" or name != evaluate_entrants.COLOUR]
     middles = {name: evaluate_dense.middle(part, spec.image_size) for name, part in task.data.parts.items()}
     data = dataclasses.replace(task.data, parts=middles)
-    compared = entrants(chosen.weights, baselines, data, chosen.bands, device, large=True)
+    compared = evaluate_entrants.entrants(chosen.weights, baselines, data, chosen.bands, device, large=True)
     return _report(chosen, task.data, evaluate_dense.rows(task, kind, compared, chosen.labels, chosen.seeds, say))
 
 
@@ -356,7 +201,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--weights", required=True, metavar="FILE", help="what geokr.export wrote")
     made.add_argument("--data", required=True, metavar="DIR")
     made.add_argument("--task", nargs="+", choices=TASKS + DENSE, default=["knn", "linear"])
-    made.add_argument("--baselines", nargs="+", default=["random", COLOUR], metavar="NAME")
+    made.add_argument("--baselines", nargs="+", default=["random", evaluate_entrants.COLOUR], metavar="NAME")
     made.add_argument("--labels", nargs="+", type=float, default=[1, 5, 10, 100], metavar="PERCENT")
     made.add_argument("--seeds", type=int, default=3)
     made.add_argument("--bands", nargs="+", type=int, help="of the images, from 1, in the order of the card's")

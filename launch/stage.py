@@ -108,11 +108,10 @@ def stage(source: Path, to: Path) -> Path:
 
     Raises StageError, and RecordError where the source is no sound dataset.
     """
-    file = source / MANIFEST if folder_of(source) == source else source
     while True:  # the dataset may grow meanwhile: what is read, what names the copy and what ends in it are one
+        said = _manifest_bytes(source)
         manifest = load_manifest(source)
-        said = file.read_bytes()
-        if load_manifest(source) == manifest and file.read_bytes() == said:
+        if _manifest_bytes(source) == said:
             break
     check_folder(source, manifest)
     folder = to / _hash(said)[:16]
@@ -131,6 +130,12 @@ def stage(source: Path, to: Path) -> Path:
     except OSError as error:
         raise StageError(f"{source} cannot be copied to {folder} ({error}); make room or access") from error
     return folder
+
+
+def _manifest_bytes(source: Path) -> bytes:
+    """Of the dataset's manifest; nothing where there is none, which reading it explains."""
+    file = source / MANIFEST if folder_of(source) == source else source
+    return file.read_bytes() if file.is_file() else b""
 
 
 def _bring_all(source: Path, folder: Path, manifest: Manifest) -> None:
@@ -166,7 +171,7 @@ def override(arguments: Sequence[str], to: Path) -> list[str]:
     entries = []
     for source in data.sources:
         local = "://" not in source.path or source.path.startswith("file://")
-        path = str(stage(Path(source.folder), to)) if local else source.path  # an earlier manifest is a copy's only one
+        path = str(stage(Path(source.folder), to)) if local else source.path
         entries.append(source.model_dump() | {"path": path})
     whole = entries[0]["path"] if isinstance(data.records, str) else entries
     return [f"data.records={json.dumps(whole)}"]

@@ -107,8 +107,8 @@ def open_work(plan: Plan, out: Path, base: Manifest | None) -> Path:
         if base is not None:  # before any new shard: readers then know what it is
             shards.write_whole(out / manifests.GROWING, json.dumps({"version": base.version + 1}).encode())
         shards.write_whole(path, identity_json(identity))
-    # which tiles a task's number stands for also depends on how many the command names, of a dataset that grows as of
-    # those that it has: with others the same number is another window
+    # how scenes are cut depends on all that the command names, also those that a growing dataset has already: under
+    # another command the same task number may be another window
     cuts = [[task.scene.scene_id, [chunk.tiles for chunk in task.chunks]] for task in plan.tasks]
     cut = identity_json({**identity, "chunks": grid.LAYOUT, "facts": tile_facts.LAYOUT, "cuts": cuts})
     run = work / f"run-{hashlib.sha256(cut).hexdigest()[:16]}"

@@ -17,6 +17,7 @@ import geokr
 from geokr import (
     evaluate,
     evaluate_data,
+    evaluate_entrants,
     evaluate_images,
     evaluate_metrics,
     evaluate_records,
@@ -376,20 +377,20 @@ def test_bands_go_by_their_names(weights, tmp_path):
     values = {"path": "d", "bands": 4, "dtype": "uint8", "names": ("nir", *reversed(names))}
     for key, value in values.items():
         object.__setattr__(data, key, value)
-    assert evaluate.preparation("w", about, data, None).bands == [3, 2, 1]
-    assert evaluate.preparation("w", about, data, [1, 2, 3]).bands == [0, 1, 2]
+    assert evaluate_entrants.preparation("w", about, data, None).bands == [3, 2, 1]
+    assert evaluate_entrants.preparation("w", about, data, [1, 2, 3]).bands == [0, 1, 2]
     object.__setattr__(data, "names", ("B2 blue", "B3 green", "B4 red", "B5 red edge"))
-    assert evaluate.preparation("w", about, data, None).bands == [2, 1, 0]
+    assert evaluate_entrants.preparation("w", about, data, None).bands == [2, 1, 0]
     object.__setattr__(data, "names", ("a", "b", "c", "d"))
     with pytest.raises(ConfigError, match=f"has bands a, b, c, d, w takes {', '.join(names)}; say which is {names[0]}"):
-        evaluate.preparation("w", about, data, None)
+        evaluate_entrants.preparation("w", about, data, None)
     object.__setattr__(data, "names", ())
     other = {**about, "bands": about["bands"][::-1]}
-    assert evaluate._bands_of("o", other, ("w", about), data, [4, 2, 1]) == [1, 2, 4]
-    assert evaluate._bands_of("o", other, ("w", about), data, None) == [3, 2, 1]
+    assert evaluate_entrants._bands_of("o", other, ("w", about), data, [4, 2, 1]) == [1, 2, 4]
+    assert evaluate_entrants._bands_of("o", other, ("w", about), data, None) == [3, 2, 1]
     strange = {**about, "bands": [{"name": "x"}]}
     with pytest.raises(ConfigError, match="nothing says which of the images' bands"):
-        evaluate._bands_of("o", strange, ("w", about), data, None)
+        evaluate_entrants._bands_of("o", strange, ("w", about), data, None)
 
 
 def test_imagenet_weights_see_images_as_imagenet_did(weights):
@@ -397,11 +398,11 @@ def test_imagenet_weights_see_images_as_imagenet_did(weights):
     backbone = build_backbone(BackboneSpec("resnet18", 3, SIZE))
     plain = Preparation([1.0, 2, 3], [4.0, 5, 6], SIZE, (0, 1, 2))
     bands = [{"name": name} for name in ("blue", "green", "red")]
-    found = evaluate._as_imagenet(backbone, {**about, "bands": bands}, plain)
+    found = evaluate_entrants._as_imagenet(backbone, {**about, "bands": bands}, plain)
     np.testing.assert_allclose(found.mean.ravel(), np.array([0.406, 0.456, 0.485]) * 255, rtol=1e-6)
     np.testing.assert_allclose(found.std.ravel(), np.array([0.225, 0.224, 0.229]) * 255, rtol=1e-6)
     other = {**about, "bands": [{"name": name} for name in ("nir", "green", "red")]}
-    assert evaluate._as_imagenet(backbone, other, plain) is plain
+    assert evaluate_entrants._as_imagenet(backbone, other, plain) is plain
 
 
 def test_weights_of_one_name_are_told_apart(weights, folders, tmp_path):
@@ -560,7 +561,7 @@ def test_imagenet_weights_that_cannot_be_had(weights, folders, capsys, monkeypat
             raise ConfigError("model.init=imagenet: ...") from OSError("no network")
         return build_backbone(spec)
 
-    monkeypatch.setattr(evaluate, "build_backbone", nothing)
+    monkeypatch.setattr(evaluate_entrants, "build_backbone", nothing)
     assert command(weights, folders, "--baselines", "imagenet") == 1
     said = capsys.readouterr().err
     assert "--baselines imagenet: timm's weights for 'test_resnet' cannot be had (no network)" in said
