@@ -33,6 +33,8 @@ DOMAIN_ERROR = 1e-7
 ROUGH = 100
 # Label pixels treated at once; bounds the memory of labels and of a lattice at spacing 1.
 STRIP_PIXELS = 8 << 20
+# Parts a side into which a scene is cut to see how much of it a year's sheets cover.
+SHARE_PARTS = 32
 
 
 # --------------------------------------------------------------------------------------- pixel sizes, overlap
@@ -83,6 +85,30 @@ def overlapping(scene: Place, sheets: Sequence[LabelSheet]) -> list[LabelSheet]:
         if not np.isfinite(column).all() or pieces(sheet, column, row):
             found.append(entry)
     return found
+
+
+def of_covering_years(scene: Place, sheets: Sequence[LabelSheet]) -> list[LabelSheet]:
+    """Without the sheets of years that lie under less than half as much of a scene as those of another year: a sheet
+    that only touches the scene must not decide for its year."""
+    years = {entry.year for entry in sheets if entry.year is not None}
+    if len(years) <= 1:
+        return list(sheets)
+    shares = {year: _share(scene, [entry.sheet for entry in sheets if entry.year == year]) for year in years}
+    least = max(shares.values()) / 2
+    return [entry for entry in sheets if entry.year is None or shares[entry.year] >= least]
+
+
+def _share(scene: Place, sheets: Sequence[raster.Sheet]) -> float:
+    """Of points spread over a scene, those within one of the sheets."""
+    columns, rows = ground.regular(scene, SHARE_PARTS)
+    within = np.zeros(columns.shape, bool)
+    for sheet in sheets:
+        points = lattice.points(scene, sheet.crs, sheet.geographic, columns, rows)
+        column, row = sheet.grid.pixel(points[..., 0], points[..., 1])
+        around = period(sheet)
+        column = np.mod(column, around) if around else column
+        within |= (column >= 0) & (column < sheet.grid.width) & (row >= 0) & (row < sheet.grid.height)
+    return float(within.mean())
 
 
 # ------------------------------------------------------------------------------------------------- lattices

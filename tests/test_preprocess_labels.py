@@ -436,6 +436,27 @@ def test_several_years_and_no_date(tmp_path, name):
         packed(tmp_path, [scene(tmp_path, at(UTM31, 4.0, 47.0, 30, 90, 70), name=name)], sheets)
 
 
+@pytest.mark.parametrize(
+    ("shift", "code"), [(0.0, 20), (0.4, 20), (0.9, 60)], ids=["whole scene", "six tenths of it", "its edge only"]
+)
+@pytest.mark.parametrize("dated", [True, False])
+def test_a_year_that_only_touches_the_scene_does_not_decide(tmp_path, shift, code, dated):
+    names = list(YEARS)
+    one = scene(tmp_path, at(UTM31, 4.0, 47.0, 30, 90, 70), name="scene_20110601.tif" if dated else "scene.tif")
+    # the sheet of 2010 ends that share of the scene east of its western edge
+    a, b, c, d, e, f = at(UTM31, 4.0, 47.0, 30, 90, 70)
+    moved = a, b, c + shift * 90 * 30 + a / 3, d, e, f + 200 * 30 + e / 3
+    older = write_raster(tmp_path / names[0], patches(0, 400, 400, [20]), moved, UTM31)
+    newer = cover(tmp_path, names[1], codes=[60])
+    if not dated and code == 20:
+        with pytest.raises(LabelError, match="2010, 2020 and the scene has no date"):
+            packed(tmp_path, [one], [older, newer])
+        return
+    manifest = packed(tmp_path, [one], [older, newer]).manifest
+    only = [entry.name for entry, share in zip(manifest.classes, manifest.train.prior, strict=True) if share]
+    assert only == [{20: "forest", 60: "water_bodies"}[code]]
+
+
 # ------------------------------------------------------------------------------ around the Earth, and its ends
 
 WORLD_TABLE = "name: glcnmo\nnodata: [0]\nignore: []\nclasses:\n" + "".join(
