@@ -38,7 +38,7 @@ def named_bands(header: Header, names: Sequence[str], sensor: Sensor | None, tit
     pictured = [i for i, colour in enumerate(header.colours) if colour != ALPHA]
     if names:
         return _fitted(names, header, pictured, title)
-    own = _own_names(header)
+    own = own_names(header)
     if sensor is None:
         return [NamedBand(name, (), header.wavelengths_nm[i]) for i, name in enumerate(own)]
     known = sensor.described([header.descriptions[i] for i in pictured]) or sensor.layout(len(pictured))
@@ -66,7 +66,7 @@ def _fitted(names: Sequence[str], header: Header, pictured: Sequence[int], title
     return [NamedBand(by_place.get(i, ALPHA), (), header.wavelengths_nm[i]) for i in range(header.count)]
 
 
-def _own_names(header: Header) -> list[str]:
+def own_names(header: Header) -> list[str]:
     """Descriptions, else colours (red, green, ...), else band_N; made unique. A described band is no alpha: programs
     tag the fourth of four as that by default."""
     names: list[str] = []

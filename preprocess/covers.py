@@ -144,7 +144,10 @@ def whole(cover: Cover) -> SceneCover:
 
 
 def narrowed(cover: SceneCover, scene: raster.Scene, name: str) -> SceneCover:
-    """The sheets under a scene, of the year nearest to it of those that cover it. name: the scene's in messages. Raises LabelError."""
+    """The sheets under a scene, of the year nearest to it of those that cover it. name: the scene's in messages.
+
+    Raises LabelError.
+    """
     under = labels.of_covering_years(scene.place, labels.overlapping(scene.place, cover.sheets))
     under = sheets.sheets_of_nearest_year(under, name, scene.date)
     subdivisions = labels.subdivision(scene.place, under)

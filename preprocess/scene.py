@@ -22,7 +22,8 @@ from preprocess.sensor import Sensor
 class BandFile:
     """Where a band lies: ``number``, from 1, of a file; the path is empty if the product has no file for it.
 
-    also: other names by which it may be chosen.
+    also: other names by which it may be chosen. fault: why its file cannot be opened, if that shows beforehand: an
+    error only for a band that is chosen.
     """
 
     name: str
@@ -30,6 +31,7 @@ class BandFile:
     number: int = 1
     also: tuple[str, ...] = ()
     wavelength_nm: float | None = None
+    fault: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +41,7 @@ class Source:
     title: what messages call it. path: its first file, which tells scenes of one name apart. name: the id it wants to
     have; empty for the file's. names: of the file's bands, where a list gives them. date: ISO or empty.
     nodata: for files that name none. mask: a mask beside the scene, or empty. mask_kind: what it holds, as
-    ``mask.kind`` says it, where that is known.
+    ``mask.kind`` says it, where that is known. mask_fault: as a band's, an error only where masks are used.
     """
 
     title: str
@@ -52,6 +54,7 @@ class Source:
     nodata: float | None = None
     mask: str = ""
     mask_kind: str = ""
+    mask_fault: str = ""
 
 
 def open_scene(
@@ -91,6 +94,8 @@ def open_scene(
 
 
 def _layer(band: BandFile, source: Source, header: Callable[[str], Header]) -> Layer:
+    if band.fault:
+        raise PlanError(band.fault)
     if not band.path:
         there = [
             f"{other.name} ({other.also[0]})" if other.also else other.name for other in source.bands if other.path
@@ -105,6 +110,13 @@ def _layer(band: BandFile, source: Source, header: Callable[[str], Header]) -> L
             f"{source.title}: band {band.name}: {remote.shown(band.path)} has no band {band.number}, {count} at most"
         )
     return Layer(band.path, band.number, False)
+
+
+def _has_alpha(header: Header, path: str, named: Sequence[BandFile]) -> bool:
+    """Whether a file of a scene's several has an alpha band that is none of the scene's bands."""
+    taken = {band.number for band in named if band.path == path}
+    names = enumerate(bands.own_names(header), 1)
+    return any(name == bands.ALPHA and number not in taken for number, name in names)
 
 
 def _check_dtype(header: Header, first: Header) -> None:
@@ -127,8 +139,11 @@ def _assembled(
     named: Sequence[NamedBand],
     found: Sequence[Layer | None],
 ) -> Scene:
-    alpha = any(band.name == bands.ALPHA for band in named)
-    masked = {path: header.masked or alpha for path, header in headers.items()}
+    if source.file:
+        alpha = {source.file} if any(band.name == bands.ALPHA for band in named) else set()
+    else:
+        alpha = {path for path, header in headers.items() if _has_alpha(header, path, source.bands)}
+    masked = {path: header.masked or path in alpha for path, header in headers.items()}
     reference = min(headers.values(), key=_pixel_area) if len(headers) > 1 else next(iter(headers.values()))
     layers = []
     for layer in found:
@@ -161,8 +176,18 @@ def _assembled(
         else "",
         layers=tuple(layers),
         aliases=tuple(band.also for band in named),
-        mask_path=source.mask if options.mask.kind is None or source.mask_kind in ("", options.mask.kind) else "",
+        mask_path=_mask_path(source, options),
     )
+
+
+def _mask_path(source: Source, options: PackOptions) -> str:
+    """The mask that the source names, unless it is of another kind than the one wanted."""
+    kind = options.mask.kind
+    if kind is not None and source.mask_kind not in ("", kind):
+        return ""
+    if kind is not None and source.mask_fault and options.mask.pattern is None:
+        raise PlanError(source.mask_fault)
+    return source.mask
 
 
 def _nodata(

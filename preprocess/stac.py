@@ -101,12 +101,12 @@ def _source(item: Any, path: str, sensor: Sensor | None, allow_remote: bool) -> 
     for key, asset in item.assets.items():
         if not _is_raster(asset):
             continue
-        href = resolved(_local(asset.href), folder, f"{title}: asset {key!r}:", allow_remote)
+        href, fault = _resolved(asset.href, folder, f"{title}: asset {key!r}:", allow_remote)
         described = asset.extra_fields.get("bands") or asset.extra_fields.get("eo:bands") or [{}]
         several = len(described) > 1
         for number, band in enumerate(described, 1):
             of = f"{key}.{number}" if several else key
-            (wide if several else bands).append((of, _band(of, href, number, band, sensor)))
+            (wide if several else bands).append((of, _band(of, href, fault, number, band, sensor)))
     # a picture's red counts only where no asset is the red band itself
     taken = {word for _, band in bands for word in (band.name, *band.also)}
     bands += [(key, band) for key, band in wide if not taken & {band.name, *band.also}]
@@ -114,7 +114,7 @@ def _source(item: Any, path: str, sensor: Sensor | None, allow_remote: bool) -> 
         listed = ", ".join(f"{key} ({asset.media_type or 'no type'})" for key, asset in item.assets.items()) or "none"
         raise PlanError(f"{title}: no asset is a GeoTIFF or JPEG 2000 with data; its assets: {listed}")
     mask = next((key for key in MASKS if key in item.assets), "")
-    masked = resolved(_local(item.assets[mask].href), folder, f"{title}: mask:", allow_remote) if mask else ""
+    masked = _resolved(item.assets[mask].href, folder, f"{title}: mask:", allow_remote) if mask else ("", "")
     properties = item.properties
     day = properties.get("datetime") or properties.get("start_datetime") or ""
     return Source(
@@ -123,9 +123,19 @@ def _source(item: Any, path: str, sensor: Sensor | None, allow_remote: bool) -> 
         name=item.id,
         bands=_distinct(bands),
         date=find_date(str(day)[:10]),
-        mask=masked,
+        mask=masked[0],
         mask_kind=MASKS.get(mask, ""),
+        mask_fault=masked[1],
     )
+
+
+def _resolved(href: str, folder: str, where: str, allow_remote: bool) -> tuple[str, str]:
+    """(path or URL, why it cannot be opened): items name many files, and only what is chosen has to be there."""
+    local = _local(href)
+    try:
+        return resolved(local, folder, where, allow_remote), ""
+    except PlanError as error:
+        return local, str(error)
 
 
 def _local(href: str) -> str:
@@ -141,7 +151,7 @@ def _is_raster(asset: Any) -> bool:
     return remote.shown(asset.href).lower().endswith(ENDINGS)
 
 
-def _band(key: str, href: str, number: int, described: dict[str, Any], sensor: Sensor | None) -> BandFile:
+def _band(key: str, href: str, fault: str, number: int, described: dict[str, Any], sensor: Sensor | None) -> BandFile:
     """A band under its best name (the sensor's, the common one, the key) and all the others it has."""
     common = described.get("eo:common_name") or described.get("common_name")
     words = [word for word in (key, common, described.get("name")) if isinstance(word, str) and word]
@@ -150,7 +160,8 @@ def _band(key: str, href: str, number: int, described: dict[str, Any], sensor: S
     also = dict.fromkeys([*words, *(known.words if known else ())])
     micrometres = described.get("eo:center_wavelength") or described.get("center_wavelength")
     nm = round(float(micrometres) * 1000, 3) if isinstance(micrometres, int | float) else None
-    return BandFile(name, href, number, tuple(word for word in also if word != name), nm or (known and known.nm))
+    others = tuple(word for word in also if word != name)
+    return BandFile(name, href, number, others, nm or (known and known.nm), fault)
 
 
 def _distinct(bands: list[tuple[str, BandFile]]) -> tuple[BandFile, ...]:

@@ -49,7 +49,7 @@ def test_a_described_band_is_no_alpha(tmp_path):
         with rasterio.open(path, "r+") as file:
             file.colorinterp = [ColorInterp.red, ColorInterp.green, ColorInterp.blue, ColorInterp.alpha]
         header = scene_headers.read_header(str(path))
-        assert bands._own_names(header) == (list(described) or ["red", "green", "blue", "alpha"])
+        assert bands.own_names(header) == (list(described) or ["red", "green", "blue", "alpha"])
 
 
 def test_tiles_whose_bands_change_their_order(tmp_path, capsys):

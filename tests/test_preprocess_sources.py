@@ -360,6 +360,29 @@ def test_a_mask_of_one_file_counts_for_the_scene(cover, tmp_path, masked):
     np.testing.assert_array_equal(got, mask[:40, :40])
 
 
+@pytest.mark.parametrize("taken", [False, True], ids=["alpha", "alpha named as a band"])
+def test_alpha_of_one_file_of_several(cover, tmp_path, taken):
+    """Each band beside an alpha band of its own, as some services hand bands out."""
+    alpha = np.full((64, 64), 255, np.uint8)
+    alpha[:7, :11] = 0
+    write_raster(
+        tmp_path / "red.tif", np.stack([noise(1, (64, 64)), alpha]), PLACE, photometric="MINISBLACK", alpha="YES"
+    )
+    for seed, name in enumerate(("green", "blue"), 2):
+        write_raster(tmp_path / f"{name}.tif", noise(seed, (64, 64)), PLACE)
+    own = {name: f"{name}.tif" for name in ("red", "green", "blue")}
+    listed = write_list(
+        tmp_path, [{"id": "a", "bands": own | ({"other": {"path": "red.tif", "number": 2}} if taken else {})}]
+    )
+    scene = plan_of([listed], cover, "tile.bands=rgb").tasks[0].scene
+    assert scene.masked != taken
+    _, got = raster.read_pixels(scene, (1, 2, 3), (0, 0, 40, 40))
+    if taken:
+        assert got is None
+    else:
+        np.testing.assert_array_equal(got, alpha[:40, :40])
+
+
 # ----------------------------------------------------------------------------------------- what does not fit
 
 
@@ -591,7 +614,10 @@ def test_item_collections_collections_and_globs(stac, cover):
         ({"B04": {"href": "gone.tif", "eo:bands": eo("red")}}, r"gone\.tif: there is no such file"),
         ({"B04": None}, r"no band 'red' in x \(.*item\.json\).*; it has blue \(B02\)"),
         (dict.fromkeys(("visual", "B02", "B03", "B04", "B05", "B06")), r"x \(.*no asset is a GeoTIFF.*meta \(applic"),
-        ({"B04": {"href": "https://example.org/x.tif"}}, r"x \(.*asset 'B04': https://.*scene\.remote=true"),
+        (
+            {"B04": {"href": "https://example.org/x.tif", "eo:bands": eo("red")}},
+            r"x \(.*asset 'B04': https://.*scene\.remote=true",
+        ),
     ],
 )
 def test_items_that_do_not_fit(stac, cover, change, message):
@@ -600,6 +626,17 @@ def test_items_that_do_not_fit(stac, cover, change, message):
     if change == {"B04": None}:
         del assets["visual"]
     refused([write_json(folder / "item.json", item("x", assets))], cover, f"(?s){message}")
+
+
+@pytest.mark.parametrize("far", ["https://example.org/x.tif", "ftp://example.org/x.tif"])
+def test_what_nobody_asks_for_may_lie_elsewhere(stac, cover, far):
+    folder, assets = stac
+    for key in ("B05", "scl"):
+        assets[key] = {**assets[key], "href": far}
+    listed = write_json(folder / "item.json", item("x", assets))
+    assert len(plan_of([listed], cover, "tile.bands=rgb").tasks) == 1
+    refused([listed], cover, r"asset 'B05': \w+://example", "tile.bands=[red, B05]", "tile.codec=raw")
+    refused([listed], cover, r"x \(.*mask: \w+://example", "tile.bands=rgb", "mask.kind=scl")
 
 
 @pytest.mark.parametrize(
