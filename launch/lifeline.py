@@ -5,7 +5,10 @@ silence means a cut link or a dead machine. The first machine passes a failure o
 ``poll`` is called a few times a second.
 
     first bytes of a connection   geokr NAME RANK\n     NAME is the run's rendezvous id, so strangers are turned away
-    then                          .  alive     D  done, all is well     F  failed
+    then                          .  alive     R  alive and ready     D  done, all is well     F  failed
+
+A machine is ready when it may start its processes; the first one says so once all are, for processes wait for those of
+other machines less patiently than records may take to copy.
 """
 
 import contextlib
@@ -15,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 BEAT_S = 1.0
-ALIVE, DONE, FAILED = b".", b"D", b"F"
+ALIVE, READY, DONE, FAILED = b".", b"R", b"D", b"F"
 _GREETING_LIMIT = 512
 
 
@@ -26,6 +29,7 @@ class _Link:
     socket: socket.socket
     heard: float
     who: str = ""
+    ready: bool = False
     done: bool = False
     failed: bool = False
     greeting: bytearray = field(default_factory=bytearray)
@@ -46,6 +50,7 @@ class _Link:
         return got
 
     def take(self, signs: bytes) -> None:
+        self.ready = self.ready or READY in signs
         if DONE in signs:
             self.done, self.failed = True, False
         elif FAILED in signs:
@@ -80,6 +85,8 @@ class Lifeline:
         self._begin: float | None = None
         self._last_beat = 0.0
         self._lost: str | None = None
+        self._ready = False
+        self._said = ALIVE
         self._gave_up = False  # on machines that did not come up
         self._links: dict[int, _Link] = {}
         self._strangers: list[_Link] = []
@@ -99,11 +106,21 @@ class Lifeline:
             self._join(now)
             for link in self._links.values():
                 link.take(link.receive(now))
-            if now - self._last_beat >= BEAT_S:
-                self._last_beat = now
-                self._tell(ALIVE)
+            sign = READY if self._says_ready() else ALIVE
+            if now - self._last_beat >= BEAT_S or sign != self._said:
+                self._last_beat, self._said = now, sign
+                self._tell(sign)
             self._lost = self._fault(now)
         return self._lost
+
+    def ready(self) -> bool:
+        """Says that this machine may start, from the next ``poll`` on; whether all of them may."""
+        self._ready = True
+        return not self._missing() and all(link.ready for link in self._links.values())
+
+    def _says_ready(self) -> bool:
+        """Of the first machine the others hear it when all are."""
+        return self._ready and (self._rank > 0 or self.ready())
 
     def close(self, *, ok: bool, stop: Callable[[], bool] = lambda: False) -> None:
         """Tells the others how it ended here; after a failure also those that come up within ``tell_s``, unless

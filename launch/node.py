@@ -18,7 +18,10 @@ import signal
 import socket
 import struct
 import sys
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +32,12 @@ if __package__ in (None, ""):  # run as a file: the folder on the path must be t
 
 from launch import stage
 from launch.lifeline import Lifeline
-from launch.supervise import GRACE_S, Supervisor, say
+from launch.supervise import GRACE_S, POLL_S, Supervisor, say
+
+
+class OtherMachineError(ValueError):
+    """Another machine has ended or is out of reach."""
+
 
 ROOT = Path(__file__).resolve().parents[1]
 _SIOCGIFADDR = 0x8915  # linux/sockios.h
@@ -148,6 +156,44 @@ def place_of(chosen: argparse.Namespace) -> Place:
     return Place(nodes, chosen.rank, chosen.port, chosen.id)
 
 
+def staged(arguments: Sequence[str], to: Path | None) -> list[str]:
+    """The run's arguments, with the copies in ``to`` for the records that they name."""
+    if to is None or not (copies := stage.override(arguments, to)):
+        return list(arguments)
+    return [*(word for word in arguments if not word.startswith("data.records=")), *copies]
+
+
+def prepare(lifeline: Lifeline, work: Callable[[], list[str]], stopped: Callable[[], bool]) -> list[str] | None:
+    """What ``work`` returns, once all machines have done theirs; it runs beside the lifeline, however long it takes.
+
+    None if a signal came (``stopped``). Raises what it raises, and OtherMachineError when another machine has failed.
+    """
+    future: Future[list[str]] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    # not a pool's thread: the process must be able to end while a network's disk does not answer
+    threading.Thread(target=run, daemon=True).start()
+    while not stopped():
+        lost = lifeline.poll(time.monotonic())
+        if future.done() and future.exception() is not None:
+            return future.result()
+        if lost is not None:
+            time.sleep(5 * POLL_S)  # a signal to all machines ends the others first
+            if stopped():
+                return None
+            raise OtherMachineError(lost)
+        if future.done() and lifeline.ready():
+            lifeline.poll(time.monotonic())  # so that the first machine tells the others at once
+            return future.result()
+        time.sleep(POLL_S)
+    return None
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     chosen = parse(arguments)
     rest = chosen.rest[1:] if chosen.rest[:1] == ["--"] else chosen.rest
@@ -157,17 +203,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         place = place_of(chosen)
         processes = count_processes(os.environ.get("NGPU"))
         address = local_address(place)
-        if chosen.stage is not None and (copies := stage.override(rest, chosen.stage)):
-            rest = [*(word for word in rest if not word.startswith("data.records=")), *copies]
         lifeline = Lifeline(
             place.rank, len(place.nodes), place.host, place.port + 1, place.name, silence_s=chosen.silence
         )
     except (ValueError, OSError) as error:
         say(f"error: {error}")
         return 1
-    if warned:
+    try:
+        words = prepare(lifeline, lambda: staged(rest, chosen.stage), lambda: bool(warned))
+    except (ValueError, OSError) as error:
+        say(str(error) if isinstance(error, OtherMachineError) else f"error: {error}")
+        lifeline.close(ok=False, stop=lambda: bool(warned))
+        return 1
+    if words is None:
         return 128 + signal.SIGTERM
-    command = torchrun(place, str(processes), chosen.restarts, address, rest)
+    command = torchrun(place, str(processes), chosen.restarts, address, words)
     return Supervisor(command, grace_s=chosen.grace, lifeline=lifeline).run(environment(address, processes))
 
 

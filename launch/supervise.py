@@ -40,7 +40,7 @@ FOLLOW_S = 8.0  # after another machine ended: processes that notice by themselv
 STUCK_S = 10.0  # a torchrun that works takes the exit status of its processes within a fraction of a second
 IMPATIENT_S = 1.0  # after a signal, a Ctrl-C later than this is a person who does not want to wait
 KILL_S = 3.0  # between SIGTERM and SIGKILL for what is to end anyway
-_POLL_S = 0.1
+POLL_S = 0.1
 _FORWARDED = {
     signal.SIGTERM: signal.SIGTERM,
     signal.SIGINT: signal.SIGINT,
@@ -176,7 +176,7 @@ class Supervisor:
             self._reap()
             self._watch()
             if self._status is None:
-                time.sleep(_POLL_S)
+                time.sleep(POLL_S)
         process.returncode = self._status
         self._let_finish()
         self._pid = 0
@@ -248,7 +248,7 @@ class Supervisor:
             end = time.monotonic() + KILL_S
             while self._status is None and time.monotonic() < end:
                 self._reap()
-                time.sleep(_POLL_S)
+                time.sleep(POLL_S)
         if self._status is None:
             _send([self._pid, *(child.pid for child in descendants(self._pid))], signal.SIGKILL)
 
@@ -257,7 +257,7 @@ class Supervisor:
         while self._received and not self._cut and not self._overdue() and descendants(os.getpid()):
             self._reap()
             self._news(time.monotonic())
-            time.sleep(_POLL_S)
+            time.sleep(POLL_S)
 
     def _clear(self) -> None:
         """Kills what the command left behind, and what that starts while it is being killed."""
@@ -269,7 +269,7 @@ class Supervisor:
                 say(f"killing {len(left)} process(es) that were left behind")
             _send(left, signal.SIGKILL)
             self._reap()
-            time.sleep(_POLL_S)
+            time.sleep(POLL_S)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

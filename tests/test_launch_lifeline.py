@@ -47,6 +47,25 @@ def test_a_machine_by_itself_has_no_others():
     line.close(ok=False)
 
 
+def test_nobody_starts_before_all_are_ready(run):
+    first, second, third = run.lines
+    for line in (second, first):  # in whatever order, and before they have found each other
+        assert not line.ready()
+    run.poll(0, 1, 2)
+    assert not first.ready()
+    assert not second.ready()
+    assert not third.ready()  # it has been, from here on
+    run.poll(2, 0, 1, 2, seconds=0.0)  # told at once, not with the next sign of life
+    assert all(line.ready() for line in run.lines)
+    assert run.poll(0, 1, 2) == [None] * 3
+
+
+def test_one_machine_need_not_wait():
+    line = Lifeline(0, 1, "127.0.0.1", 1, "alone")
+    assert line.ready()
+    line.close(ok=True)
+
+
 def test_a_failure_reaches_the_first_machine_and_from_there_the_rest(run):
     run.poll(0, 1, 2)
     run.lines[1].close(ok=False)

@@ -3,6 +3,9 @@
 The fast tests put a small script in torchrun's place; the slow one trains.
 """
 
+import contextlib
+import fcntl
+import hashlib
 import json
 import os
 import signal
@@ -20,6 +23,7 @@ from launch import node, stage
 from tests.datasets import make_dataset
 from tests.test_geokr_distributed import torchrun
 from tests.test_geokr_pretrain import keys, same_tensors
+from tests.test_launch_lifeline import free_port
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Slurm runs on Linux")
@@ -328,6 +332,70 @@ def test_an_interrupted_copy_goes_on_and_a_full_disk_is_named(tmp_path, monkeypa
     monkeypatch.setattr(stage.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10})())
     with pytest.raises(stage.StageError, match="do not fit its"):
         stage.stage(source, tmp_path / "small")
+
+
+@pytest.fixture
+def two_nodes(cluster, tmp_path):
+    """Two machines that stage for themselves, each into a folder whose lock the test may hold."""
+    port, made = str(free_port()), []
+
+    def start(**stages):
+        for rank in (0, 1):
+            to = stages.get(f"to{rank}", tmp_path / f"disk{rank}")
+            words = ["--nodes", "127.0.0.1,127.0.0.2", "--rank", str(rank), "--port", port, "--stage", str(to)]
+            run = ["--", f"data.records={tmp_path}/records", "train.max_steps=1"]
+            made.append(subprocess.Popen(
+                [sys.executable, str(ROOT / "launch" / "node.py"), *words, *run],
+                env=cluster.environment(KIND="good"), stderr=subprocess.PIPE, text=True,
+            ))  # fmt: skip
+        return made
+
+    yield start
+    for process in made:
+        process.kill()
+        process.communicate()
+
+
+@contextlib.contextmanager
+def held(tmp_path, rank):
+    name = hashlib.sha256((tmp_path / "records" / "manifest.json").read_bytes()).hexdigest()[:16]
+    folder = tmp_path / f"disk{rank}" / name
+    folder.mkdir(parents=True)
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield folder
+
+
+@pytest.mark.parametrize("slow", [0, 1])
+def test_machines_that_stage_at_different_speeds_start_together(cluster, two_nodes, tmp_path, slow):
+    """torchrun waits a minute for the first machine, which is not long where records are copied."""
+    with held(tmp_path, slow):
+        nodes = two_nodes()
+        other = tmp_path / f"disk{1 - slow}"
+        end = time.monotonic() + 60
+        while not list(other.glob("*/manifest.json")):
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        time.sleep(1.5)
+        assert not cluster.notes_file.exists()
+        assert [node.poll() for node in nodes] == [None, None]
+    said = [node.communicate(timeout=60)[1] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], said
+    assert sorted(arguments[-1] for arguments, _ in cluster.notes) == sorted(
+        f'data.records="{next((tmp_path / f"disk{rank}").iterdir())}"' for rank in (0, 1)
+    )
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_machine_that_cannot_stage_ends_the_others(cluster, two_nodes, tmp_path, failing):
+    (tmp_path / "file").touch()
+    with held(tmp_path, 1 - failing):  # the other one is in the middle of it
+        nodes = two_nodes(**{f"to{failing}": tmp_path / "file"})
+        said = [node.communicate(timeout=60)[1] for node in nodes]
+    assert [node.returncode for node in nodes] == [1, 1], said
+    assert "make room or access" in said[failing]
+    assert "has ended with an error" in said[1 - failing]
+    assert not cluster.notes_file.exists()
 
 
 def test_what_a_node_refuses(capsys):
