@@ -11,6 +11,16 @@ from contextlib import contextmanager
 _FLAGS = os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0)
 
 
+@contextmanager
+def opened(path: str) -> Iterator[int]:
+    """A descriptor of the file that has this name now, whatever file of that name is open already. Raises OSError."""
+    handle = os.open(path, _FLAGS)
+    try:
+        yield handle
+    finally:
+        os.close(handle)
+
+
 class OpenFiles:
     """Open files, the least recently used closed beyond a limit; one in use is never closed."""
 

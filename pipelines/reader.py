@@ -7,10 +7,14 @@ Not ``mmap``: there a truncated file kills the process (SIGBUS), and a stalled o
 A read has a deadline: storage that hangs becomes an error with the shard's name, in the caller's thread.
 """
 
+import contextlib
+import logging
 import os
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, wait
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NoReturn
@@ -23,10 +27,12 @@ from geokr.records import FRAME_OVERHEAD, RecordError
 from pipelines import native, parse, read_kernels
 from pipelines.dataset import Dataset, Split
 from pipelines.errors import ReadTimeoutError
-from pipelines.files import OpenFiles
+from pipelines.files import OpenFiles, opened
 from pipelines.forms import Forms
 from pipelines.staging import Stager
 from pipelines.threads import Team
+
+log = logging.getLogger("geokr")
 
 # Files kept open. The usual limit for a process is 1,024, and a batch comes from the 16 or so shards of a group.
 _OPEN_FILES = 128
@@ -148,6 +154,7 @@ class Reader:
         self._files = OpenFiles(_OPEN_FILES)
         self._files_a_thread = max(1, _OPEN_FILES // threads)
         self._buffers: list[np.ndarray] = []
+        self._renewing = threading.Lock()
 
     def read(self, ids: np.ndarray) -> Samples:
         """The records in the given order; repeated ids are allowed.
@@ -286,21 +293,44 @@ class Reader:
     # ----------------------------------------------------------------------------------------- slow way
 
     def _read_run(self, work: _Work, hand: np.ndarray, run: int) -> None:
-        """Fills the buffer with neighbouring frames of one shard and checks them. Raises what is wrong with them."""
+        """Fills the buffer with neighbouring frames of one shard and checks them. Raises what is wrong with them.
+
+        The copy of a remote shard that is damaged is fetched again, once.
+        """
+        shard = int(work.layout.shards[work.layout.edges[run]])
+        path = self._locate(shard)
+        try:
+            self._read_frames(work, hand, run, self._files.use(path))
+        except RecordError as error:
+            if self._stager is None or self._split.origin(shard).copy is None:
+                raise
+            hand[0] = -1  # what is fetched has a time-out of its own
+            self._renew(self._stager, shard, path, error)
+            self._read_frames(work, hand, run, opened(path))
+
+    def _renew(self, stager: Stager, shard: int, path: str, error: RecordError) -> None:
+        """Puts a new copy in place of a damaged one, unless another thread or process has done so."""
+        with self._renewing:
+            with contextlib.suppress(OSError), self._files.use(path) as handle:
+                if os.path.samestat(os.fstat(handle), os.stat(path)):
+                    log.warning("%s; the copy at %s is fetched again", error, path)
+                    os.unlink(path)
+            stager.locate(shard, again=True)
+
+    def _read_frames(self, work: _Work, hand: np.ndarray, run: int, file: AbstractContextManager[int]) -> None:
         layout = work.layout
         start, stop = layout.edges[run : run + 2].tolist()
-        path = self._locate(int(layout.shards[start]))
         view = work.buffer.data[int(layout.places[start]) : int(layout.places[stop - 1] + layout.sizes[stop - 1])]
         hand[0] = run
-        self._fill(path, view, int(layout.ids[start]))
+        self._fill(file, view, int(layout.ids[start]))
         hand[0] = -1
         for n in range(start, stop):
             self._check_frame(work, n)
 
-    def _fill(self, path: str, view: memoryview, record_id: int) -> None:
+    def _fill(self, file: AbstractContextManager[int], view: memoryview, record_id: int) -> None:
         offset = int(self._split.offsets[record_id])
         try:
-            with self._files.use(path) as handle:
+            with file as handle:
                 while view:
                     got = os.preadv(handle, [view], offset)
                     if got == 0:

@@ -2,9 +2,11 @@
 
 import errno
 import gc
+import hashlib
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -454,14 +456,66 @@ def test_copies_that_are_not_whole_are_fetched_again(options, server, local, tmp
     assert not paths["train-00001.tfrecord"].is_symlink()
 
 
-def test_damage_to_a_copy_is_named_with_its_url(options, server, tmp_path):
+def damage(path):
+    """A bit of every record's first bytes, in place: the file keeps its size."""
+    data = bytearray(path.read_bytes())
+    at = 0
+    while at < len(data):
+        (length,) = struct.unpack_from("<Q", data, at)
+        data[at + 12 + 40] ^= 1
+        at += 16 + length
+    with path.open("r+b") as file:
+        file.write(data)
+
+
+@pytest.mark.parametrize("loader", [{}, {"threads": 4}])
+def test_a_damaged_copy_is_fetched_again(loader, options, server, local, tmp_path, caplog):
+    first(options(), 10)
+    for path in cached(tmp_path)[1:3]:
+        damage(path)
+    server.requests.clear()
+    same(first(options(**loader), 10), local)
+    assert sorted(server.shards()) == sorted(path.name for path in cached(tmp_path)[1:3])  # each once
+    assert f"{cached(tmp_path)[1].name} (copy: " in caplog.text
+    server.requests.clear()
+    same(first(options(), 10), local)
+    assert not server.shards()
+
+
+def test_a_copy_damaged_while_it_is_read(options, local, tmp_path):
+    """The reader has the old file open, and goes on with the new one."""
+    data = options(prefetch=1)
+    with train_batches(open_records(data), data, AugmentOptions(), seed=3) as loader:
+        got = [next(loader)]
+        for path in cached(tmp_path):
+            damage(path)
+        got += [next(loader) for _ in range(9)]
+    same(got, local)
+
+
+def test_a_damaged_copy_that_cannot_be_fetched_again(options, server, tmp_path):
     first(options(), 10)
     path = cached(tmp_path)[4]
-    data = bytearray(path.read_bytes())
-    data[200] ^= 1
-    path.write_bytes(data)
-    with pytest.raises(RecordError, match=rf"{server.url}/{path.name} \(copy: {path}.*\): record 0 at byte 0"):
+    damage(path)
+    server.faults = {path.name: "404"}
+    with pytest.raises(TransferError, match=path.name):
         first(options(), 10)
+
+
+def test_damage_that_another_copy_has_too_is_named_with_its_url(options, tmp_path):
+    """Packed so: the hash is the manifest's."""
+    folder = make_dataset(tmp_path / "data", tiles=20, val=4, size=16, shard_records=7)
+    path = folder / "train-00001.tfrecord"
+    before = hashlib.sha256(path.read_bytes()).hexdigest()
+    damage(path)
+    manifest = (folder / "manifest.json").read_text()
+    after = hashlib.sha256(path.read_bytes()).hexdigest()
+    (folder / "manifest.json").write_text(manifest.replace(before, after))
+    with serving(folder) as server, pytest.raises(RecordError) as caught:
+        first(options(records=server.url), 10)
+    (copy,) = cached(tmp_path, path.name)
+    assert str(caught.value).startswith(f"{server.url}/{path.name} (copy: {copy}): record ")
+    assert server.requests.count(path.name) == 2
 
 
 def test_a_copy_removed_while_training_is_fetched_again(options, folder, tmp_path, monkeypatch):
