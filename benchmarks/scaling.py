@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 HEAD = (
     "GPUs",
@@ -196,6 +197,12 @@ def assume(overrides: Sequence[str]) -> Assumptions:
     return dataclasses.replace(Assumptions(), **changes)  # type: ignore[arg-type]
 
 
+def as_json(entry: Assumptions | Step) -> dict[str, Any]:
+    """Its fields; null for what is infinite, which JSON has no number for."""
+    fields = dataclasses.asdict(entry).items()
+    return {name: None if isinstance(value, float) and math.isinf(value) else value for name, value in fields}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="scaling.py", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--gpus", default="1,8,16,64,256,1024", help="numbers of GPUs, with commas")
@@ -212,8 +219,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"\ncheckpoint: {checkpoint_bytes(a) / 1e6:,.0f} MB, written by one process")
     print(f"cores a GPU for the input: {steps[-1].cores_per_gpu:.1f}")
     if chosen.json is not None:
-        result = {"modelled": True, "assumptions": dataclasses.asdict(a), "steps": list(map(dataclasses.asdict, steps))}
-        chosen.json.write_text(json.dumps(result, indent=1) + "\n")
+        result = {"modelled": True, "assumptions": as_json(a), "steps": [as_json(entry) for entry in steps]}
+        chosen.json.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
     return 0
 
 

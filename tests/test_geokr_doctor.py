@@ -174,7 +174,7 @@ def test_the_tiny_picture_is_what_it_says():
 
 def test_limits_of_a_container(monkeypatch):
     limits = {"cpu.max": "150000 100000", "memory.max": str(4 << 30)}
-    monkeypatch.setattr(machine, "cgroup_value", lambda name, old: limits.get(name))
+    monkeypatch.setattr(machine, "cgroup_values", lambda name, old: ["max", limits[name]])
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
     assert machine.cpu_quota() == 1.5
     found = machine.check_cores()
@@ -190,25 +190,24 @@ def test_limits_of_a_container(monkeypatch):
 
 
 def test_cgroup_files_of_both_versions(tmp_path):
-    (tmp_path / "cpu").mkdir()
-    (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text("-1\n")
-    assert machine.cgroup_value("cpu.max", "cpu/cpu.cfs_quota_us", tmp_path) == "-1"
-    (tmp_path / "cpu.max").write_text("max 100000\n")
-    assert machine.cgroup_value("cpu.max", "cpu/cpu.cfs_quota_us", tmp_path) == "max 100000"
-    assert machine.cgroup_value("memory.max", "none", tmp_path) is None
-
-
-def test_small_shared_memory_few_files_and_a_name_that_means_itself(monkeypatch, tmp_path):
-    monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: type("Usage", (), {"total": 64 << 20})())
-    found = machine.check_shm(str(tmp_path))
-    assert (found.state, "--shm-size" in found.remedy) == ("warning", True)
-    assert machine.check_shm(str(tmp_path / "none")).state == "ok"
-    monkeypatch.setattr(machine.resource, "getrlimit", lambda which: (256, 4096))
-    assert machine.check_open_files().state == "warning"
-    monkeypatch.setattr(machine.socket, "getaddrinfo", lambda *a, **k: [(0, 0, 0, "", ("127.0.1.1", 0))])
-    assert "GLOO_SOCKET_IFNAME" in machine.check_network().remedy
-    monkeypatch.setattr(machine.socket, "getaddrinfo", lambda *a, **k: [(0, 0, 0, "", ("10.1.2.3", 0))])
-    assert machine.check_network().state == "ok"
+    """A job's limit often stands in a group above that of its processes."""
+    own = tmp_path / "own"
+    own.write_text("5:cpu,cpuacct:/job/step\n0::/job/step\n")
+    names = ("cpu.max", "cpu/cpu.cfs_quota_us")
+    assert machine.cgroup_values(*names, tmp_path, own) == []
+    for folder, file, text in (
+        ("cpu", "cpu.cfs_quota_us", "-1"),
+        ("cpu/job/step", "cpu.cfs_quota_us", "200000"),
+        ("job/step", "cpu.max", "max 100000"),
+        ("job", "cpu.max", "150000 100000"),
+        ("other", "cpu.max", "1000 100000"),
+    ):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        (tmp_path / folder / file).write_text(f"{text}\n")
+    assert machine.cgroup_values(*names, tmp_path, own) == ["max 100000", "150000 100000", "200000", "-1"]
+    assert machine.cgroup_values("memory.max", "memory/none", tmp_path, tmp_path / "nowhere") == []
+    (tmp_path / "memory.max").write_text("7\n")
+    assert machine.cgroup_values("memory.max", "memory/none", tmp_path, tmp_path / "nowhere") == ["7"]
 
 
 # ----------------------------------------------------------------------------------- storage, data, runs

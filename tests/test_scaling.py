@@ -93,6 +93,9 @@ def test_the_command(tmp_path, capsys):
     assert written["modelled"] is True
     assert written["assumptions"]["images_per_s"] == 1000
     assert [entry["gpus"] for entry in written["steps"]] == [1, 8]
+    assert scaling.main(["--gpus", "1", "images_per_core_s=inf", "--json", str(tmp_path / "b.json")]) == 0
+    written = json.loads((tmp_path / "b.json").read_text(), parse_constant=pytest.fail)
+    assert written["assumptions"]["images_per_core_s"] is None
     for bad in ("speed=3", "nic=-1", "nic=nan", "nic=fast"):
         assert scaling.main([bad]) == 1
     assert "'speed' is no assumption" in capsys.readouterr().err

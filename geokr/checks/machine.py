@@ -15,37 +15,43 @@ _ENOUGH_SHM = GIB  # what containers give by default, 64 MB, is too little for N
 _ENOUGH_FILES = 1024  # 128 shards, a few sockets for each process of the run, libraries
 
 
-def cgroup_value(name_v2: str, name_v1: str, root: Path = Path("/sys/fs/cgroup")) -> str | None:
-    """A limit that the container or job puts on this process, as its file says it; None where there is none."""
-    own = ""
+def cgroup_values(
+    name_v2: str, name_v1: str, root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
+) -> list[str]:
+    """Limits on this process, as their files say them, of its own group and of all above it, each of which binds.
+
+    name_v1: controller and file. own: which groups the process is in.
+    """
     try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
-        own = next((line.split(":", 2)[2] for line in lines if line.startswith("0::")), "")
+        lines = [line.split(":", 2) for line in own.read_text().splitlines()]
     except OSError:
-        pass
-    for folder in (root / own.lstrip("/"), root):
-        path = folder / name_v2
-        if path.is_file():
-            return path.read_text().strip()
-    path = root / name_v1
-    return path.read_text().strip() if path.is_file() else None
+        lines = []
+    controller, _, file_v1 = name_v1.partition("/")
+    of_v2 = next((path for number, names, path in lines if (number, names) == ("0", "")), "/")
+    of_v1 = next((path for _, names, path in lines if controller in names.split(",")), "/")
+    found = []
+    for mount, path, name in ((root, of_v2, name_v2), (root / controller, of_v1, file_v1)):
+        group = mount / path.lstrip("/")
+        files = [folder / name for folder in (group, *group.parents) if folder.is_relative_to(mount)]
+        found += [file.read_text().strip() for file in files if file.is_file()]
+    return found
 
 
 def cpu_quota() -> float | None:
-    """Cores' worth of time the cgroup allows, or None for no limit."""
-    text = cgroup_value("cpu.max", "cpu/cpu.cfs_quota_us")
-    if text is None or text.startswith("max") or text == "-1":
-        return None
-    quota, _, period = text.partition(" ")
-    return int(quota) / int(period or 100000)
+    """Cores' worth of time the cgroups allow, or None for no limit."""
+    limits = []
+    for text in cgroup_values("cpu.max", "cpu/cpu.cfs_quota_us"):
+        quota, _, period = text.partition(" ")
+        if quota not in ("max", "-1"):
+            limits.append(int(quota) / int(period or 100000))
+    return min(limits, default=None)
 
 
 def memory_limit() -> int | None:
-    """Bytes the cgroup allows, or None for no limit."""
-    text = cgroup_value("memory.max", "memory/memory.limit_in_bytes")
-    if text is None or text == "max" or int(text) > 1 << 60:  # version 1 says "none" with a huge number
-        return None
-    return int(text)
+    """Bytes the cgroups allow, or None for no limit."""
+    texts = cgroup_values("memory.max", "memory/memory.limit_in_bytes")
+    limits = [int(text) for text in texts if text != "max"]
+    return min((limit for limit in limits if limit <= 1 << 60), default=None)  # version 1 says "none" hugely
 
 
 def check_python() -> Finding:
