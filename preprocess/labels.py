@@ -181,6 +181,8 @@ def label_grid(place: Place, sheets: Sequence[LabelSheet], legend: Legend) -> np
             if entry.domain is not None:
                 _gather(labels, entry, pixels, legend, lonlat, entry.domain)
     for entry, pixels in hits:
+        if not label_kernels.any_are(labels, NODATA):
+            break
         _gather(labels, entry, pixels, legend, None, None)
     return labels
 
@@ -202,8 +204,6 @@ def _gather(
     lonlat: np.ndarray | None,
     domain: Domain | None,
 ) -> None:
-    if not label_kernels.any_are(labels, NODATA):
-        return
     lookup = lookup_of(legend, entry.sheet)
     for window in pieces(entry.sheet, pixels[..., 0], pixels[..., 1]):
         try:

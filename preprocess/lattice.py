@@ -9,6 +9,10 @@ from preprocess.place import Place
 # Bilinear interpolation of exact points at this spacing, halved until its error is below MAX_ERROR land-cover
 # pixels: UTM to Albers at 30 m settles at 16. Only the surroundings of a pole need spacing 1.
 SPACING = 64
+# Where cubics may stand for most of the points (see CUBIC_SHARE), the first ones lie so many times as far apart, if as
+# many cells along each side as cubics need remain.
+WIDER = (4, 2)
+CUBIC_CELLS = 4
 
 # Where a CRS ends, a lattice is refined to this spacing; what then still touches the end has no label. Without an
 # end to it, the fine lattice would ask for many points that fail, and each failure is slow.
@@ -47,7 +51,7 @@ def lattice(place: Place, target: str, geographic: bool, tolerance: tuple[float,
     which is the one returned: exact ones, or as good (see CUBIC_SHARE). In the middle alone it would not show:
     coordinates of one conformal projection in another are harmonic, and there the two curvatures cancel.
     """
-    across, down = _cells(place.width), _cells(place.height)
+    across, down = _cells(place)
     coarse = _nodes(place, target, geographic, across, down)
     while (spacing := max((place.width - 1) / across, (place.height - 1) / down) / 2) > 1:
         across, down = 2 * across, 2 * down
@@ -66,8 +70,13 @@ def lattice(place: Place, target: str, geographic: bool, tolerance: tuple[float,
     return _nodes(place, target, geographic, max(1, place.width - 1), max(1, place.height - 1))
 
 
-def _cells(pixels: int) -> int:
-    return max(1, -(-(pixels - 1) // SPACING))
+def _cells(place: Place) -> tuple[int, int]:
+    """Cells across and down of the first lattice."""
+    for spacing in (SPACING * times for times in WIDER if place.smooth):
+        across, down = (-(-(pixels - 1) // spacing) for pixels in (place.width, place.height))
+        if min(across, down) >= CUBIC_CELLS:
+            return across, down
+    return max(1, -(-(place.width - 1) // SPACING)), max(1, -(-(place.height - 1) // SPACING))
 
 
 def _nodes(place: Place, target: str, geographic: bool, across: int, down: int) -> np.ndarray:
@@ -100,7 +109,7 @@ def _by_cubics(nodes: np.ndarray, tolerance: tuple[float, float]) -> np.ndarray 
 
     A cubic is off by at most 5/128 of the fourth difference halfway between two points (the outermost; 3/128 within).
     """
-    if min(nodes.shape[:2]) < 5:
+    if min(nodes.shape[:2]) <= CUBIC_CELLS:
         return None
     limit = CUBIC_SHARE * np.array(tolerance) * 128 / 5
     if not all((np.abs(np.diff(nodes, 4, axis=axis)) <= limit).all() for axis in (0, 1)):  # NaN is not
