@@ -24,6 +24,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 if __package__ in (None, ""):  # run as a file: the folder on the path must be the project's, not this one
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -41,6 +42,7 @@ class OtherMachineError(ValueError):
 
 ROOT = Path(__file__).resolve().parents[1]
 _SIOCGIFADDR = 0x8915  # linux/sockios.h
+_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +178,7 @@ def prepare(lifeline: Lifeline, work: Callable[[], list[str]], stopped: Callable
         except BaseException as error:
             future.set_exception(error)
 
-    # not a pool's thread: the process must be able to end while a network's disk does not answer
+    # a daemon: the process must be able to end while a network's disk does not answer (see leave)
     threading.Thread(target=run, daemon=True).start()
     while not stopped():
         lost = lifeline.poll(time.monotonic())
@@ -197,8 +199,9 @@ def prepare(lifeline: Lifeline, work: Callable[[], list[str]], stopped: Callable
 def main(arguments: Sequence[str] | None = None) -> int:
     chosen = parse(arguments)
     rest = chosen.rest[1:] if chosen.rest[:1] == ["--"] else chosen.rest
-    warned: list[int] = []
-    signal.signal(signal.SIGUSR1, lambda number, frame: warned.append(number))  # while records are staged
+    received: list[int] = []
+    # until the supervisor listens; a warning means the same as SIGTERM
+    kept = {number: signal.signal(number, lambda number, frame: received.append(number)) for number in _SIGNALS}
     try:
         place = place_of(chosen)
         processes = count_processes(os.environ.get("NGPU"))
@@ -206,20 +209,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
         lifeline = Lifeline(
             place.rank, len(place.nodes), place.host, place.port + 1, place.name, silence_s=chosen.silence
         )
+        try:
+            words = prepare(lifeline, lambda: staged(rest, chosen.stage), lambda: bool(received))
+        except (ValueError, OSError, SystemExit) as error:
+            if not isinstance(error, SystemExit):  # the parser's, which has said why
+                say(str(error) if isinstance(error, OtherMachineError) else f"error: {error}")
+            lifeline.close(ok=False, stop=lambda: bool(received))
+            return 1
     except (ValueError, OSError) as error:
         say(f"error: {error}")
         return 1
-    try:
-        words = prepare(lifeline, lambda: staged(rest, chosen.stage), lambda: bool(warned))
-    except (ValueError, OSError) as error:
-        say(str(error) if isinstance(error, OtherMachineError) else f"error: {error}")
-        lifeline.close(ok=False, stop=lambda: bool(warned))
-        return 1
-    if words is None:
-        return 128 + signal.SIGTERM
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+    if words is None or received:
+        return 128 + (received[0] if received[0] == signal.SIGINT else signal.SIGTERM)
     command = torchrun(place, str(processes), chosen.restarts, address, words)
     return Supervisor(command, grace_s=chosen.grace, lifeline=lifeline).run(environment(address, processes))
 
 
+def leave(status: int) -> NoReturn:
+    """Ends the process even where threads still copy records: Python would wait for all that they have to do."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

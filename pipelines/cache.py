@@ -233,6 +233,29 @@ class Copy:
                     stack.pop_all()
                     return lock
 
+    def renew(self, wanted: Wanted, seen: os.stat_result, stopped: threading.Event = NEVER) -> None:
+        """Puts a new copy of a file in the place of ``seen``, which is damaged, unless that has been done.
+
+        Readers may hold the file meanwhile: it is replaced at once, and what they have open stays as it is. Raises
+        TransferError, and StoppedError if ``stopped`` is set meanwhile.
+        """
+        path = self.folder / wanted.name
+        lock = FileLock(lock_path(path.with_name(f"{path.name}.renewed")))  # of those who renew it, one at a time
+        try:
+            while not lock.alone():
+                if stopped.wait(_POLL_S / 5):
+                    raise StoppedError
+            if path.exists() and not os.path.samestat(path.stat(), seen):
+                return
+            part = path.with_name(f"{path.name}.renewed.part")
+            try:
+                self.store.fetch(wanted.name, part, size=wanted.size, sha256=wanted.sha256, stopped=stopped)
+                publish(part, path)
+            finally:
+                part.unlink(missing_ok=True)
+        finally:
+            lock.release()
+
     def fetch(self, wanted: Wanted, timeout_s: float, stopped: threading.Event = NEVER) -> None:
         """Waits until a small file is here. Raises as ``take``, and ReadTimeoutError if another process fetches it and
         gets no further for ``timeout_s``."""

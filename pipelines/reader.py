@@ -7,7 +7,6 @@ Not ``mmap``: there a truncated file kills the process (SIGBUS), and a stalled o
 A read has a deadline: storage that hangs becomes an error with the shard's name, in the caller's thread.
 """
 
-import contextlib
 import logging
 import os
 import threading
@@ -311,11 +310,14 @@ class Reader:
     def _renew(self, stager: Stager, shard: int, path: str, error: RecordError) -> None:
         """Puts a new copy in place of a damaged one, unless another thread or process has done so."""
         with self._renewing:
-            with contextlib.suppress(OSError), self._files.use(path) as handle:
-                if os.path.samestat(os.fstat(handle), os.stat(path)):
-                    log.warning("%s; the copy at %s is fetched again", error, path)
-                    os.unlink(path)
-            stager.locate(shard, again=True)
+            try:
+                with self._files.use(path) as handle:
+                    seen = os.fstat(handle)
+            except FileNotFoundError:
+                stager.locate(shard, again=True)
+                return
+            log.warning("%s; its copy at %s is fetched again", error, path)
+            stager.renew(shard, seen)
 
     def _read_frames(self, work: _Work, hand: np.ndarray, run: int, file: AbstractContextManager[int]) -> None:
         layout = work.layout

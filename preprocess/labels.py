@@ -102,9 +102,11 @@ def _share(scene: Place, sheets: Sequence[raster.Sheet]) -> float:
     """Of points spread over a scene, those within one of the sheets."""
     columns, rows = ground.regular(scene, SHARE_PARTS)
     within = np.zeros(columns.shape, bool)
+    points: dict[str, np.ndarray] = {}
     for sheet in sheets:
-        points = lattice.points(scene, sheet.crs, sheet.geographic, columns, rows)
-        column, row = sheet.grid.pixel(points[..., 0], points[..., 1])
+        if sheet.crs not in points:
+            points[sheet.crs] = lattice.points(scene, sheet.crs, sheet.geographic, columns, rows)
+        column, row = sheet.grid.pixel(points[sheet.crs][..., 0], points[sheet.crs][..., 1])
         around = period(sheet)
         column = np.mod(column, around) if around else column
         within |= (column >= 0) & (column < sheet.grid.width) & (row >= 0) & (row < sheet.grid.height)
@@ -178,11 +180,13 @@ def label_grid(place: Place, sheets: Sequence[LabelSheet], legend: Legend) -> np
         error = DOMAIN_ERROR * (1 if place.smooth else ROUGH)
         lonlat = lattice.lattice(place, WGS84, True, (error, error))
         for entry, pixels in hits:
+            if not label_kernels.any_are(labels, NODATA):
+                return labels
             if entry.domain is not None:
                 _gather(labels, entry, pixels, legend, lonlat, entry.domain)
     for entry, pixels in hits:
         if not label_kernels.any_are(labels, NODATA):
-            break
+            return labels
         _gather(labels, entry, pixels, legend, None, None)
     return labels
 

@@ -113,8 +113,8 @@ def _layer(band: BandFile, source: Source, header: Callable[[str], Header]) -> L
 
 
 def _has_alpha(header: Header, path: str, named: Sequence[BandFile]) -> bool:
-    """Whether a file of a scene's several has an alpha band that is none of the scene's bands."""
-    taken = {band.number for band in named if band.path == path}
+    """Whether a file of a scene's several has an alpha band that is not called otherwise by the scene."""
+    taken = {band.number for band in named if band.path == path and bands.ALPHA not in (band.name, *band.also)}
     names = enumerate(bands.own_names(header), 1)
     return any(name == bands.ALPHA and number not in taken for number, name in names)
 

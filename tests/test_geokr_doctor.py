@@ -210,6 +210,19 @@ def test_cgroup_files_of_both_versions(tmp_path):
     assert machine.cgroup_values("memory.max", "memory/none", tmp_path, tmp_path / "nowhere") == ["7"]
 
 
+def test_small_shared_memory_few_files_and_a_name_that_means_itself(monkeypatch, tmp_path):
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: type("Usage", (), {"total": 64 << 20})())
+    found = machine.check_shm(str(tmp_path))
+    assert (found.state, "--shm-size" in found.remedy) == ("warning", True)
+    assert machine.check_shm(str(tmp_path / "none")).state == "ok"
+    monkeypatch.setattr(machine.resource, "getrlimit", lambda which: (256, 4096))
+    assert machine.check_open_files().state == "warning"
+    monkeypatch.setattr(machine.socket, "getaddrinfo", lambda *a, **k: [(0, 0, 0, "", ("127.0.1.1", 0))])
+    assert "GLOO_SOCKET_IFNAME" in machine.check_network().remedy
+    monkeypatch.setattr(machine.socket, "getaddrinfo", lambda *a, **k: [(0, 0, 0, "", ("10.1.2.3", 0))])
+    assert machine.check_network().state == "ok"
+
+
 # ----------------------------------------------------------------------------------- storage, data, runs
 
 

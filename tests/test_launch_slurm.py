@@ -398,6 +398,26 @@ def test_a_machine_that_cannot_stage_ends_the_others(cluster, two_nodes, tmp_pat
     assert not cluster.notes_file.exists()
 
 
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [(signal.SIGUSR1, 143), (signal.SIGTERM, 143), (signal.SIGINT, 130)],
+    ids=lambda value: str(value),
+)
+def test_a_signal_ends_a_machine_that_is_copying(cluster, tmp_path, sent, status):
+    """With more shards left to copy than threads, each of which would take a minute."""
+    slow = "stage._copy = lambda source, target: (print('copying', flush=True), time.sleep(60))"
+    words = ["--nodes=127.0.0.1,127.0.0.2", "--rank=0", f"--port={free_port()}", f"--stage={tmp_path}/disk", "--"]
+    words += [f"data.records={tmp_path}/records", "train.max_steps=1"]
+    code = f"import time; from launch import node, stage; {slow}; node.leave(node.main({words!r}))"
+    node_process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, env=cluster.environment(KIND="good"), stdout=subprocess.PIPE, text=True
+    )
+    assert node_process.stdout.readline() == "copying\n"
+    node_process.send_signal(sent)
+    assert node_process.wait(timeout=30) == status
+    node_process.stdout.close()
+
+
 def test_what_a_node_refuses(capsys):
     cases = {
         ("--nodes=a,b", "--rank=2"): "expected 0 to 1",

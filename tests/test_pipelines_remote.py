@@ -493,6 +493,22 @@ def test_a_copy_damaged_while_it_is_read(options, local, tmp_path):
     same(got, local)
 
 
+def test_a_damaged_copy_that_other_processes_read(options, server, local, tmp_path):
+    """Each of them holds it, and may wait for this one before it lets go."""
+    first(options(), 10)
+    path = cached(tmp_path)[2]
+    damage(path)
+    lock = FileLock(lock_path(path))
+    assert lock.together()
+    server.requests.clear()
+    with path.open("rb") as theirs:
+        same(first(options(read_timeout_s=2.0), 10), local)
+        assert theirs.read() != path.read_bytes()
+    assert server.shards() == [path.name]
+    lock.release()
+    assert not list(path.parent.glob("*.part"))
+
+
 def test_a_damaged_copy_that_cannot_be_fetched_again(options, server, tmp_path):
     first(options(), 10)
     path = cached(tmp_path)[4]

@@ -360,27 +360,24 @@ def test_a_mask_of_one_file_counts_for_the_scene(cover, tmp_path, masked):
     np.testing.assert_array_equal(got, mask[:40, :40])
 
 
-@pytest.mark.parametrize("taken", [False, True], ids=["alpha", "alpha named as a band"])
-def test_alpha_of_one_file_of_several(cover, tmp_path, taken):
-    """Each band beside an alpha band of its own, as some services hand bands out."""
+@pytest.mark.parametrize(("name", "masked"), [("", True), ("alpha", True), ("other", False)])
+def test_alpha_of_one_file_of_several(cover, tmp_path, name, masked):
+    """Each band beside an alpha band of its own, as some services hand bands out; a list may call it otherwise."""
     alpha = np.full((64, 64), 255, np.uint8)
     alpha[:7, :11] = 0
-    write_raster(
-        tmp_path / "red.tif", np.stack([noise(1, (64, 64)), alpha]), PLACE, photometric="MINISBLACK", alpha="YES"
-    )
-    for seed, name in enumerate(("green", "blue"), 2):
-        write_raster(tmp_path / f"{name}.tif", noise(seed, (64, 64)), PLACE)
-    own = {name: f"{name}.tif" for name in ("red", "green", "blue")}
-    listed = write_list(
-        tmp_path, [{"id": "a", "bands": own | ({"other": {"path": "red.tif", "number": 2}} if taken else {})}]
-    )
-    scene = plan_of([listed], cover, "tile.bands=rgb").tasks[0].scene
-    assert scene.masked != taken
+    pixels = np.stack([noise(1, (64, 64)), alpha])
+    write_raster(tmp_path / "red.tif", pixels, PLACE, photometric="MINISBLACK", alpha="YES")
+    for seed, band in enumerate(("green", "blue"), 2):
+        write_raster(tmp_path / f"{band}.tif", noise(seed, (64, 64)), PLACE)
+    own = {band: f"{band}.tif" for band in ("red", "green", "blue")}
+    own |= {name: {"path": "red.tif", "number": 2}} if name else {}
+    scene = plan_of([write_list(tmp_path, [{"id": "a", "bands": own}])], cover, "tile.bands=rgb").tasks[0].scene
+    assert scene.masked == masked
     _, got = raster.read_pixels(scene, (1, 2, 3), (0, 0, 40, 40))
-    if taken:
-        assert got is None
-    else:
+    if masked:
         np.testing.assert_array_equal(got, alpha[:40, :40])
+    else:
+        assert got is None
 
 
 # ----------------------------------------------------------------------------------------- what does not fit
