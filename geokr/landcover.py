@@ -109,7 +109,7 @@ def _parse_product(table: dict[str, Any], where: str) -> Product:
                 raise ConfigError(f"{where}: code {code} belongs to both {seen[code]!r} and {entry.name!r}")
             seen[code] = entry.name
     try:
-        pattern = re.compile(table["filename"]) if table.get("filename") else None
+        pattern = re.compile(table["filename"], re.IGNORECASE) if table.get("filename") else None
     except (re.error, TypeError) as error:
         raise ConfigError(f"{where}: filename is not a regular expression: {error}") from error
     return Product(

@@ -1,7 +1,7 @@
 """What bands are called, which of them make a tile, and in what type."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from geokr import tile_codecs
@@ -41,17 +41,28 @@ def named_bands(header: Header, names: Sequence[str], sensor: Sensor | None, tit
     own = own_names(header)
     if sensor is None:
         return [NamedBand(name, (), header.wavelengths_nm[i]) for i, name in enumerate(own)]
-    known = sensor.described([header.descriptions[i] for i in pictured]) or sensor.layout(len(pictured))
-    if known is None and (known := sensor.layout(header.count)):
+    means = sensor.described(header.descriptions)
+    layout = sensor.layout(len(pictured))
+    if layout is None and (layout := sensor.layout(header.count)):
         pictured = list(range(header.count))  # a writer took the fourth of four bands for alpha, as GDAL does
-    if known is None:
+    by_place = dict(zip(pictured, layout, strict=True)) if layout else {}
+    if any(means) and not _agree(header, means, by_place):
+        # bands in an order of their own, or others among them, such as a mask: by what the file says of each
+        named = zip(means, own, header.wavelengths_nm, strict=True)
+        return [_of_sensor(band) if band else NamedBand(name, (), nm) for band, name, nm in named]
+    if layout is None:
         layouts = "; ".join(f"{len(layout)}: {', '.join(layout)}" for layout in sensor.table.layouts) or "none"
         raise PlanError(
             f"{title}: has {len(pictured)} bands, which fits no layout of sensor {sensor.name} ({layouts}); name its "
             "bands in the file or in a scene list, or give a sensor table of your own (docs/data.md, Sensors)"
         )
-    by_place = dict(zip(pictured, known, strict=True))
     return [_of_sensor(by_place[i]) if i in by_place else NamedBand(ALPHA) for i in range(header.count)]
+
+
+def _agree(header: Header, means: Sequence[SensorBand | None], layout: Mapping[int, SensorBand]) -> bool:
+    """Whether the layout says the same of every band that the file describes."""
+    described = [i for i, text in enumerate(header.descriptions) if text and text.lower() != ALPHA]
+    return all(i in layout and (band := means[i]) is not None and band.name == layout[i].name for i in described)
 
 
 def _of_sensor(band: SensorBand) -> NamedBand:
@@ -140,6 +151,28 @@ def warnings(scene: Scene, options: PackOptions) -> list[str]:
         f"{scene.path}: nothing says which of its bands are red, green and blue, so tiles take the first three "
         f"({', '.join(scene.band_names[:3])}) in this order. Gaofen, for one, stores blue first. Give --sensor, or "
         "tile.bands=[3,2,1], or tile.bands=[1,2,3] if it is right so"
+    ]
+
+
+# Sentinel-2's products from processing baseline 04.00 on hold values that are 1,000 greater; the name says which it is.
+_BASELINE = re.compile(r"S2[A-D]_MSIL\w+_N(\d{4})_")
+_OFFSET_FROM = 400
+
+
+def offset_warnings(scenes: Sequence[Scene], options: PackOptions) -> list[str]:
+    """Of scenes whose values, kept as they are or stretched alike, do not mean the same."""
+    if options.stretch.mode not in ("limits", "none"):
+        return []
+    found = [
+        (int(match[1]), scene) for scene in scenes if (match := _BASELINE.search(f"{scene.scene_id} {scene.path}"))
+    ]
+    older = next((scene for baseline, scene in found if baseline < _OFFSET_FROM), None)
+    newer = next((scene for baseline, scene in found if baseline >= _OFFSET_FROM), None)
+    if older is None or newer is None:
+        return []
+    return [
+        f"stretch.mode={options.stretch.mode}: {newer.path} is of a processing baseline that adds 1,000 to all values, "
+        f"{older.path} of one that does not; pack them apart, or get all of one baseline"
     ]
 
 

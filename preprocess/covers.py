@@ -121,7 +121,19 @@ def _read_cover(name: str, table: Product, paths: Sequence[str], options: Produc
             f"product {name!r}: {soft[0].path} holds probabilities but {hard.path} codes; give one or the other"
         )
     placed = sheets.label_sheets(read, table, options.year)
+    sheets.check_versions(placed)
     return Cover(name, table, sheets.with_sheet_colours(legend, table, placed), tuple(placed), options)
+
+
+def warnings(products: Sequence[Cover]) -> list[str]:
+    """What is allowed about the sheets but may not be meant."""
+    found = ((cover, sheets.tagged_classes(cover.sheets, cover.product)) for cover in products)
+    return [
+        f"{tagged[0]}: its nodata tag, {tagged[1]}, is the code of {tagged[2]!r} in product {cover.name!r}: that class "
+        "will count as ground without land cover. If the tag is wrong, take it away: gdal_edit.py -unsetnodata"
+        for cover, tagged in found
+        if tagged
+    ]
 
 
 def make_legend(product: Product, options: ProductOptions) -> Legend:

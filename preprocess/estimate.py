@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from preprocess import engine, report, sampling, scan, scan_tiles
+from preprocess import engine, masks, report, sampling, scan, scan_tiles
 from preprocess.errors import RasterError
 from preprocess.grid import Chunk
 from preprocess.pixels import read_valid
@@ -111,6 +111,8 @@ def _limits(plan: Plan, task: SceneTask) -> np.ndarray:
     parts = []
     for window in _limit_windows(task):
         pixels, valid = read_valid(task.scene, bands, window)
+        if task.scene.mask is not None:  # as packing will: clouds would brighten what is white
+            valid &= 1 - masks.masked_pixels(task.scene.mask, task.scene.place.window(*window), plan.options.mask)
         values = pixels.reshape(len(bands), -1).T
         parts.append(values[(valid.ravel() != 0) & (values.mean(axis=1) != 0)])
     sample_NC = np.concatenate(parts)

@@ -76,7 +76,7 @@ def _driver(path: str) -> str:
         raise RasterError(f"{path}: there is no such file", "missing")
     try:
         with open(path, "rb") as file:
-            start = file.read(8)
+            start = file.read(262)  # as far as the mark of a tar
     except OSError as error:
         raise RasterError(f"{path}: cannot be read ({error.strerror})") from error
     driver = next((name for signature, name in SIGNATURES.items() if start.startswith(signature)), None)
@@ -157,4 +157,6 @@ def _conversion(path: str, start: bytes) -> str:
             f"it is HDF5 or netCDF. gdalinfo {name} lists what is in it; convert the layer you need: "
             f"gdal_translate '{driver}:\"{name}\":LAYER' {Path(path).stem}.tif"
         )
+    if start.startswith((b"PK\x03\x04", b"\x1f\x8b", b"BZh", b"\xfd7zXZ")) or start[257:262] == b"ustar":
+        return "it is an archive: unpack it, and name the folder or the files in it"
     return "convert it with gdal_translate"

@@ -132,7 +132,11 @@ def make_plan(
         bands.check_band_names(scenes, chosen, options)
         dtype = bands.tile_dtype(scenes[0], len(chosen), options)
         tasks = _scene_tasks(scenes, products, options)
-    warnings = tuple(bands.warnings(scenes[0], options))
+    warnings = (
+        *bands.warnings(scenes[0], options),
+        *bands.offset_warnings(scenes, options),
+        *covers.warnings(products),
+    )
     return Plan(options, products, chosen, dtype, tasks, rejected, _config(products, options, sensor), warnings)
 
 
@@ -179,7 +183,7 @@ def make_tile_plan(
     few = Sample(tiles.folder, names_of_sample, sensor, placement)
     task = SceneTask(whole, numbers, tuple(map(covers.whole, products)), cut, few)
     config = {**_config(products, options, sensor), **precut.config_of(by)}
-    warnings = tuple(bands.warnings(first, options))
+    warnings = (*bands.warnings(first, options), *covers.warnings(products))
     return Plan(options, products, chosen, dtype, (task,), {}, config, warnings)
 
 

@@ -59,11 +59,12 @@ class SensorTable(Options):
     band_files: tuple[str, ...] = ()
     scene_files: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
+    strangers: tuple[str, ...] = ()
     product_folder: str | None = None
     subfolder: str | None = None
     metadata: Metadata | None = None
 
-    @field_validator("band_files", "scene_files", "ignore", "product_folder", "subfolder")
+    @field_validator("band_files", "scene_files", "ignore", "strangers", "product_folder", "subfolder")
     @classmethod
     def _patterns(cls, value: tuple[str, ...] | str | None) -> tuple[str, ...] | str | None:
         for text in (value,) if isinstance(value, str) else value or ():
@@ -125,7 +126,8 @@ class Sensor:
     @cached_property
     def digest(self) -> str:
         """Identifies what the table comes to: other names, orders or patterns may make another dataset."""
-        return hashlib.sha256(self.table.model_dump_json(exclude={"title", "example"}).encode()).hexdigest()[:24]
+        table = self.table.model_dump_json(exclude={"title", "example", "strangers"})
+        return hashlib.sha256(table.encode()).hexdigest()[:24]
 
     @cached_property
     def _by_word(self) -> Mapping[str, SensorBand]:
@@ -133,7 +135,13 @@ class Sensor:
 
     @cached_property
     def _patterns(self) -> Mapping[str, Sequence[re.Pattern[str]]]:
-        kinds = {"band": self.table.band_files, "scene": self.table.scene_files, "ignore": self.table.ignore}
+        table = self.table
+        kinds = {
+            "band": table.band_files,
+            "scene": table.scene_files,
+            "ignore": table.ignore,
+            "strangers": table.strangers,
+        }
         return {kind: [_compiled(text) for text in texts] for kind, texts in kinds.items()}
 
     def band(self, word: str) -> SensorBand | None:
@@ -146,20 +154,25 @@ class Sensor:
         by_name = {band.name: band for band in self.table.bands}
         return None if names is None else tuple(by_name[name] for name in names)
 
-    def described(self, descriptions: Sequence[str]) -> tuple[SensorBand, ...] | None:
-        """What a file's own descriptions mean (``red``, ``B4``, ``B4 red``), or None if not each means one band."""
-        found = []
+    def described(self, descriptions: Sequence[str]) -> list[SensorBand | None]:
+        """The band that each of a file's own descriptions means (``red``, ``B4``, ``B4 red``); None where it is none,
+        or several. Two descriptions of one band mean it neither time."""
+        found: list[SensorBand | None] = []
         for text in descriptions:
             whole = self.band(text)
             words = [whole] if whole else [self.band(word) for word in re.findall(r"[A-Za-z0-9]+", text)]
             means = {band.name: band for band in words if band}
-            if len(means) != 1:
-                return None
-            found.extend(means.values())
-        return tuple(found) if len({band.name for band in found}) == len(found) else None
+            found.append(next(iter(means.values())) if len(means) == 1 else None)
+        names = [band.name for band in found if band]
+        return [band if band and names.count(band.name) == 1 else None for band in found]
 
     def parse(self, file_name: str) -> FileName | None:
-        """What a name says by the first pattern that it matches whole; None for one of no band or scene."""
+        """What a name says by the first pattern that it matches whole; None for one of no band or scene.
+
+        Names to be ignored are neither, whatever else they match: masks of a band are called by it.
+        """
+        if self.ignores(file_name):
+            return None
         for kind in ("band", "scene"):
             for pattern in self._patterns[kind]:
                 match = pattern.fullmatch(file_name)
@@ -173,6 +186,10 @@ class Sensor:
     def ignores(self, file_name: str) -> bool:
         """Whether a name is that of a mask, preview or the like, which comes with the bands but holds none."""
         return any(pattern.fullmatch(file_name) for pattern in self._patterns["ignore"])
+
+    def is_stranger(self, file_name: str) -> bool:
+        """Whether a name is that of another sensor's product, whose bands of the same numbers see other light."""
+        return any(pattern.fullmatch(file_name) for pattern in self._patterns["strangers"])
 
     def product_of(self, path: Path) -> tuple[str, str]:
         """(folder, name) of the product that a file belongs to by the folders above it; the name may be empty."""

@@ -1,5 +1,6 @@
 """Land-cover sheets: what their names say of year and place, and which codes of theirs mean nothing."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -49,9 +50,9 @@ def nominal_cell(product: Product, name: str) -> Domain | None:
             return west, latitude, west + width, latitude + 5
         return west, -latitude - 5, west + width, -latitude
     if "band" in named:  # C..X without I and O, 8 degrees each from 80 S, the last one 12
-        place = "CDEFGHJKLMNPQRSTUVWX".find(named["band"])
+        place = "CDEFGHJKLMNPQRSTUVWX".find(named["band"].upper())
         south = -80.0 + 8 * place
-        return (west, south, west + 6, 84.0 if named["band"] == "X" else south + 8) if place >= 0 else None
+        return (west, south, west + 6, 84.0 if named["band"] in "xX" else south + 8) if place >= 0 else None
     return None
 
 
@@ -71,6 +72,51 @@ def label_sheets(sheets: Sequence[raster.Sheet], product: Product, year: int | N
         LabelSheet(s, its_year, nominal_cell(product, s.name), cap_of(s.place))
         for s, its_year in zip(ordered, years, strict=True)
     ]
+
+
+# Sheets of one CRS that share so much of their ground, of what both cover, are versions of one another.
+SAME_GROUND = 0.9
+
+
+def check_versions(sheets: Sequence[LabelSheet]) -> None:
+    """Raises LabelError for two sheets over the same ground whose names tell no year: the first one by name would
+    label all scenes, whatever their date."""
+    by_crs: dict[str, list[LabelSheet]] = defaultdict(list)
+    for entry in sheets:
+        if entry.year is None:
+            by_crs[entry.sheet.crs].append(entry)
+    for group in by_crs.values():
+        boxes = np.array([_box(entry.sheet) for entry in group])
+        area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+        for n, box in enumerate(boxes[:-1]):
+            others = boxes[n + 1 :]
+            shared = np.clip(np.minimum(box[2:], others[:, 2:]) - np.maximum(box[:2], others[:, :2]), 0, None).prod(1)
+            same = np.flatnonzero(shared > SAME_GROUND * (area[n] + area[n + 1 :] - shared))
+            if len(same):
+                one, other = group[n].sheet.path, group[n + 1 + int(same[0])].sheet.path
+                raise LabelError(
+                    f"{one} and {other} cover the same ground, and their names tell no year by which a scene could "
+                    "choose: give one of them, or name them as the product's publisher does (docs/data.md, Land-cover "
+                    "maps), or give a table of your own whose `filename` finds the year"
+                )
+
+
+def _box(sheet: raster.Sheet) -> tuple[float, float, float, float]:
+    """(least x, least y, greatest x, greatest y) in its CRS."""
+    a, b, c, d, e, f = sheet.grid.transform
+    corners = [(u * sheet.grid.width, v * sheet.grid.height) for u in (0, 1) for v in (0, 1)]
+    x, y = zip(*((a * u + b * v + c, d * u + e * v + f) for u, v in corners), strict=True)
+    return min(x), min(y), max(x), max(y)
+
+
+def tagged_classes(sheets: Sequence[LabelSheet], product: Product) -> tuple[str, int, str] | None:
+    """(path, code, class) of the first sheet whose nodata tag is the code of a class, or None."""
+    names = {code: entry.name for entry in product.classes for code in entry.codes}
+    for entry in sheets:
+        if not entry.sheet.bands and entry.sheet.nodata in names:
+            code = int(entry.sheet.nodata)
+            return entry.sheet.path, code, names[code]
+    return None
 
 
 def with_sheet_colours(legend: Legend, product: Product, sheets: Sequence[LabelSheet]) -> Legend:

@@ -82,6 +82,12 @@ def _grouped(rasters: dict[str, bool], sensor: Sensor | None) -> list[Source]:
         name = Path(remote.shown(path)).name
         says = sensor.parse(name) if sensor else None
         if sensor and says and says.band:
+            if sensor.is_stranger(name):
+                raise PlanError(
+                    f"--scenes {remote.shown(path)}: its name is that of another sensor, whose bands of the same "
+                    f"numbers see other light than those of {sensor.name}: give it a table of its own (docs/data.md, "
+                    "Sensors), or leave it out"
+                )
             folder, product = sensor.product_of(Path(path))
             products[folder, says.product or product].append(_Part(path, says))
         elif not (sensor and says is None and sensor.ignores(name) and not rasters[path]):

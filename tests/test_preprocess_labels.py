@@ -14,12 +14,15 @@ from rasterio.vrt import WarpedVRT
 from rasterio.warp import transform as warp_points
 
 from geokr import manifests
+from geokr.config import load
 from geokr.landcover import build_legend, load_product
 from preprocess import label_kernels, labels, lattice, sheet_headers, sheets
 from preprocess.coordinates import transform_points
 from preprocess.grid import Grid
 from preprocess.inputs import PlanError
+from preprocess.options import PackOptions
 from preprocess.place import AffinePlace
+from preprocess.plan import make_plan
 from preprocess.sheets import LabelError
 from tests.scenes import (
     NLCD,
@@ -455,6 +458,36 @@ def test_a_year_that_only_touches_the_scene_does_not_decide(tmp_path, shift, cod
     manifest = packed(tmp_path, [one], [older, newer]).manifest
     only = [entry.name for entry, share in zip(manifest.classes, manifest.train.prior, strict=True) if share]
     assert only == [{20: "forest", 60: "water_bodies"}[code]]
+
+
+def test_versions_of_a_map_whose_names_tell_no_year(tmp_path):
+    one = scene(tmp_path, at(UTM31, 4.0, 47.0, 30, 90, 70))
+    older, newer = (cover(tmp_path, f"{word}.tif", codes=[code]) for word, code in (("older", 20), ("newer", 60)))
+    with pytest.raises(LabelError, match=r"newer\.tif and .*older\.tif cover the same ground, and their names tell no"):
+        packed(tmp_path, [one], [older, newer])
+    beside = cover(tmp_path, "beside.tif", lon=4.12, codes=[60])  # neighbours overlap at their edges
+    packed(tmp_path, [one], [older, beside])
+
+
+@pytest.mark.parametrize(
+    ("product", "name", "year"),
+    [
+        ("nlcd", "nlcd_2011_land_cover_l48_20210604.tif", 2011),
+        ("nlcd", "Annual_NLCD_LndCov_2021_CU_C1V0.tif", 2021),
+        ("modis_igbp", "MCD12Q1.061_LC_Type1_doy2020001_aid0001.tif", 2020),
+        ("globeland30", "N32_45_2020LC030.TIF", 2020),
+    ],
+)
+def test_years_in_names(product, name, year):
+    assert sheets.sheet_year(load_product(product), name) == year
+
+
+def test_a_nodata_tag_that_is_the_code_of_a_class(tmp_path):
+    """Some exporters tag 0 whatever it means, and here it is water."""
+    sheet = cover(tmp_path, "20200817T102031_20200817T103042_T31TCJ.tif", codes=[0, 1, 4], nodata=0)
+    one = scene(tmp_path, at(UTM31, 4.0, 47.0, 30, 90, 70))
+    plan = make_plan([str(one)], [str(sheet)], "dynamicworld", load(PackOptions, None, [*RAW, "tile.size=24"]))
+    assert any("nodata tag, 0, is the code of 'water'" in warning for warning in plan.warnings)
 
 
 # ------------------------------------------------------------------------------ around the Earth, and its ends

@@ -149,6 +149,9 @@ def test_modis_in_its_sinusoidal_projection(tmp_path):
     ("name", "start", "words"),
     [
         ("MCD12Q1.A2019001.h18v04.061.hdf", b"\x0e\x03\x13\x01", r"""gdal_translate 'HDF4_EOS:EOS_GRID:"MCD12Q1"""),
+        ("cover.tar", b"name" + bytes(253) + b"ustar\0" + bytes(250), r"cover\.tar: .*it is an archive: unpack it"),
+        ("cover.zip", b"PK\x03\x04" + bytes(30), r"cover\.zip: .*it is an archive: unpack it"),
+        ("cover.tar.gz", b"\x1f\x8b\x08" + bytes(30), r"cover\.tar\.gz: .*it is an archive: unpack it"),
         ("cover.h5", b"\x89HDF\r\n\x1a\n", r"""gdal_translate 'HDF5:"cover\.h5":LAYER' cover\.tif"""),
         ("cover.nc", b"CDF\x01", r"""gdal_translate 'NETCDF:"cover\.nc":LAYER' cover\.tif"""),
     ],

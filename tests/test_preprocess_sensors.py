@@ -177,6 +177,8 @@ def test_file_names(name, file, band, date):
         ("sentinel2", "T32TQM_20200817T102031_TCI_10m.jp2"),
         ("sentinel2", "T32TQM_20200817T102031_SCL_20m.jp2"),
         ("sentinel2", "MSK_CLDPRB_20m.jp2"),
+        ("sentinel2", "MSK_DETFOO_B02.jp2"),  # masks of bands, which come since baseline 04.00
+        ("sentinel2", "MSK_QUALIT_B8A.jp2"),
         ("gaofen1", "GF1_PMS1_E116.5_N39.4_20160508_L1A0001573999-PAN1.tiff"),
     ],
 )
@@ -240,3 +242,62 @@ def test_the_sensor_is_part_of_the_dataset(cover, tmp_path, capsys):
     assert manifest.config["scene"]["sensor"] == "gaofen1"
     assert command([path], [cover], "worldcover", tmp_path / "out", "--sensor", "gaofen2", *keys) == 1
     assert "config.scene.sensor: 'gaofen1' -> 'gaofen2'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "descriptions", "expected"),
+    [
+        ("landsat8", "SR_B2 SR_B3 SR_B4 SR_B5 SR_B6 SR_B7 QA_PIXEL", "blue green red nir swir16 swir22 QA_PIXEL"),
+        ("gaofen1", "B4 B3 B2 NDVI", "nir red green NDVI"),
+        ("gaofen1", "B1 B2 B3 B4", "blue green red nir"),
+        ("naip", "N R G B", "nir red green blue"),
+        (
+            "sentinel2",
+            "B1 B2 B3 B4 B5 B6 B7 B8 B8A B9 B11 B12 SCL",
+            "coastal blue green red rededge1 rededge2 rededge3 nir nir08 nir09 swir16 swir22 SCL",
+        ),
+    ],
+)
+def test_bands_by_their_descriptions_though_a_layout_has_as_many(cover, tmp_path, name, descriptions, expected):
+    words = descriptions.split()
+    path = scene(tmp_path / "stack.tif", len(words), photometric="minisblack", names=words)
+    (task,) = plan_of([path], cover, f"scene.sensor={name}", "tile.bands=[red, green, nir]", "tile.codec=raw").tasks
+    assert task.scene.band_names == tuple(expected.split())
+    assert task.bands == tuple(expected.split().index(colour) + 1 for colour in ("red", "green", "nir"))
+
+
+def test_a_layout_names_the_bands_that_a_file_leaves_undescribed(cover, tmp_path):
+    path = scene(tmp_path / "stack.tif", 4, photometric="minisblack", names=["B1", "", "B3"])
+    assert plan_of([path], cover, "scene.sensor=gaofen2").tasks[0].scene.band_names == ("blue", "green", "red", "nir")
+
+
+def test_a_described_band_that_a_writer_took_for_alpha(cover, tmp_path):
+    path = scene(tmp_path / "m.tif", 4, "uint8", photometric="rgb", alpha="unspecified", names=["R", "G", "B", "N"])
+    (task,) = plan_of([path], cover, "scene.sensor=naip", "tile.bands=[red, green, nir]").tasks
+    assert (task.scene.band_names, task.scene.masked) == (("red", "green", "blue", "nir"), False)
+
+
+@pytest.mark.parametrize("product", ["LE07_L2SP_038034_20020818_20200908_02_T1_SR", "LT50380341988230XXX03"])
+def test_bands_of_another_landsat(cover, tmp_path, product):
+    for band in ("B2", "B3", "B4"):
+        scene(tmp_path / f"{product}_{band}.TIF", 1)
+    for given in (tmp_path, tmp_path / f"{product}_B*.TIF"):
+        with pytest.raises(PlanError, match=rf"{product}_B2\.TIF: its name is that of another sensor"):
+            plan_of([given], cover, "scene.sensor=landsat8")
+
+
+def test_baselines_that_do_not_mean_the_same(cover, tmp_path):
+    names = {"N0301": "20210817", "N0509": "20230817"}
+    safes = []
+    for baseline, day in names.items():
+        safe = tmp_path / f"S2A_MSIL2A_{day}T102031_{baseline}_R065_T31TCJ_{day}T130000.SAFE"
+        for band in ("B02", "B03", "B04"):
+            scene(safe / f"GRANULE/L2A/IMG_DATA/R10m/T31TCJ_{day}T102031_{band}_10m.tif", 1)
+            scene(safe / f"GRANULE/L2A/QI_DATA/MSK_DETFOO_{band}.tif", 1, "uint8")
+        safes.append(safe)
+    limits = ("stretch.mode=limits", "stretch.limits=[[0,4000]]")
+    assert len(plan_of(safes, cover, "scene.sensor=sentinel2").tasks) == 2
+    assert not plan_of(safes, cover, "scene.sensor=sentinel2").warnings
+    assert not plan_of(safes[1:], cover, "scene.sensor=sentinel2", *limits).warnings
+    (warning,) = plan_of(safes, cover, "scene.sensor=sentinel2", *limits).warnings
+    assert "adds 1,000 to all values" in warning
