@@ -1,7 +1,6 @@
 """What an evaluation compares: an export, its baselines, and how images are made ready for each of them."""
 
 import dataclasses
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ import torch
 from torch import nn
 
 import geokr
-from geokr import evaluate_features
+from geokr import band_names, evaluate_features
 from geokr.config import ConfigError
 from geokr.evaluate_data import Data
 from geokr.evaluate_features import Entrant, Preparation
@@ -18,7 +17,6 @@ from geokr.models import BackboneSpec, build_backbone, seeded
 from geokr.weights import load_into, read_state
 
 COLOUR = "colour"
-COLOURS = ("red", "green", "blue", "nir")  # words by which bands of other names are known
 
 
 def entrants(
@@ -129,15 +127,9 @@ def _place_of(name: str, among: Sequence[str]) -> int | None:
     """The one of these bands that has a name, or else its colour (``red``, ``B4 red``); None where there is none."""
     if name in among:
         return among.index(name)
-    colour = _colour(name)
-    found = [n for n, other in enumerate(among) if colour and _colour(other) == colour]
+    colour = band_names.colour(name)
+    found = [n for n, other in enumerate(among) if colour and band_names.colour(other) == colour]
     return found[0] if len(found) == 1 else None
-
-
-def _colour(name: str) -> str | None:
-    words = re.findall("[a-z]+", name.lower())
-    found = [word for word in words if word in COLOURS]
-    return found[0] if len(found) == 1 and "edge" not in words else None
 
 
 def preparation(weights: str, about: Mapping[str, Any], data: Data, bands: Sequence[int] | None) -> Preparation:

@@ -83,6 +83,7 @@ def make_card(run: Path, found: Checkpoint, model: str) -> dict[str, Any]:
         "model": model,
         "trained": {"step": found.step, "samples": found.meta["samples"]},
         "metrics": figures,
+        "metrics_step": found.meta.get("validated") or None,  # None: from before checkpoints said so, or no validation
         "recipe": _recipe(run),
         "versions": found.meta["versions"],
     }
@@ -100,7 +101,8 @@ def _recipe(run: Path) -> dict[str, Any]:
     """The run's configuration without the paths of the machine that ran it."""
     tree = read_yaml(run / "config.yaml")
     tree.get("run", {}).pop("dir", None)
-    tree.get("data", {}).pop("records", None)
+    for key in ("records", "label_weights", "cache_dir"):
+        tree.get("data", {}).pop(key, None)
     model = tree.get("model", {})
     if model.get("init") not in ("random", "imagenet", None):
         model["init"] = Path(model["init"]).name

@@ -110,13 +110,14 @@ def _plain(module: Any) -> bool:
 
 
 def _fusable_block(block: Any) -> bool:
+    if type(block) not in (*FUSED, *FUSED.values()):  # others lack what is asked below
+        return False
     acts = [getattr(block, name, None) for name in ("act1", "act2", "act3")]
     norms = [getattr(block, name, None) for name in ("bn1", "bn2", "bn3")]
     extras = [block.se, block.drop_block if hasattr(block, "drop_block") else None, block.aa, block.drop_path]
     shortcut_norm = [] if block.downsample is None else [list(block.downsample)[-1]]
     return (
-        type(block) in (*FUSED, *FUSED.values())
-        and all(type(act) is nn.ReLU for act in acts if act is not None)
+        all(type(act) is nn.ReLU for act in acts if act is not None)
         and all(fusable(norm) for norm in [*norms, *shortcut_norm] if norm is not None)
         and all(_plain(extra) for extra in extras)
     )

@@ -116,7 +116,9 @@ def _metrics(card: Card) -> str:
     if not card["metrics"]:
         return "No tiles were held out."
     rows = [[key, f"{value:.6g}"] for key, value in card["metrics"].items() if isinstance(value, int | float)]
-    return "On held-out blocks:\n\n" + _table(["metric", "value"], rows)
+    step = card.get("metrics_step")
+    when = f", after step {step:,}" if step and step != card["trained"]["step"] else ""
+    return f"On held-out blocks{when}:\n\n" + _table(["metric", "value"], rows)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

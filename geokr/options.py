@@ -138,17 +138,17 @@ class AugmentOptions(Options):
     colour_probability: float = Field(default=0.8, ge=0, le=1)
     """Share of the images whose colours are changed."""
     brightness: Range = (0.7, 1.3)
-    """Factor on all values; three 8-bit bands only."""
+    """Factor on all values; red, green and blue of 8 bits only."""
     contrast: Range = (0.5, 1.5)
-    """Factor on the distance from the dataset's mean; three 8-bit bands only."""
+    """Factor on the distance from the dataset's mean; red, green and blue of 8 bits only."""
     saturation: Range = (0.5, 1.5)
-    """Factor on the distance from grey; three 8-bit bands only."""
+    """Factor on the distance from grey; red, green and blue of 8 bits only."""
     hue: Range = (-0.05, 0.05)
-    """Turn about the grey axis, as a share of the circle; three 8-bit bands only."""
+    """Turn about the grey axis, as a share of the circle; red, green and blue of 8 bits only."""
     band_gain: Range = (0.9, 1.1)
-    """Factor drawn for each band, where there are other than three 8-bit bands."""
+    """Factor drawn for each band, about its mean over the dataset, where bands are others than `augment.hue` is for."""
     band_offset: Range = (-0.1, 0.1)
-    """Offset drawn for each band in its standard deviations, where there are other than three 8-bit bands."""
+    """Offset drawn for each band in its standard deviations, where bands are others than `augment.hue` is for."""
     crop_probability: Literal["auto"] | float = 0.0
     """Share, 0 to 1, of the steps up to `augment.crop_until` whose images are cropped, all alike, with the fractions of
     what is left; for records packed with `labels.grid`. Crops keep the scale, so they cost less; a run with them

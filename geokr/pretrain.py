@@ -99,11 +99,13 @@ def _train(
     if found is not None:
         log.info("resuming %s after step %d", options.run.dir, start)
         recorder.validation = dict(found.meta["validation"])
+        recorder.validated = found.meta.get("validated", 0)  # older checkpoints do not say
         window.restore(found.meta["window"])
 
     def save(step: int, window: Window) -> None:
         meta = {"samples": step * options.data.global_batch, "identity": who, "card": about}
-        meta |= {"validation": recorder.validation, "versions": card.versions(), "world_size": world.size}
+        meta |= {"validation": recorder.validation, "validated": recorder.validated}
+        meta |= {"versions": card.versions(), "world_size": world.size}
         save_checkpoint(folder, learner, window, step=step, keep=options.checkpoint.keep, meta=meta)
 
     def tick(step: int) -> None:

@@ -25,6 +25,8 @@ class Recorder:
         self._sinks += [sink for sink in (self._console, self._board) if sink is not None]
         self.validation: dict[str, float] = {}
         """The last validation's figures."""
+        self.validated = 0
+        """The step after which they were taken."""
 
     def tick(self, step: int) -> None:
         if self._console is not None:
@@ -32,7 +34,8 @@ class Recorder:
 
     def record(self, line: Mapping[str, float]) -> None:
         found = {key: value for key, value in line.items() if key.startswith("val/")}
-        self.validation = found or self.validation
+        if found:
+            self.validation, self.validated = found, int(line["step"])
         for sink in self._sinks:
             sink.write(line)
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from geokr import band_names
 from geokr.options import AugmentOptions
 from pipelines.errors import PipelineError
 from pipelines.philox import Stream, draws, uniform
@@ -33,12 +34,13 @@ LIMITS = {"uint8": (0.0, 255.0), "uint16": (0.0, 65535.0), "int16": (-32768.0, 3
 @dataclass(frozen=True, slots=True)
 class BandFacts:
     """What augmentation must know of the records: dtype, bands given to the model (indices into the record's bands),
-    and the training mean and std of ALL bands of a record, in its units."""
+    the training mean and std of ALL bands of a record, in its units, and their names, if those are known."""
 
     dtype: str
     bands: tuple[int, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         count = len(self.mean)
@@ -49,8 +51,18 @@ class BandFacts:
 
     @property
     def is_rgb(self) -> bool:
-        """Three 8-bit bands are red, green and blue, in the record's order: only there is there a hue."""
-        return self.dtype == "uint8" and len(self.bands) == 3
+        """Whether the model's bands are red, green and blue: only there is there a hue."""
+        return self.rgb_order is not None
+
+    @property
+    def rgb_order(self) -> list[int] | None:
+        """Places of red, green and blue among the model's bands, or None: three 8-bit bands, by their names, or in
+        the record's order where those say nothing of colours."""
+        if self.dtype != "uint8" or len(self.bands) != 3:
+            return None
+        stored = sorted(self.bands)
+        places = band_names.rgb_places([self.names[band] for band in stored]) if self.names else [0, 1, 2]
+        return None if places is None else [self.bands.index(stored[place]) for place in places]
 
     def limits(self) -> tuple[float, float]:
         """Range that colour is clamped to; for float32 there is none."""
@@ -129,7 +141,7 @@ def _rgb_matrices(options: AugmentOptions, facts: BandFacts, u: np.ndarray) -> n
     Brightness follows contrast so that the point contrast turns about is brightened too, as where an image's own
     mean is taken after brightening it.
     """
-    order = np.argsort(facts.bands)  # red, green, blue, however the model orders them
+    order = np.array(facts.rgb_order)  # red, green, blue, however the model orders them
     mean = facts.normalisation()[0][order]
     ranges = (options.contrast, options.brightness, options.saturation, options.hue)
     contrast, brightness, saturation, hue = (
@@ -150,14 +162,20 @@ def _hue_rotation(angle: np.ndarray) -> np.ndarray:
 
 
 def _band_matrices(options: AugmentOptions, facts: BandFacts, u: np.ndarray) -> np.ndarray:
-    """[N, C, C + 1]: each band by its own gain, and moved by its own offset in standard deviations."""
+    """[N, C, C + 1]: each band by its own gain, about its mean, and moved by its own offset in standard deviations.
+
+    Not about 0: a temperature in hundredths of a kelvin, or a reflectance with an offset, lies so far from there that
+    a tenth of it is more than all that images differ by.
+    """
     count = len(facts.bands)
     # Draws belong to the record's bands, so that a band gets the same numbers in any selection.
     columns = _BANDS + 2 * np.array(facts.bands)
     matrices = np.zeros((len(u), count, count + 1))
     each = np.arange(count)
-    matrices[:, each, each] = _between(options.band_gain, u[:, columns])
-    matrices[:, :, count] = _between(options.band_offset, u[:, columns + 1]) * facts.normalisation()[1]
+    mean, std = facts.normalisation()
+    gains = _between(options.band_gain, u[:, columns])
+    matrices[:, each, each] = gains
+    matrices[:, :, count] = (1 - gains) * mean + _between(options.band_offset, u[:, columns + 1]) * std
     return matrices
 
 

@@ -11,7 +11,7 @@ Last seen running on a GPU on 2026-11-26 (one H200, DALI 2.4.0): see docs/perfor
 Legend of shapes: N images, H = W side of the tile, h = w side of the image, I bands of the record, C of the model.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any
 
@@ -20,7 +20,7 @@ import torch
 from nvidia.dali import fn, math, types
 from nvidia.dali.pipeline import Pipeline
 
-from pipelines.augment import Parameters
+from pipelines.augment import BandFacts, Parameters
 from pipelines.resize import area_matrix
 from pipelines.transform import HALF_LIMIT, Transform
 
@@ -41,16 +41,52 @@ def dihedral_affine(dihedral: np.ndarray, size: int) -> np.ndarray:
     return np.where(k[:, :, None] & 4, transposed, plain).astype(np.float32)
 
 
-def augment_in_graph(images: Any, affine: Any, matrix: Any, transform: Transform) -> Any:
+# Channels that coord_transform takes, in and out.
+_CHANNELS = 6
+
+
+def colour_groups(facts: BandFacts) -> list[tuple[slice, list[int]]] | None:
+    """How colour is applied where a record or the model has more bands than the operator takes: places among the
+    model's bands, and which of the record's bands they are made of. None where it takes all of them at once.
+
+    Beyond red, green and blue a band depends on no other.
+    """
+    count = len(facts.bands)
+    if max(count, len(facts.mean)) <= _CHANNELS:
+        return None
+    cuts = [slice(first, min(first + _CHANNELS, count)) for first in range(0, count, _CHANNELS)]
+    return [(cut, list(facts.bands[cut])) for cut in cuts]
+
+
+def colour_matrices(colour_NCI: np.ndarray, facts: BandFacts) -> list[np.ndarray]:
+    """The matrices for :func:`augment_in_graph`: one [N, C, I + 1], or one [N, c, c + 1] for each group."""
+    groups = colour_groups(facts)
+    if groups is None:
+        return [colour_NCI]
+    return [np.ascontiguousarray(colour_NCI[:, rows][:, :, [*bands, -1]]) for rows, bands in groups]
+
+
+def augment_in_graph(images: Any, affine: Any, matrices: Sequence[Any], transform: Transform) -> Any:
     """Dihedral, colour and clamp as DALI operators; uint8 where nothing else is to be done to them, else float."""
     if transform.facts.dtype == "uint16":  # which warp_affine does not take; float holds it exactly
         images = fn.cast(images, dtype=_FLOAT)
     images = fn.warp_affine(images, matrix=affine, interp_type=types.DALIInterpType.INTERP_NN)
-    if transform.is_bytes and transform.taps is None:
-        return fn.coord_transform(images, MT=matrix, dtype=_BYTE)  # rounds and clamps
-    images = fn.coord_transform(images, MT=matrix, dtype=_FLOAT)
+    as_bytes = transform.is_bytes and transform.taps is None
+    dtype = _BYTE if as_bytes else _FLOAT  # bytes are rounded and clamped
+    groups = colour_groups(transform.facts)
+    parts = [images] if groups is None else [_picked(images, bands) for _, bands in groups]
+    made = [fn.coord_transform(part, MT=matrix, dtype=dtype) for part, matrix in zip(parts, matrices, strict=True)]
+    images = made[0] if len(made) == 1 else fn.cat(*made, axis=2)
+    if as_bytes:
+        return images
     low, high = transform.facts.limits()
     return math.clamp(images, low, high) if np.isfinite(low) else images
+
+
+def _picked(images: Any, bands: Sequence[int]) -> Any:
+    """Some of the bands of images [H, W, I]."""
+    parts = [images[:, :, band : band + 1] for band in bands]
+    return parts[0] if len(parts) == 1 else fn.cat(*parts, axis=2)
 
 
 def decodes(codec: str, dtype: str, device_id: int | None) -> bool:
@@ -101,8 +137,8 @@ def build(
     """A built pipeline over batches of at most ``count``.
 
     source: called for each batch; gives (image bytes, or decoded arrays [H, W, I],) and with a transform also
-    (affine [N, 2, 3], colour [N, C, I + 1]) for the augmentation in the graph. Raises StopIteration at the end.
-    codec: what the graph decodes, see :func:`decodes`. device_id: None for the CPU backend.
+    (affine [N, 2, 3], and matrices, see :func:`colour_matrices`) for the augmentation in the graph. Raises
+    StopIteration at the end. codec: what the graph decodes, see :func:`decodes`. device_id: None for the CPU backend.
     """
     pipeline = Pipeline(
         batch_size=count, num_threads=threads, device_id=device_id, prefetch_queue_depth=depth, exec_dynamic=True
@@ -112,7 +148,8 @@ def build(
     dtypes = [_BYTE if encoded else _TYPES[dtype]]
     dimensions, layouts = [1 if encoded else 3], ["" if encoded else "HWC"]
     if transform is not None:
-        dtypes, dimensions, layouts = [*dtypes, _FLOAT, _FLOAT], [*dimensions, 2, 2], [*layouts, "", ""]
+        more = 1 + len(colour_groups(transform.facts) or [None])
+        dtypes, dimensions, layouts = dtypes + [_FLOAT] * more, dimensions + [2] * more, layouts + [""] * more
     with pipeline:
         images, *parameters = fn.external_source(
             source=source, num_outputs=len(dtypes), batch=True, dtype=dtypes, ndim=dimensions, layout=layouts
@@ -122,8 +159,8 @@ def build(
         else:
             decoded = images if device_id is None else images.gpu()
         if transform is not None:
-            affine, matrix = parameters
-            decoded = augment_in_graph(decoded, affine, matrix, transform)
+            affine, *matrices = parameters
+            decoded = augment_in_graph(decoded, affine, matrices, transform)
         pipeline.set_outputs(decoded)
     pipeline.build()
     return pipeline
@@ -156,6 +193,6 @@ def joined_planes(planes: Any, shape: tuple[int, int, int], dtype: str) -> Any:
     return fn.reinterpret(values, shape=list(shape), dtype=_TYPES[dtype], layout="HWC")
 
 
-def graph_inputs(images: list[np.ndarray], parameters: Parameters, size: int) -> tuple[Any, ...]:
+def graph_inputs(images: list[np.ndarray], parameters: Parameters, size: int, facts: BandFacts) -> tuple[Any, ...]:
     """What a pipeline with in-graph augmentation takes for a batch: one array for all images where they allow it."""
-    return images, dihedral_affine(parameters.dihedral, size), parameters.colour
+    return images, dihedral_affine(parameters.dihedral, size), *colour_matrices(parameters.colour, facts)

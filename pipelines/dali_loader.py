@@ -145,7 +145,7 @@ def _in_graph(
         images: list[np.ndarray] = batch.samples.images
         if not encoded:
             images = torch_loader.decode_all(team, batch, codec, shape, dtype, where)
-        return graph_inputs(images, batch.parameters, shape[0])
+        return graph_inputs(images, batch.parameters, shape[0], transform.facts)
 
     feed, kept = _Feed(batches, inputs), _Kept(Finish(transform, device))
     pipeline = build(

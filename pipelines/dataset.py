@@ -193,7 +193,8 @@ class Dataset:
         """What augmentation needs; ``bands`` are indices into the images' bands, None for all of them."""
         train = self.manifest.train
         chosen = tuple(range(len(self.manifest.bands))) if bands is None else tuple(bands)
-        return BandFacts(self.manifest.tile.dtype, chosen, train.mean, train.std)
+        names = tuple(band.name for band in self.manifest.bands)
+        return BandFacts(self.manifest.tile.dtype, chosen, train.mean, train.std, names)
 
 
 def open_records(options: DataOptions, bands: Sequence[str] | None = None) -> Dataset:

@@ -186,7 +186,7 @@ def _busy_and_large(seconds):
 def test_workers_are_watched():
     before = cpu_seconds()
     with Watch() as watch:
-        worker = multiprocessing.get_context("fork").Process(target=_busy_and_large, args=(0.5,))
+        worker = multiprocessing.get_context("fork").Process(target=_busy_and_large, args=(1.0,))
         worker.start()
         time.sleep(0.3)
         running = cpu_seconds() - before

@@ -13,7 +13,7 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import geokr
-from geokr import checkpoint, export, export_formats
+from geokr import checkpoint, export, export_formats, model_card
 from geokr.checkpoint import Checkpoint
 from geokr.config import ConfigError
 from geokr.models import BackboneSpec, build_backbone
@@ -273,6 +273,10 @@ def test_the_page_says_what_a_user_must_know(tiny, tmp_path):
     for entry in card["classes"]:
         assert f"| {entry['name']} |" in page
     assert f"| val/kl | {card['metrics']['val/kl']:.6g} |" in page
+    assert card["metrics_step"] == card["trained"]["step"] == 2
+    assert "On held-out blocks:" in page
+    later = card | {"metrics_step": 1}
+    assert "On held-out blocks, after step 1:" in model_card.markdown(later, tmp_path / "b.safetensors")
     assert "The student's test_resnet" in page
     assert "backbone: test_resnet" in page  # of the configuration
     assert "Licence:" in page

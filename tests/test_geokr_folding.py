@@ -16,6 +16,7 @@ from tests import geokr_toy as toy
 
 # Plain, deep-stemmed and grouped ResNets with fused calls; norms that carry activations; biases before norms.
 FOLDABLE = ["resnet18", "test_resnet", "resnet50d", "resnext26ts", "vgg11_bn", "mobilenetv3_small_050", "regnetx_002"]
+FOLDABLE += ["skresnet18", "resnest14d"]  # ResNets of other blocks
 
 
 def unsettle(model: nn.Module, seed: int = 0) -> None:

@@ -6,11 +6,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
 import torch
+from timm.models.resnet import ResNet
 
 from geokr.assemble import build_learner
 from geokr.config import ConfigError
 from geokr.distributed import World
+from geokr.fused_resnet import can_fuse
 from geokr.speedups import _norm_obstacle
 from tests import geokr_toy as toy
 
@@ -53,6 +56,14 @@ def test_what_stands_in_the_way(overrides, synchronized, reason):
         pytest.skip(obstacle)
     assert obstacle is not None
     assert reason in obstacle
+
+
+@pytest.mark.parametrize("name", ["res2net50_14w_8s", "skresnet18", "resnest14d"])
+def test_relatives_of_a_resnet_run_without(name):
+    """timm builds them as its ResNet, of other blocks."""
+    backbone = timm.create_model(name, num_classes=0)
+    assert type(backbone) is ResNet
+    assert not can_fuse(backbone)
 
 
 def test_what_was_chosen_is_said():

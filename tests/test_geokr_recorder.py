@@ -25,3 +25,12 @@ def test_panels_leave_both_models_as_they_were(monkeypatch, tmp_path, mode):
     assert [toy.bits(model) for model in (learner.student, learner.teacher)] == before
     assert learner.student.training
     assert learner.teacher.training == (mode == "train")
+
+
+def test_the_step_of_the_last_validation_is_known(tmp_path):
+    """A checkpoint may be later than the figures that it carries."""
+    recorder = object.__new__(Recorder)
+    recorder._sinks, recorder.validation, recorder.validated = [], {}, 0
+    for line in ({"step": 2, "loss": 1.0}, {"step": 4, "val/kl": 0.5}, {"step": 6, "loss": 1.0}):
+        recorder.record(line)
+    assert (recorder.validation, recorder.validated) == ({"val/kl": 0.5}, 4)

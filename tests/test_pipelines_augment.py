@@ -118,12 +118,48 @@ def test_other_bands_get_gain_and_offset_of_their_own():
     colour = drawn(options, FOUR).colour
     gains = colour[:, range(4), range(4)]
     assert np.count_nonzero(colour[:, :, :4]) == gains.size  # nothing beside the diagonal
-    offsets = colour[:, :, 4] / np.array(FOUR.std)
+    offsets = (colour[:, :, 4] - (1 - gains) * np.array(FOUR.mean)) / np.array(FOUR.std)  # gains turn about the mean
     for series, limits in ((gains, (0.9, 1.1)), (offsets, (-0.2, 0.2))):
         for band in range(4):
             assert within(np.histogram(series[:, band], 20, limits)[0], 2000, 50)
     correlation = np.corrcoef(np.concatenate([gains.T, offsets.T])) - np.eye(8)
     assert np.abs(correlation).max() < 0.025
+
+
+def test_what_lies_far_from_0_is_changed_no_more_than_what_lies_near_it():
+    """A temperature in hundredths of a kelvin: a tenth of its value would be three of its deviations."""
+    options = AugmentOptions(colour_probability=1)
+    near, far = (BandFacts("uint16", (0,), (mean,), (1500.0,)) for mean in (3000.0, 41250.0))
+    moves = [drawn(options, facts).colour @ [facts.mean[0], 1.0] - facts.mean[0] for facts in (near, far)]
+    assert np.abs(moves[1]).max() < 0.11 * 1500
+    np.testing.assert_allclose(moves[0], moves[1], atol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("names", "order"),
+    [
+        (("red", "green", "blue"), [0, 1, 2]),
+        (("B4 red", "B3 green", "B2 blue"), [0, 1, 2]),
+        (("band_1", "band_2", "band_3"), [0, 1, 2]),  # nothing is said, so it is taken for what it mostly is
+        (("blue", "green", "red"), [2, 1, 0]),
+        (("B2 - Blue", "B4 - Red", "B3 - Green"), [2, 0, 1]),
+        (("red", "nir", "swir16"), None),
+        (("swir22", "swir16", "coastal"), None),
+        (("nir08", "red", "green"), None),
+        (("rededge1", "red", "green"), None),
+    ],
+)
+def test_hue_is_for_red_green_and_blue_by_name(names, order):
+    facts = BandFacts("uint8", (0, 1, 2), RGB.mean, RGB.std, names)
+    assert facts.rgb_order == (order and [order.index(n) for n in range(3)])
+    colour = drawn(AugmentOptions(colour_probability=1), facts, MANY[:20]).colour
+    if order is None:
+        assert np.count_nonzero(colour[:, :, :3]) == colour[:, range(3), range(3)].size
+        return
+    mean = np.array(RGB.mean)[np.argsort(order)]  # of red, green, blue
+    stored = BandFacts("uint8", (0, 1, 2), tuple(mean), RGB.std)
+    expected = drawn(AugmentOptions(colour_probability=1), stored, MANY[:20]).colour
+    np.testing.assert_allclose(colour, expected[:, order][:, :, [*order, 3]], atol=1e-5)
 
 
 @pytest.mark.parametrize("facts", [RGB, FOUR])

@@ -9,7 +9,7 @@ pytest.importorskip("nvidia.dali")
 
 from geokr.options import AugmentOptions, DataOptions
 from pipelines import dali, dali_loader
-from pipelines.augment import BandFacts, Parameters, apply_dihedral
+from pipelines.augment import BandFacts, Parameters, apply_dihedral, draw
 from pipelines.dataset import Dataset
 from pipelines.loaders import train_batches, val_batches
 from pipelines.transform import Transform
@@ -20,7 +20,7 @@ COUNT, SIZE = 16, 24
 
 
 def through_graph(images, parameters, transform, codec):
-    batches = iter([dali.graph_inputs(images, parameters, SIZE)])
+    batches = iter([dali.graph_inputs(images, parameters, SIZE, transform.facts)])
     pipeline = dali.build(
         lambda: next(batches),
         count=COUNT,
@@ -85,6 +85,23 @@ def test_raw_bands_of_any_depth(dtype, chosen, image_size):
     assert_close(graph, through_kernels(images, parameters, transform), facts)
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
+@pytest.mark.parametrize(
+    ("bands", "chosen"),
+    [(7, tuple(range(7))), (13, tuple(range(13))), (13, (3, 2, 1)), (13, (12, 0, 7, 5)), (8, (7, 6, 5, 4, 3, 2, 1))],
+)
+def test_more_bands_than_one_operator_takes(dtype, bands, chosen):
+    """Sentinel-2's thirteen, all of them or some, with colours as they are drawn for training."""
+    images, _ = make_images(COUNT, SIZE, bands, dtype, 4, 0)
+    mean, std = images.mean((0, 1, 2)), images.std((0, 1, 2))
+    facts = BandFacts(dtype, chosen, tuple(mean.tolist()), tuple(std.tolist()))
+    options = AugmentOptions(colour_probability=1, band_gain=(0.5, 1.5))
+    parameters = draw(options, facts, 3, np.zeros(COUNT, np.int64), np.arange(COUNT))
+    transform = Transform(SIZE, 10, facts)
+    graph = through_graph(list(images), parameters, transform, "raw")
+    assert_close(graph, through_kernels(images, parameters, transform), facts)
+
+
 @pytest.mark.parametrize("k", range(8))
 def test_every_symmetry_moves_pixels_exactly(k):
     rng = np.random.default_rng(k)
@@ -117,6 +134,7 @@ IN_GRAPH = {
     "raw": {"codec": "raw", "bands": 4, "dtype": "uint16"},
     "png": {"codec": "png", "bands": 4, "dtype": "uint16"},
     "lz4": {"codec": "lz4", "bands": 3, "dtype": "int16"},
+    "many": {"codec": "raw", "bands": 13, "dtype": "uint16"},
 }
 
 
