@@ -28,6 +28,7 @@ from pipelines.dataset import Dataset, Split
 from pipelines.errors import ReadTimeoutError
 from pipelines.files import OpenFiles, opened
 from pipelines.forms import Forms
+from pipelines.layout import Layout, lay_out
 from pipelines.staging import Stager
 from pipelines.threads import Team
 
@@ -56,31 +57,6 @@ class Samples:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Layout:
-    """Records in file order, N of them, in runs of neighbours that are each read at once.
-
-    ids, shards, offsets, sizes, places: int64 [N]; places: where each frame begins in the buffer.
-    back: int64, where each record asked for is among them. edges: int64 [runs + 1], where each run begins.
-    """
-
-    ids: np.ndarray
-    shards: np.ndarray
-    offsets: np.ndarray
-    sizes: np.ndarray
-    places: np.ndarray
-    back: np.ndarray
-    edges: np.ndarray
-
-    def parts(self, count: int) -> list[tuple[int, int]]:
-        """The runs in at most ``count`` shares of about as many bytes: (first, one after the last)."""
-        ends = self.places[self.edges[1:] - 1] + self.sizes[self.edges[1:] - 1]
-        total = int(ends[-1]) if len(ends) else 0
-        cuts = np.searchsorted(ends, [total * number // count for number in range(1, count)]) + 1
-        cuts = np.unique(np.clip([0, *cuts, len(ends)], 0, len(ends))).tolist()
-        return list(pairwise(cuts))
-
-
-@dataclass(frozen=True, slots=True, eq=False)
 class _Work:
     """A batch while it is read. Each thread writes to its own records, runs and place in ``hand``.
 
@@ -91,7 +67,7 @@ class _Work:
     frames, expected, results: the arguments of pipelines.read_kernels made of these.
     """
 
-    layout: _Layout
+    layout: Layout
     buffer: np.ndarray
     paths: dict[int, str]
     forms: np.ndarray
@@ -106,7 +82,7 @@ class _Work:
     results: tuple[np.ndarray, ...]
 
     @classmethod
-    def of(cls, layout: _Layout, buffer: np.ndarray, paths: dict[int, str], forms: Forms, parts: int) -> "_Work":
+    def of(cls, layout: Layout, buffer: np.ndarray, paths: dict[int, str], forms: Forms, parts: int) -> "_Work":
         count, runs = len(layout.ids), len(layout.edges) - 1
         of_record = forms.of_shard[layout.shards]
         spans, taken = np.empty((count, 5, 2), np.int64), np.zeros(count, np.bool_)
@@ -164,7 +140,7 @@ class Reader:
         ids = np.asarray(ids, np.int64)
         if len(ids) and not (ids.min() >= 0 and ids.max() < self._split.records):
             raise IndexError(f"record ids reach outside 0..{self._split.records - 1} of split {self._split.name!r}")
-        layout = _lay_out(self._split, ids)
+        layout = lay_out(self._split, ids)
         # All of them before the first is read, and in one thread: they are fetched in this order.
         paths = {shard: self._locate(shard) for shard in np.unique(layout.shards).tolist()}
         buffer = self._buffer(int(layout.sizes.sum()))
@@ -241,7 +217,7 @@ class Reader:
             start, stop = work.layout.edges[first], work.layout.edges[last]
             read_kernels.take_records(start, stop, work.frames, work.buffer, work.expected, work.results)
 
-    def _by_files(self, layout: _Layout, low: int, high: int) -> Iterator[list[int]]:
+    def _by_files(self, layout: Layout, low: int, high: int) -> Iterator[list[int]]:
         """Where each shard's runs begin, and at last where they end; again and again for some shards."""
         shards = layout.shards[layout.edges[low:high]]
         begins = [low, *(low + 1 + np.flatnonzero(np.diff(shards))).tolist(), high]
@@ -393,17 +369,6 @@ class Reader:
         where = self._split.where(int(work.layout.ids[n]))
         records.decode_record(self._payload(work, n), where)
         raise RecordError(f"{where}: its fractions do not sum to 1; pack again")  # by a hair, as sums of squares may
-
-
-def _lay_out(split: Split, ids: np.ndarray) -> _Layout:
-    """File order, and runs of records that follow one another in a shard, each to be read at once."""
-    unique, back = np.unique(ids, return_inverse=True)  # ids count in shard order
-    sizes = split.sizes[unique]
-    places = np.cumsum(sizes) - sizes
-    shards = split.shard_of(unique)
-    breaks = np.flatnonzero((np.diff(unique) != 1) | (np.diff(shards) != 0)) + 1
-    edges = np.concatenate([[0], breaks, [len(unique)]] if len(unique) else [[0]]).astype(np.int64)
-    return _Layout(unique, shards, split.offsets[unique], sizes, places, back, edges)
 
 
 __all__ = ["Reader", "Samples"]

@@ -18,7 +18,8 @@ from geokr.records import RecordError
 from pipelines import native, parse
 from pipelines.dataset import Dataset
 from pipelines.errors import ReadTimeoutError
-from pipelines.reader import Reader, _lay_out
+from pipelines.layout import lay_out
+from pipelines.reader import Reader
 from tests.datasets import make_dataset, write_shard
 from tests.storage import replace_preadv
 
@@ -342,7 +343,7 @@ def test_damage_under_right_checksums_is_named_or_harmless(tmp_path, dtype):
 def test_shares_take_every_run_once(raws, count):
     split, rng = Dataset.open(raws).train, np.random.default_rng(count)
     for size in range(14):
-        layout = _lay_out(split, rng.integers(0, 12, size))
+        layout = lay_out(split, rng.integers(0, 12, size))
         runs = len(layout.edges) - 1
         parts = layout.parts(count)
         assert [run for low, high in parts for run in range(low, high)] == list(range(runs))
