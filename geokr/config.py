@@ -111,6 +111,16 @@ def split_overrides(arguments: Iterable[str]) -> tuple[list[str], list[str]]:
     return others, overrides
 
 
+def _check_whole(key: str, text: str) -> None:
+    """Raises ConfigError for a value of which YAML takes the end for a comment: a path may hold `` #``."""
+    node = yaml.compose(text, Loader=_StrictLoader)
+    rest = text[node.end_mark.index if node else 0 :].strip()
+    if rest.startswith("#"):
+        raise ConfigError(
+            f"override {key}: {rest!r} would be a comment and be left out; with quotes: {key}='\"{text}\"'"
+        )
+
+
 def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
     """``["optim.lr=1e-3"]`` to ``{"optim.lr": 0.001}``; values are YAML."""
     parsed: dict[str, Any] = {}
@@ -123,6 +133,7 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
             raise ConfigError(f"override {key}: given twice; keep one")
         try:
             parsed[key] = _value(text, f"override {override!r}")
+            _check_whole(key, text)
         except ConfigError as error:
             if text[:1] not in set("{*&!%@`"):
                 raise

@@ -42,7 +42,7 @@ def checks(sources: Sequence[str], run: Path) -> Iterator[Finding]:
 
 def check_remote(url: str) -> Finding:
     """Records behind a URL: the manifest and one shard come over as they do in training, and are checked here."""
-    name = f"records {url}"
+    name = "records behind a URL"
     try:
         from geokr.options import RecordsSource
         from pipelines.remote import Store, fetch_manifest
@@ -51,6 +51,7 @@ def check_remote(url: str) -> Finding:
         return failure(name, str(error), means, "pip install -e '.[train]' in geokr's folder.")
     try:
         source = RecordsSource(path=url)
+        name = f"records {source.shown}"  # without what may be secret
         manifest = fetch_manifest(source)
         shard = min(manifest.train.shards or manifest.val.shards, key=lambda item: item.bytes)
         with tempfile.TemporaryDirectory() as folder:

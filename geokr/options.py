@@ -1,5 +1,6 @@
 """The configuration of a pretraining run, section by section. Every key's meaning is the text under it."""
 
+import os
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -9,11 +10,18 @@ from geokr.config import Options, suggestion
 Range = tuple[float, float]
 
 
+def _home(value: Any) -> Any:
+    """A path from ``~/`` on, as a shell would have made of it had it not stood behind ``key=``."""
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
+
+
 class RunOptions(Options):
     dir: str = "out/run"
     """Folder of the run: metrics, checkpoints, TensorBoard, resolved configuration."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Decides initial weights, the order of samples and every augmentation."""
+
+    _at_home = field_validator("dir", mode="before")(_home)
 
 
 class RecordsSource(Options):
@@ -25,6 +33,8 @@ class RecordsSource(Options):
     """Share of the samples that come from it, in relation to the others' weights."""
     label_weights: str | None = None
     """As data.label_weights."""
+
+    _at_home = field_validator("path", "label_weights", mode="before")(_home)
 
     @property
     def is_remote(self) -> bool:
@@ -51,7 +61,7 @@ def _listed(value: Any) -> Any:
     """A list's items as RecordsSource; ValueError names the item that cannot be one."""
     if not isinstance(value, list | tuple):
         if value is None or isinstance(value, str):
-            return value
+            return _home(value)
         raise ValueError(
             "expected a folder or URL, or a list of them, or of {path: ..., weight: ..., label_weights: ...}"
         )
@@ -111,6 +121,7 @@ class DataOptions(Options):
     shard's name."""
 
     _list_of_sources = field_validator("records", mode="before")(_listed)
+    _at_home = field_validator("label_weights", "cache_dir", mode="before")(_home)
 
     @property
     def sources(self) -> tuple[RecordsSource, ...]:
@@ -190,6 +201,8 @@ class ModelOptions(Options):
     class, nor does it learn to do without where light and sensors differ."""
     sync_batchnorm: Literal["auto", "on", "off"] = "auto"
     """Batch statistics over all processes. `auto`: on where a process sees fewer than 64 images at once."""
+
+    _at_home = field_validator("init", mode="before")(_home)
 
 
 class MethodOptions(Options):

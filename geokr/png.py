@@ -10,8 +10,12 @@ import struct
 import zlib
 from typing import Any
 
-import numba
 import numpy as np
+
+from geokr import numba_cache
+
+numba_cache.choose(__file__)
+import numba  # noqa: E402 - it looks for its folder when it is imported
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 # Bands to PNG's colour type: grey, grey and alpha, RGB, RGB and alpha.

@@ -30,7 +30,8 @@ from geokr.options import PretrainOptions
 from geokr.progress import clock_text
 from geokr.recorder import Recorder
 from geokr.runfolder import RunFolder, restore, save_checkpoint
-from geokr.train import Hooks, Learner, fit
+from geokr.schedules import due
+from geokr.train import Hooks, Learner, Plan, fit
 from geokr.validate import validate
 
 log = logging.getLogger("geokr")
@@ -112,14 +113,15 @@ def _train(
         folder.saver.poll()  # a checkpoint that could not be written ends the run at the next step
         recorder.tick(step)
 
+    stopper = Stopper(world, options.train.collective_timeout_s)
     hooks = Hooks(
         tick=tick,
         record=lambda line: recorder.record({**line, "save_s": folder.saver.take_held()}),
-        validate=_validation(options, dataset, facts, learner),
+        validate=_validation(options, dataset, facts, learner, lambda: stopper.signal != 0),
         panel=lambda step, batch: recorder.panel(learner, step, batch),
         save=save,
     )
-    stopper = Stopper(world, options.train.collective_timeout_s)
+    plan = make_plan(options, facts.steps)
     begin = time.perf_counter()
     with (
         contextlib.closing(recorder),
@@ -137,13 +139,22 @@ def _train(
             **_place(facts, world),
         ) as batches,
     ):
-        finished = fit(learner, iter(batches), make_plan(options, facts.steps), hooks, stopper, window, start)
+        _catch_up(found, plan, hooks)
+        finished = fit(learner, iter(batches), plan, hooks, stopper, window, start)
         folder.settle()
     if finished:
         _conclude(options, recorder.validation, time.perf_counter() - begin, folder.saver.held_s)
         return 0
     log.warning("stopped by signal %d; a checkpoint is written, the same command goes on from it", stopper.signal)
     return 128 + stopper.signal
+
+
+def _catch_up(found: Checkpoint | None, plan: Plan, hooks: Hooks) -> None:
+    """The validation that a stop left no time for, after the step that the run goes on from."""
+    if found is None or found.meta.get("validated", found.step) >= found.step:  # older checkpoints do not say
+        return
+    if due(found.step, plan.validate_every, plan.steps) and (figures := hooks.validate()):
+        hooks.record({"step": found.step, "samples": found.meta["samples"], **figures})
 
 
 def _place(facts: Facts, world: World) -> dict[str, Any]:
@@ -159,15 +170,15 @@ def _place(facts: Facts, world: World) -> dict[str, Any]:
 
 
 def _validation(
-    options: PretrainOptions, dataset: Any, facts: Facts, learner: Learner
-) -> Callable[[], dict[str, float]]:
+    options: PretrainOptions, dataset: Any, facts: Facts, learner: Learner, stopped: Callable[[], bool]
+) -> Callable[[], dict[str, float] | None]:
     from pipelines.loaders import val_batches
 
     if facts.manifest.val.records == 0:
         log.warning("the dataset holds out no blocks: nothing is validated; pack with split.val_fraction above 0")
         return dict
 
-    def run() -> dict[str, float]:
+    def run() -> dict[str, float] | None:
         try:
             return figures()
         except (RuntimeError, MemoryError) as error:
@@ -175,7 +186,7 @@ def _validation(
                 raise ConfigError(validation_advice(options.validation.batch, error)) from error
             raise
 
-    def figures() -> dict[str, float]:
+    def figures() -> dict[str, float] | None:
         loader = val_batches(
             dataset,
             options.data,
@@ -192,6 +203,7 @@ def _validation(
                 facts.manifest.train.prior,
                 learner.autocast,
                 learner.world,
+                stopped,
             )
 
     return run

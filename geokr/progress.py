@@ -38,8 +38,15 @@ class Console:
             self._bar.update(step - self._bar.n)
 
     def write(self, line: Mapping[str, float]) -> None:
-        """After every line of metrics."""
+        """After every line of metrics, which may hold a validation and nothing else."""
         step = int(line["step"])
+        if "loss" in line:
+            self._trained(step, line)
+        values = [f"{key.removeprefix('val/')} {value:.4f}" for key, value in line.items() if key.startswith("val/")]
+        if values:
+            log.info("step %d held-out blocks: %s", step, "  ".join(values))
+
+    def _trained(self, step: int, line: Mapping[str, float]) -> None:
         parts = [f"loss {line['loss']:.4f}", f"{line['img_per_s']:.0f} img/s", f"data wait {line['data_wait']:.0%}"]
         if self._bar is not None:
             self._bar.set_postfix_str(", ".join(parts))
@@ -47,9 +54,6 @@ class Console:
             done = max(1, step - self._first)
             left = (time.perf_counter() - self._begin) / done * (self._total - step)
             log.info("step %d/%d  %s  left %s", step, self._total, "  ".join(parts), clock_text(left))
-        values = [f"{key.removeprefix('val/')} {value:.4f}" for key, value in line.items() if key.startswith("val/")]
-        if values:
-            log.info("step %d held-out blocks: %s", step, "  ".join(values))
 
     def close(self) -> None:
         if self._bar is not None:

@@ -129,7 +129,7 @@ class Hooks:
 
     tick: Callable[[int], None]
     record: Callable[[dict[str, float]], None]
-    validate: Callable[[], dict[str, float]]
+    validate: Callable[[], dict[str, float] | None]
     panel: Callable[[int, Batch], None]
     save: Callable[[int, Window], None]
 
@@ -146,8 +146,8 @@ def fit(
     """Trains from after step ``start`` to the last step; False if it was stopped by a signal before that.
 
     Lines of metrics, validation and checkpoints happen at their intervals and at the last step; a stop writes a
-    checkpoint. Raises LossError if a loss is not finite: at the next line of metrics, validation or checkpoint,
-    and before anything of it is saved.
+    checkpoint, and a validation gives way to it (its figures are then None). Raises LossError if a loss is not finite:
+    at the next line of metrics, validation or checkpoint, and before anything of it is saved.
     """
     clock = Clock()
     stream = _Remember(clock.waiting(batches))
@@ -168,9 +168,13 @@ def fit(
         if logging_now:
             line = {"step": step, "samples": step * plan.global_batch, **window.flush(), **clock.flush()}
             line["lr"] = learner.learning_rate(step)
-            if validating:
-                line |= hooks.validate()
+            if validating and (figures := hooks.validate()) is not None:
+                line |= figures
                 hooks.panel(step, stream.last)
+            elif validating:  # a stop came meanwhile, on one process at least
+                while not stopper.poll():
+                    continue
+                stop = saving = True
             hooks.record(line)
         if saving:
             hooks.save(step, window)

@@ -52,21 +52,27 @@ def validate(
     prior: Sequence[float],
     autocast: Callable[[], AbstractContextManager],
     world: World,
-) -> dict[str, float]:
+    stopped: Callable[[], bool] = lambda: False,
+) -> dict[str, float] | None:
     """The figures of NAMES over all held-out samples of all processes.
 
     ``val/kl`` is KL(target || teacher), ``val/kl_prior`` that of the constant training mean, ``val/mae`` the mean
     absolute error of a fraction, ``val/top1`` the share of tiles whose largest class is right. Samples of weight 0
     (padding that evens out the processes) do not count. Both models run in eval mode and go back to their own.
-    Raises ValueError if there is no sample at all.
+    stopped: asked between batches; where it is so on any process the answer is None on all: whoever stops a run gives
+    it little time, and that is for the checkpoint. Raises ValueError if there is no sample at all.
     """
     modes = [(model, model.training) for model in (teacher, student)]
     log_prior = smoothed_prior(prior).log().to(world.device)
     sums = torch.zeros(len(NAMES) + 1, dtype=torch.float64, device=world.device)
+    halted = torch.zeros(1, dtype=torch.float64, device=world.device)
     try:
         for model, _ in modes:
             model.eval()
         for batch in batches:
+            if stopped():
+                halted += 1
+                break
             images_NCHW = normalise(batch.images)
             with autocast():
                 teacher_NK, student_NK = teacher(images_NCHW), student(images_NCHW)
@@ -74,7 +80,9 @@ def validate(
     finally:
         for model, training in modes:
             model.train(training)
-    *figures, weight = world.sum(sums).tolist()
+    *figures, weight, halts = world.sum(torch.cat([sums, halted])).tolist()
+    if halts:
+        return None
     if weight == 0:
         raise ValueError("validation saw no sample: pack with split.val_fraction above 0, over more blocks")
     return {name: figure / weight for name, figure in zip(NAMES, figures, strict=True)}

@@ -101,7 +101,7 @@ check_modules() {
   for extra in "$@"; do
     case $extra in
       pack) modules="$modules rasterio numba google_crc32c simplejpeg lz4 pyarrow pystac tqdm" ;;
-      train) modules="$modules torch torchvision timm safetensors tensorboard matplotlib numba lz4 tqdm torchmetrics" ;;
+      train) modules="$modules torch torchvision timm safetensors tensorboard matplotlib numba lz4 tqdm torchmetrics simplejpeg google_crc32c" ;;
       dev) modules="$modules pytest hypothesis tfrecord distributed geopandas selenium onnxruntime" ;;
     esac
   done
@@ -150,8 +150,8 @@ geokr_env() {
   if [ -n "${PYTHON:-}" ]; then
     geokr_python
     check_modules "$PY" find "$@" ||
-      die "PYTHON=$PYTHON lacks packages (above): $PYTHON -m pip install -e '${ROOT}[$(IFS=,; printf '%s' "$*")]'," \
-        "or unset PYTHON to have .venv made"
+      die "PYTHON=$PYTHON lacks packages (above): $PYTHON -m pip install -e '${ROOT}[$(IFS=,; printf '%s' "$*")]'" \
+        "(drivers before 580: train-cuda12 in place of train, docs/cluster.md), or unset PYTHON to have .venv made"
     return
   fi
   PY=$VENV/bin/python

@@ -1,8 +1,9 @@
 """Looks at a run's configuration and records before any process starts; it takes a second, for it loads no torch.
 
-    python launch/preflight.py --config FILE [key=value ...]
+    python launch/preflight.py --config FILE [--fit N] [key=value ...]
 
-Exit status 0 if training can begin; 1 with what is wrong, and for missing records the command that makes them.
+Exit status 0 if training can begin; 1 with what is wrong, and for missing records the command that makes them. With
+--fit it prints the largest number of processes, at most N, that can share a batch, and looks at nothing else.
 """
 
 import argparse
@@ -51,9 +52,15 @@ def problem(config: str | None, overrides: Sequence[str]) -> str | None:
         shares_of(sources, seen)
         for source, manifest in zip(sources, manifests, strict=True):
             check_label_weights(source, manifest, options.data.labels)
-    except (ConfigError, RecordError, PipelineError, TransferError) as error:
+    except (ConfigError, RecordError, PipelineError, TransferError, OSError) as error:
         return str(error)
     return None
+
+
+def fitting(options: PretrainOptions, most: int) -> int:
+    """The largest number of processes, at most ``most``, among which a batch can be cut evenly."""
+    parts = options.train.accumulate
+    return next((n for n in range(most, 1, -1) if options.data.global_batch % (n * parts) == 0), 1)
 
 
 def _manifest(source: RecordsSource) -> Manifest:
@@ -73,8 +80,13 @@ def _manifest(source: RecordsSource) -> Manifest:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="preflight.py", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--config", metavar="FILE")
+    parser.add_argument("--fit", type=int, metavar="N")
     others, overrides = split_overrides(sys.argv[1:] if arguments is None else arguments)
-    found = problem(parser.parse_args(others).config, overrides)
+    chosen = parser.parse_args(others)
+    if chosen.fit is not None:
+        print(fitting(load(PretrainOptions, chosen.config, overrides), chosen.fit))
+        return 0
+    found = problem(chosen.config, overrides)
     if found is not None:
         print(f"error: {found}", file=sys.stderr)
     return 0 if found is None else 1

@@ -27,7 +27,8 @@ export PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH}
 check_modules "$PY" find || die "$PY cannot run geokr (above): make .venv with bash launch/quickstart.sh, or set PYTHON"
 "$PY" "$ROOT/launch/preflight.py" "$@"
 check_modules "$PY" find train ||
-  die "$PY cannot train (above): $PY -m pip install -e '${ROOT}[train]', or bash launch/quickstart.sh"
+  die "$PY cannot train (above): $PY -m pip install -e '${ROOT}[train]' (drivers before 580: [train-cuda12]," \
+    "docs/cluster.md), or bash launch/quickstart.sh"
 
 read -r gpus cores < <("$PY" -c 'import os, torch
 affinity = getattr(os, "sched_getaffinity", None)
@@ -40,6 +41,13 @@ elif [ "$processes" -gt "$gpus" ]; then
   [ -z "${NGPU:-}" ] || die "NGPU=$NGPU, but this machine shows $gpus GPU(s): give NGPU=$gpus or fewer"
   processes=$gpus
   say "$gpus GPU(s) here: training with $processes process(es)"
+fi
+
+fitting=$("$PY" "$ROOT/launch/preflight.py" --fit "$processes" "$@")
+if [ "$fitting" -ne "$processes" ]; then
+  [ -z "${NGPU:-}" ] || die "NGPU=$NGPU: data.global_batch cannot be cut into as many parts; NGPU=$fitting could, or another batch"
+  processes=$fitting
+  say "data.global_batch cannot be cut into more equal parts: training with $processes process(es)"
 fi
 
 share=$((cores / processes))

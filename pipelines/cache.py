@@ -268,7 +268,8 @@ class Copy:
                     f"{self.store.label(wanted.name)}: another process on this machine has been fetching it to "
                     f"{self.folder} for {timeout_s:g} s (data.read_timeout_s): end that process, then start again"
                 )
-            stopped.wait(_POLL_S * random.uniform(0.5, 1.5))
+            if stopped.wait(_POLL_S * random.uniform(0.5, 1.5)):
+                raise StoppedError
         lock.release()
 
     def arrived(self, wanted: Wanted) -> int:

@@ -122,6 +122,9 @@ BAD_OVERRIDES = {
     "section": (["inner=1"], r"unknown key"),
     "twice": (["size=1", "size=2"], r"override size: given twice"),
     "no value": (["size"], r"expected key=value"),
+    "a comment": (["size=3 # three"], r"override size: '# three' would be a comment"),
+    "a path": (["name=/data/set #2/rec"], r"override name: '#2/rec' would be a comment and be left out; with quotes"),
+    "nothing but": (["size=#3"], r"override size: '#3' would be a comment"),
     "type": (["size=x"], r"defaults \+ overrides|c\.yaml \+ overrides: size: .*'x'"),
     "syntax": (["size=[1"], r"override 'size=\[1': not valid YAML"),
     "list as a key": (["size={[1]: 2}"], r"override .* cannot be a key"),
@@ -205,3 +208,31 @@ def test_packing_keys_that_do_not_fit(case):
 
 def test_subsampling_may_be_a_number():
     assert config.load(PackOptions, None, ["tile.jpeg_subsampling=420"]).tile.jpeg_subsampling == "420"
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("name='/data/set #2'", "/data/set #2"),
+        ('name="a # b"', "a # b"),
+        ("name=a#b", "a#b"),
+        ("name=[a, 'b # c']", ["a", "b # c"]),
+        ("name=", None),
+        ("name={a: '#'}", {"a": "#"}),
+    ],
+)
+def test_signs_of_comments_that_are_none(text, value):
+    assert config.parse_overrides([text]) == {"name": value}
+
+
+def test_a_path_from_home(monkeypatch):
+    """bash leaves the tilde behind ``key=`` alone."""
+    monkeypatch.setenv("HOME", "/home/u")
+    words = ["run.dir=~/runs/a", "data.records=[~/x, {path: ~/y, label_weights: ~/w}, s3://b/~/z]", "model.init=~/w.pt"]
+    options = config.load(PretrainOptions, None, [*words, "data.cache_dir=~/c", "train.max_steps=1"])
+    assert options.run.dir == "/home/u/runs/a"
+    assert [source.path for source in options.data.sources] == ["/home/u/x", "/home/u/y", "s3://b/~/z"]
+    assert options.data.sources[1].label_weights == "/home/u/w"
+    assert (options.model.init, options.data.cache_dir) == ("/home/u/w.pt", "/home/u/c")
+    one = config.load(PretrainOptions, None, ["data.records=~/x", "data.label_weights=~/w", "train.max_steps=1"])
+    assert (one.data.records, one.data.label_weights) == ("/home/u/x", "/home/u/w")

@@ -125,6 +125,8 @@ def test_what_the_driver_says(monkeypatch, tmp_path):
     assert (driver.version, driver.branch, len(driver.gpus)) == ("570.86.10", 570, 2)
     assert driver.busy == ("GPU 1 (70000 MiB)",)
     assert software.check_driver(driver, True).state == "warning"
+    script.write_text("#!/bin/sh\necho '580.95.05, NVIDIA GB10, [N/A], [N/A]'\n")
+    assert software.read_driver() == Driver("580.95.05", ("NVIDIA GB10, memory of the machine",))
     script.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed: no communication with the driver'; exit 9\n")
     found = software.check_driver(software.read_driver(), True)
     assert (found.state, "no communication" in found.found) == ("failure", True)
@@ -271,6 +273,11 @@ def test_records_behind_a_url(tmp_path):
         url = f"http://127.0.0.1:{server.server_address[1]}/d"
         found = doctor.check_remote(url)
         assert (found.state, "sound" in found.found) == ("ok", True), found
+        found = doctor.check_remote(url.replace("//", "//me:secret@") + "?sig=secret")
+        assert "secret" not in found.check
+        earlier = folder / "manifest-v1.json"
+        earlier.write_bytes((folder / "manifest.json").read_bytes())
+        assert data.check_records(earlier).state == "ok"
         shard = folder / "train-00002.tfrecord"  # the smallest
         shard.write_bytes(shard.read_bytes()[:-1] + b"?")
         assert doctor.check_remote(url).state == "failure"

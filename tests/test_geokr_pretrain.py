@@ -134,6 +134,34 @@ def test_terminated_it_saves_and_says_so_and_goes_on(records, tmp_path):
     assert same_tensors(tmp_path / "stopped", tmp_path / "straight")
 
 
+@pytest.mark.parametrize("before", [True, False], ids=["before the validation", "within it"])
+def test_a_stop_at_a_validation_costs_neither_the_checkpoint_nor_the_figures(records, tmp_path, monkeypatch, before):
+    real, calls = pretrain.validate, []
+
+    def validate(batches, *rest):
+        calls.append(len(calls))
+        if len(calls) > 1:
+            return real(batches, *rest)
+        *models, stopped = rest
+        if before:
+            os.kill(os.getpid(), signal.SIGTERM)
+        said = iter([False])
+        return real(
+            batches, *models, lambda: next(said, True) and bool(os.kill(os.getpid(), signal.SIGTERM) or stopped())
+        )
+
+    monkeypatch.setattr(pretrain, "validate", validate)
+    words = ["train.max_steps=4", "validation.every_steps=2", "checkpoint.every_steps=4", "validation.batch=2"]
+    assert run(records, tmp_path, *words) == 128 + signal.SIGTERM
+    stopped_at = load_latest(tmp_path / "checkpoints").step
+    assert stopped_at == 2
+    assert not [line for line in read_metrics(tmp_path / "metrics.jsonl") if "val/kl" in line]
+    assert run(records, tmp_path, *words) == 0
+    seen = [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl") if "val/kl" in line]
+    assert seen == [2, 4]
+    assert load_latest(tmp_path / "checkpoints").meta["validated"] == 4
+
+
 def test_two_processes_train_as_one(records, whole, tmp_path):
     """The same keys under torchrun: the same batches, a loss curve equal within rounding, replicas equal in bits
     (which every checkpoint checks)."""

@@ -72,6 +72,18 @@ def test_figures_against_scipy():
     np.testing.assert_allclose(smoothed_prior(prior).numpy(), smooth)
 
 
+def test_a_stop_ends_it_between_batches_without_figures():
+    """Whoever stops a run gives it little time, and figures of some of the tiles would be wrong."""
+    teacher, student = Fixed(1.0).train(), Fixed(-1.0).train()
+    said = iter([False, True])
+    autocast = _autocast("fp32", torch.device("cpu"))
+    given = batches([5, 7, 9]), teacher, student, lambda x: x, [0.5, 0.3, 0.2, 0.0], autocast, toy.CPU
+    assert validate(*given, lambda: next(said)) is None
+    assert len(teacher.modes) == 1
+    assert teacher.training
+    assert student.training
+
+
 def test_no_sample_at_all_is_an_error():
     with pytest.raises(ValueError, match=r"split\.val_fraction"):
         validate([], Fixed(1.0), Fixed(1.0), lambda x: x, [1.0], _autocast("fp32", torch.device("cpu")), toy.CPU)

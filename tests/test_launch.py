@@ -200,13 +200,14 @@ def test_without_a_gpu_it_says_so_and_trains_on_the_cpu(machine, records):
     assert done.returncode == 0
     assert "own store: 1" in done.stdout  # without it a restart finds the addresses of dead processes
     assert "no GPU here: training on the CPU with 6 process(es) over gloo" in done.stderr
+    assert "cannot be cut into more equal parts: training with 4 process(es)" in done.stderr
     assert machine.notes == [
         "OMP=1",
         "-m",
         "torch.distributed.run",
         "--standalone",
         "--nproc-per-node",
-        "6",
+        "4",
         "--max-restarts",
         "1",
         "-m",
@@ -232,6 +233,16 @@ def test_how_many_processes_and_threads(machine, records, variables, processes, 
     assert machine.notes[5] == processes
     assert machine.notes[0] == f"OMP={omp}"
     assert (word in done.stderr) if word else done.stderr == ""
+
+
+def test_as_many_processes_as_can_share_a_batch(machine, records):
+    for gpus, batch, processes in (("6", 1024, "4"), ("6", 96, "6"), ("7", 1022, "7"), ("5", 1023, "3")):
+        done = machine.pretrain(f"data.records={records}", f"data.global_batch={batch}", GPUS=gpus)
+        assert done.returncode == 0, done.stderr
+        assert machine.notes[-1 - 2 - 8 :][machine.notes[-11:].index("--nproc-per-node") + 1] == processes
+    done = machine.pretrain(f"data.records={records}", NGPU="3", GPUS="8")
+    assert done.returncode == 1
+    assert "NGPU=3: data.global_batch cannot be cut into as many parts; NGPU=2 could" in done.stderr
 
 
 def test_more_processes_than_gpus_is_an_error(machine, records):

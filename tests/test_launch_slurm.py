@@ -405,10 +405,10 @@ def test_a_machine_that_cannot_stage_ends_the_others(cluster, two_nodes, tmp_pat
 )
 def test_a_signal_ends_a_machine_that_is_copying(cluster, tmp_path, sent, status):
     """With more shards left to copy than threads, each of which would take a minute."""
-    slow = "stage._copy = lambda source, target: (print('copying', flush=True), time.sleep(60))"
+    slow = "stage._copy = lambda source, target: (os.write(1, b'copying\\n'), time.sleep(60))"
     words = ["--nodes=127.0.0.1,127.0.0.2", "--rank=0", f"--port={free_port()}", f"--stage={tmp_path}/disk", "--"]
     words += [f"data.records={tmp_path}/records", "train.max_steps=1"]
-    code = f"import time; from launch import node, stage; {slow}; node.leave(node.main({words!r}))"
+    code = f"import os, time; from launch import node, stage; {slow}; node.leave(node.main({words!r}))"
     node_process = subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, env=cluster.environment(KIND="good"), stdout=subprocess.PIPE, text=True
     )

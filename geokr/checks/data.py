@@ -86,7 +86,7 @@ def check_records(folder: Path, shown: str | None = None) -> Finding:
         manifests.check_folder(folder, manifest)
         shards = [shard for split in records.SPLITS for shard in manifest.split(split).shards]
         crc32c = _crc32c()
-        number, size, seconds = sample_shards(folder, shards, SAMPLE, crc32c)
+        number, size, seconds = sample_shards(manifests.folder_of(folder), shards, SAMPLE, crc32c)
     except (RecordError, OSError) as error:
         return failure(
             name, str(error), "Training stops where it meets this.", f"python preprocess/verify_records.py {folder}"

@@ -16,7 +16,18 @@ from geokr.checks.finding import Finding, TrialError, failure, ok, trial, warnin
 # CUDA major version: oldest driver branch for all its minor versions
 # (docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html, table 1).
 MINIMUM_DRIVER = {11: 450, 12: 525, 13: 580}
-_NEEDED = ("torch", "torchvision", "timm", "safetensors", "numba", "google_crc32c", "simplejpeg", "tqdm", "matplotlib")
+_NEEDED = (
+    "torch",
+    "torchvision",
+    "timm",
+    "safetensors",
+    "numba",
+    "google_crc32c",
+    "simplejpeg",
+    "lz4",
+    "tqdm",
+    "matplotlib",
+)
 _BUSY_MIB = 1024
 # 16 x 16 pixels of red, green, blue = 200, 120, 40
 TINY_JPEG = (
@@ -113,11 +124,15 @@ def read_driver() -> Driver:
     except subprocess.TimeoutExpired:
         return Driver(None, fault="nvidia-smi does not answer")
     rows = [[cell.strip() for cell in line.split(",")] for line in done.stdout.splitlines()]
-    rows = [row for row in rows if len(row) == 4 and row[2].isdecimal()]
+    # cards that share the machine's memory say [N/A] of it
+    rows = [row for row in rows if len(row) == 4 and (row[2].isdecimal() or "N/A" in row[2])]
     if done.returncode != 0 or not rows:
         said = (done.stdout + done.stderr).strip().splitlines()
         return Driver(None, fault=said[0] if said else f"nvidia-smi ended with status {done.returncode}")
-    gpus = tuple(f"{name}, {int(total) / 1024:.0f} GiB" for _, name, total, _ in rows)
+    gpus = tuple(
+        f"{name}, {int(total) / 1024:.0f} GiB" if total.isdecimal() else f"{name}, memory of the machine"
+        for _, name, total, _ in rows
+    )
     busy = tuple(
         f"GPU {n} ({row[3]} MiB)" for n, row in enumerate(rows) if row[3].isdecimal() and int(row[3]) > _BUSY_MIB
     )
@@ -165,7 +180,8 @@ def check_packages() -> Finding:
             "packages",
             f"missing: {', '.join(missing)}",
             "Training cannot start.",
-            "pip install -e '.[train]' in geokr's folder, or bash launch/quickstart.sh.",
+            "pip install -e '.[train]' in geokr's folder (drivers before 580: '.[train-cuda12]', docs/cluster.md), or "
+            "bash launch/quickstart.sh.",
         )
     return ok("packages", ", ".join(f"{name} {metadata.version(name)}" for name in ("torchvision", "timm", "numba")))
 
