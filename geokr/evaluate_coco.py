@@ -134,12 +134,13 @@ def _read(file: Path, folder: Path) -> tuple[dict[int, str], list[Listed]]:
             )
     names = {_number(file, "categories", one, "id"): str(one.get("name", one["id"])) for one in tree["categories"]}
     listed: dict[int, Listed] = {}
+    places = _places(file, folder)
     sizes: dict[int, tuple[int, int]] = {}
     for one in tree["images"]:
         number = _number(file, "images", one, "id")
         if number in listed:
             raise ConfigError(f"{file}: image id {number} stands there twice; ids are for one image each")
-        listed[number] = Listed(_find(file, folder, number, one), [])
+        listed[number] = Listed(_find(file, places, number, one), [])
         sizes[number] = _size(file, number, one, listed[number].path)
     if not listed:
         raise ConfigError(f"{file}: lists no image")
@@ -155,14 +156,19 @@ def _number(file: Path, what: str, one: Any, key: str) -> int:
     return value
 
 
-def _find(file: Path, folder: Path, number: int, one: Mapping[str, Any]) -> Path:
-    name = one.get("file_name")
-    if not isinstance(name, str) or not name:
-        raise ConfigError(f"{file}: image {number} has file_name {name!r}; expected a path")
+def _places(file: Path, folder: Path) -> list[Path]:
+    """Folders in which a JSON's images may lie."""
     places = [file.parent, folder, folder / "images"]
     for above in (folder, folder / "images"):  # train2017 for instances_train2017.json
         inside = sorted(p for p in above.iterdir() if p.is_dir()) if above.is_dir() else []
         places += [p for p in inside if file.stem.endswith(p.name) or p.name == _split_name(file.stem)]
+    return places
+
+
+def _find(file: Path, places: Sequence[Path], number: int, one: Mapping[str, Any]) -> Path:
+    name = one.get("file_name")
+    if not isinstance(name, str) or not name:
+        raise ConfigError(f"{file}: image {number} has file_name {name!r}; expected a path")
     for place in places:
         if (place / name).is_file():
             return place / name

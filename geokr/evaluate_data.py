@@ -76,15 +76,22 @@ def open_folders(path: str | Path) -> Data:
     folder = Path(path)
     if not folder.is_dir():
         raise ConfigError(f"--data {folder}: there is no such folder")
+    given = given_parts(folder)
+    return _given(folder, given) if given else _folders(folder)
+
+
+def given_parts(folder: Path) -> dict[str, Path]:
+    """The folders of a split that a user has made, by part; none where the folder is not split. Raises ConfigError
+    where it is and lacks train or test."""
     given = {SPLITS[below.name.lower()]: below for below in folder.iterdir() if below.name.lower() in SPLITS}
-    if not given or not all(below.is_dir() for below in given.values()):
-        return _folders(folder)
-    if lacking := [name for name in ("train", "test") if name not in given]:
+    if not all(below.is_dir() for below in given.values()):
+        return {}
+    if given and (lacking := [name for name in ("train", "test") if name not in given]):
         raise ConfigError(
             f"--data {folder}: is split into {' and '.join(sorted(below.name for below in given.values()))} and has no "
             f"{lacking[0]}; add it, or rename what is to be it"
         )
-    return _given(folder, given)
+    return given
 
 
 # ----------------------------------------------------------------------------------------------- folders a class
@@ -125,12 +132,18 @@ def _folders(folder: Path) -> Data:
     return _data(folder, classes, pairs)
 
 
+def images_below(folder: Path) -> list[Path]:
+    """All images, but for what systems and editors leave: hidden files and folders, and __MACOSX."""
+    found = [path for path in folder.rglob("*") if path.suffix.lower() in PLAIN + GEO]
+    return sorted(p for p in found if not any(q.startswith((".", "__MACOSX")) for q in p.relative_to(folder).parts))
+
+
 def _files(folder: Path) -> dict[str, list[Path]]:
     """Class to its images."""
     found = {
-        below.name: sorted(p for p in below.rglob("*") if p.suffix.lower() in PLAIN + GEO)
+        below.name: images_below(below)
         for below in sorted(folder.iterdir())
-        if below.is_dir() and not below.name.startswith(".")
+        if below.is_dir() and not below.name.startswith((".", "__MACOSX"))
     }
     if len(found) < 2:
         raise ConfigError(f"{folder}: expected a folder for each of two classes or more, or records with manifest.json")
@@ -147,7 +160,13 @@ def _data(folder: Path, classes: Sequence[str], pairs: dict[str, list[tuple[Path
         name: Part([str(path) for path, _ in some], eye[[k for _, k in some]], _reader([path for path, _ in some]))
         for name, some in pairs.items()
     }
-    return Data(str(folder), tuple(classes), False, dtype, bands, parts)
+    return Data(str(folder), tuple(classes), False, dtype, bands, parts, names_of(paths, bands))
+
+
+def names_of(paths: Sequence[Path], bands: int) -> tuple[str, ...]:
+    """Of the bands, where the files are pictures of three: those of GeoTIFFs may be in any order."""
+    pictures = bands == 3 and all(path.suffix.lower() in PLAIN for path in paths)
+    return ("red", "green", "blue") if pictures else ()
 
 
 def _reader(paths: Sequence[Path]) -> Callable[[Sequence[int]], list[np.ndarray]]:

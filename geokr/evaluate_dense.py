@@ -107,19 +107,24 @@ def _by_class(outcomes: Sequence[Outcome], classes: Sequence[str]) -> dict[str, 
     }
 
 
-def kept(read: Callable[[Sequence[int]], list[np.ndarray]]) -> Callable[[Sequence[int]], list[np.ndarray]]:
-    """The same reader, with what it read kept in memory up to MEMORY."""
+class Room:
+    """What is left of MEMORY, for several readers together."""
+
+    def __init__(self) -> None:
+        self.free = MEMORY
+
+
+def kept(read: Callable[[Sequence[int]], list[np.ndarray]], room: Room) -> Callable[[Sequence[int]], list[np.ndarray]]:
+    """The same reader, with what it read kept in memory while there is room."""
     memory: dict[int, np.ndarray] = {}
-    free = MEMORY
 
     def one(n: int) -> np.ndarray:
-        nonlocal free
         if n in memory:
             return memory[n]
         image = read([n])[0]
-        if image.nbytes <= free:
+        if image.nbytes <= room.free:
             memory[n] = image
-            free -= image.nbytes
+            room.free -= image.nbytes
         return image
 
     def read_kept(numbers: Sequence[int]) -> list[np.ndarray]:

@@ -24,7 +24,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP
 from geokr.config import ConfigError
 from geokr.evaluate_coco import Boxes, Detections
 from geokr.evaluate_data import Data
-from geokr.evaluate_dense import check_finite, kept
+from geokr.evaluate_dense import Room, check_finite, kept
 from geokr.evaluate_features import Entrant, Preparation
 from geokr.evaluate_training import fit, steps_of, turned, turns
 from geokr.feature_maps import check_scales, load_maps, map_network
@@ -114,10 +114,11 @@ class Detect:
         library()
         check_scales(self.spec)
         make_detector(self.kind, self.spec, len(self.found.classes), SMALLEST)
+        room = Room()
         for name, part in self.data.parts.items():
             if self.data.dtype.startswith("float"):
                 check_finite(part)
-            self._images[name] = kept(part.read)
+            self._images[name] = kept(part.read, room)
 
     @property
     def data(self) -> Data:

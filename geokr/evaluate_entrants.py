@@ -99,13 +99,17 @@ def _bands_of(
 
 
 def _as_imagenet(backbone: nn.Module, about: Mapping[str, Any], prepare: Preparation) -> Preparation:
-    """Images as ImageNet's weights saw them, where they are of 8 bits in red, green and blue; else as the card says."""
+    """Images as ImageNet's weights saw them, where they are of 8 bits in red, green and blue; else as the card says.
+
+    Their first convolution takes red, green and blue in this order, whatever the card's is.
+    """
     names, config = [band["name"] for band in about["bands"]], getattr(backbone, "pretrained_cfg", None)
-    if config is None or about["input"]["dtype"] != "uint8" or sorted(names) != ["blue", "green", "red"]:
+    colours = [band_names.colour(name) for name in names]
+    if config is None or about["input"]["dtype"] != "uint8" or sorted(map(str, colours)) != ["blue", "green", "red"]:
         return prepare
-    order = [("red", "green", "blue").index(name) for name in names]
-    mean, std = ([255.0 * config[key][n] for n in order] for key in ("mean", "std"))
-    return Preparation(mean, std, prepare.side, tuple(prepare.bands))
+    bands = tuple(prepare.bands[colours.index(colour)] for colour in ("red", "green", "blue"))
+    mean, std = ([255.0 * value for value in config[key]] for key in ("mean", "std"))
+    return Preparation(mean, std, prepare.side, bands)
 
 
 def _imagenet(spec: BackboneSpec) -> nn.Module:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from geokr.config import ConfigError, read_yaml
-from geokr.evaluate_data import LEAST, PARTS, Data, Part
+from geokr.evaluate_data import LEAST, PARTS, Data, Part, given_parts, images_below, names_of
 from geokr.evaluate_images import GEO, PLAIN, form, hash_of, read, same_form
 
 OUTSIDE = -100  # the class of pixels that count nowhere
@@ -25,7 +25,7 @@ Pair = tuple[Path, Path]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Pairs:
-    """data: the images; their targets are the shares of classes in the masks. masks: of a split, by number, int64
+    """data: the images; their targets are the shares of classes in the masks. masks: of a split, by number, int16
     [H, W]: classes from 0, OUTSIDE where ignored."""
 
     data: Data
@@ -43,14 +43,18 @@ def open_pairs(path: str | Path, ignored: int) -> Pairs:
     counts = {mask: _counts(mask, image) for image, mask in flat}
     codes, names = _classes(folder, pairs, counts, ignored)
     _check_values(folder, pairs, counts, codes, ignored)
+    # an image of which nothing counts is no label to draw, and teaches nothing
+    pairs = {name: [p for p in some if any(counts[p[1]].get(code) for code in codes)] for name, some in pairs.items()}
     parts = {name: _part(some, counts, codes) for name, some in pairs.items()}
     masks = {name: _mask_reader([mask for _, mask in some], codes) for name, some in pairs.items()}
-    return Pairs(Data(str(folder), names, True, dtype, bands, parts), masks)
+    bands_of = names_of([image for image, _ in flat], bands)
+    return Pairs(Data(str(folder), names, True, dtype, bands, parts, bands_of), masks)
 
 
 def _split(folder: Path) -> dict[str, list[Pair]]:
-    if (folder / "train").is_dir() and (folder / "test").is_dir():
-        found = {name: _pairs(folder / name) for name in PARTS if (folder / name).is_dir()}
+    given = {} if (folder / "images").is_dir() else given_parts(folder)
+    if given:
+        found = {name: _pairs(given[name]) for name in PARTS if name in given}
         if "val" not in found:
             ordered = sorted(found["train"], key=lambda pair: hash_of(pair[0], folder))
             found["val"], found["train"] = ordered[::5], [pair for n, pair in enumerate(ordered) if n % 5]
@@ -79,7 +83,7 @@ def _pairs(folder: Path) -> list[Pair]:
 
 def _by_name(folder: Path) -> dict[str, Path]:
     found: dict[str, Path] = {}
-    for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in PLAIN + GEO):
+    for path in images_below(folder):
         name = path.relative_to(folder).with_suffix("").as_posix()
         if name in found:
             raise ConfigError(f"{path}: {found[name].name} has the same name but for the suffix; keep one of them")
@@ -110,6 +114,11 @@ def _classes(
         named: dict[Any, Any] = read_yaml(table)
         if bad := [key for key, name in named.items() if not isinstance(key, int) or not isinstance(name, str)]:
             raise ConfigError(f"{table}: {bad[0]}: expected a mask's value and a name, as 1: cloud")
+        if ignored in named:
+            raise ConfigError(
+                f"{table}: names the value {ignored}, {named[ignored]!r}, which --ignore {ignored} leaves out: say "
+                "--ignore -1, or another value, or take it out of the table"
+            )
     else:
         named = {value: str(value) for _, mask in pairs["train"] for value in counts[mask]}
     codes = sorted(value for value in named if value != ignored)
@@ -156,6 +165,6 @@ def _mask_reader(paths: Sequence[Path], codes: Sequence[int]) -> Callable[[Seque
 
 
 def _numbered(values_HW: np.ndarray, codes: Sequence[int]) -> np.ndarray:
-    """Values of a mask to classes from 0, OUTSIDE where they are none; int64."""
+    """Values of a mask to classes from 0, OUTSIDE where they are none; int16."""
     found = np.minimum(np.searchsorted(codes, values_HW), len(codes) - 1)
-    return np.where(np.asarray(codes)[found] == values_HW, found, OUTSIDE).astype(np.int64)
+    return np.where(np.asarray(codes)[found] == values_HW, found, OUTSIDE).astype(np.int16)

@@ -6,6 +6,7 @@ N images, C bands, H x W pixels, K classes.
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,9 @@ from torch.nn.functional import avg_pool2d, cross_entropy, pad
 from geokr import probes
 from geokr.config import ConfigError
 from geokr.evaluate_data import Data
-from geokr.evaluate_dense import check_finite, kept
+from geokr.evaluate_dense import Room, check_finite, kept
 from geokr.evaluate_features import Entrant, Preparation
+from geokr.evaluate_images import form
 from geokr.evaluate_pairs import OUTSIDE, Pairs
 from geokr.evaluate_training import fit, steps_of, turned, turns
 from geokr.feature_maps import check_scales, load_maps
@@ -86,10 +88,11 @@ class Segment:
         """All that can be wrong shows here: architecture, decoder, pixels."""
         check_scales(self.spec)
         self._model(None, "")
+        room = Room()
         for name, part in self.data.parts.items():
             if self.data.dtype.startswith("float"):
                 check_finite(part)
-            self._images[name], self._masks[name] = kept(part.read), kept(self.pairs.masks[name])
+            self._images[name], self._masks[name] = kept(part.read, room), kept(self.pairs.masks[name], room)
 
     @property
     def data(self) -> Data:
@@ -105,7 +108,9 @@ class Segment:
         name, prepare, rng = entrant.name, entrant.prepare, np.random.default_rng(seed)
         with seeded(seed):
             model = self._model(entrant.backbone, name).to(self.device).to(memory_format=torch.channels_last).train()
-            area = np.mean([mask.size for mask in self._masks["train"](train.tolist())]) / self.crop**2
+            names = self.data.parts["train"].names
+            sizes = [form(Path(names[int(n)]))[2:] for n in train]  # of files, since there may be too many pixels
+            area = np.mean([height * width for height, width in sizes]) / self.crop**2
             steps = steps_of(max(len(train), round(len(train) * area)), self.batch, self.epochs)
 
             def loss_of(step: int) -> Tensor:
@@ -144,7 +149,7 @@ class Segment:
             rows, columns = (_place(length, self.crop, rng) for length in mask.shape)
             turn = turns(rng)
             images.append(turned(self._filled(prepare([image[rows, columns]])[0]), turn))
-            masks.append(turned(self._filled(torch.from_numpy(mask[rows, columns].copy()), OUTSIDE), turn))
+            masks.append(turned(self._filled(torch.from_numpy(mask[rows, columns].astype(np.int64)), OUTSIDE), turn))
         return torch.stack(images), torch.stack(masks)
 
     def _filled(self, pixels: Tensor, value: int = 0) -> Tensor:
@@ -218,7 +223,7 @@ def confusion(found_HW: np.ndarray, mask_HW: np.ndarray, classes: int) -> np.nda
     """[K, K] pixels of true class (rows) by found one; those outside count nowhere."""
     from torchmetrics.functional.classification import multiclass_confusion_matrix
 
-    said, truth = torch.from_numpy(found_HW), torch.from_numpy(mask_HW)
+    said, truth = torch.from_numpy(found_HW), torch.from_numpy(mask_HW.astype(np.int64))
     if not (truth != OUTSIDE).any():
         return np.zeros((classes, classes), np.int64)
     return multiclass_confusion_matrix(said, truth, num_classes=classes, ignore_index=OUTSIDE).numpy()

@@ -399,10 +399,36 @@ def test_imagenet_weights_see_images_as_imagenet_did(weights):
     plain = Preparation([1.0, 2, 3], [4.0, 5, 6], SIZE, (0, 1, 2))
     bands = [{"name": name} for name in ("blue", "green", "red")]
     found = evaluate_entrants._as_imagenet(backbone, {**about, "bands": bands}, plain)
-    np.testing.assert_allclose(found.mean.ravel(), np.array([0.406, 0.456, 0.485]) * 255, rtol=1e-6)
-    np.testing.assert_allclose(found.std.ravel(), np.array([0.225, 0.224, 0.229]) * 255, rtol=1e-6)
+    np.testing.assert_allclose(found.mean.ravel(), np.array([0.485, 0.456, 0.406]) * 255, rtol=1e-6)
+    np.testing.assert_allclose(found.std.ravel(), np.array([0.229, 0.224, 0.225]) * 255, rtol=1e-6)
+    red = np.zeros((SIZE, SIZE, 3), np.uint8)
+    red[..., 2] = 255  # the images' bands are blue, green, red
+    seen = found([red])[0].mean((1, 2))
+    np.testing.assert_allclose(seen, [(1 - 0.485) / 0.229, -0.456 / 0.224, -0.406 / 0.225], rtol=1e-5)
     other = {**about, "bands": [{"name": name} for name in ("nir", "green", "red")]}
     assert evaluate_entrants._as_imagenet(backbone, other, plain) is plain
+
+
+def test_pictures_are_red_green_and_blue_whatever_the_export_takes(weights, folders):
+    data = evaluate_data.open_folders(folders)
+    assert data.names == ("red", "green", "blue")
+    about = geokr.load_backbone(weights).card
+    bgr = {**about, "bands": [{"name": name} for name in ("B2 blue", "B3 green", "B4 red")]}
+    assert list(evaluate_entrants.preparation("w", bgr, data, None).bands) == [2, 1, 0]
+    nameless = {**about, "bands": [{"name": f"band_{n}"} for n in (1, 2, 3)]}
+    assert list(evaluate_entrants.preparation("w", nameless, data, None).bands) == [0, 1, 2]
+
+
+def test_what_systems_leave_in_folders_is_no_image(folders, tmp_path):
+    shutil.copytree(folders, tmp_path / "d")
+    before = {name: len(part) for name, part in evaluate_data.open_folders(tmp_path / "d").parts.items()}
+    one = next((tmp_path / "d").rglob("*.png"))
+    for name in (".ipynb_checkpoints/x.png", "__MACOSX/x.png"):
+        (one.parent / name).parent.mkdir()
+        shutil.copy(one, one.parent / name)
+    shutil.copy(one, one.with_name(f"._{one.name}"))
+    (tmp_path / "d" / "__MACOSX").mkdir()
+    assert {name: len(part) for name, part in evaluate_data.open_folders(tmp_path / "d").parts.items()} == before
 
 
 def test_weights_of_one_name_are_told_apart(weights, folders, tmp_path):

@@ -253,10 +253,63 @@ def test_what_was_read_is_kept_up_to_a_limit(monkeypatch):
         asked.extend(numbers)
         return [np.full(10, n, np.uint8) for n in numbers]
 
-    kept = evaluate_dense.kept(read)
+    room = evaluate_dense.Room()
+    kept, other = evaluate_dense.kept(read, room), evaluate_dense.kept(read, room)
     for _ in range(2):
         assert [one[0] for one in kept([3, 1, 2])] == [3, 1, 2]
     assert asked == [3, 1, 2, 2]
+    for _ in range(2):  # two readers share what there is
+        other([4])
+    assert asked[4:] == [4, 4]
+
+
+def test_an_image_of_which_nothing_counts_is_no_label(pairs, tmp_path):
+    """Drawn among few, it would be all that a network learns from."""
+    folder = tmp_path / "d"
+    shutil.copytree(pairs, folder)
+    masks = sorted((folder / "masks").iterdir())
+    whole = {part: len(evaluate_pairs.open_pairs(folder, 255).data.parts[part]) for part in ("train", "val", "test")}
+    for path in masks[:4]:
+        with Image.open(path) as mask:
+            size = mask.size
+        Image.new("L", size, 255).save(path)
+    found = evaluate_pairs.open_pairs(folder, 255)
+    left = {part: found.data.parts[part] for part in ("train", "val", "test")}
+    assert sum(map(len, left.values())) == sum(whole.values()) - 4
+    assert all((part.targets.sum(1) == pytest.approx(1)) for part in left.values())
+    for part, data in left.items():
+        for n in range(len(data)):
+            assert (found.masks[part]([n])[0] != evaluate_pairs.OUTSIDE).any()
+
+
+def test_a_table_that_names_what_is_ignored(pairs, tmp_path):
+    """Landsat 8's cloud masks call cloud 255."""
+    shutil.copytree(pairs, tmp_path / "d")
+    (tmp_path / "d" / "classes.yaml").write_text("0: a\n1: b\n255: cloud\n")
+    with pytest.raises(ConfigError, match="names the value 255, 'cloud', which --ignore 255 leaves out"):
+        evaluate_pairs.open_pairs(tmp_path / "d", 255)
+
+
+@pytest.mark.parametrize("names", [("Train", "valid", "TEST"), ("train", "validation", "test")])
+def test_a_split_of_pairs_by_other_words(pairs, tmp_path, names):
+    for name in names:
+        shutil.copytree(pairs, tmp_path / "d" / name)
+    (tmp_path / "d" / names[0] / "images" / ".ipynb_checkpoints").mkdir()
+    shutil.copy(next((pairs / "images").iterdir()), tmp_path / "d" / names[0] / "images" / ".ipynb_checkpoints")
+    found = evaluate_pairs.open_pairs(tmp_path / "d", 255)
+    count = len(list((pairs / "images").iterdir()))
+    assert [len(found.data.parts[part]) for part in ("train", "val", "test")] == [count] * 3
+    shutil.rmtree(tmp_path / "d" / names[2])
+    with pytest.raises(ConfigError, match="and has no test; add it"):
+        evaluate_pairs.open_pairs(tmp_path / "d", 255)
+
+
+def test_many_images_of_one_file_are_found_with_one_look(tmp_path, monkeypatch):
+    folder = write_coco(tmp_path / "d", count=12)
+    looks, real = [], evaluate_coco._places
+    monkeypatch.setattr(evaluate_coco, "_places", lambda *where: looks.append(where) or real(*where))
+    evaluate_coco.open_coco(folder)
+    assert len(looks) == 1
 
 
 def test_spread_and_intervals_over_seeds():
