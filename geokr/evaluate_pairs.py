@@ -45,6 +45,10 @@ def open_pairs(path: str | Path, ignored: int) -> Pairs:
     _check_values(folder, pairs, counts, codes, ignored)
     # an image of which nothing counts is no label to draw, and teaches nothing
     pairs = {name: [p for p in some if any(counts[p[1]].get(code) for code in codes)] for name, some in pairs.items()}
+    if bare := [name for name, some in pairs.items() if not some]:
+        raise ConfigError(
+            f"--data {folder}: no mask of {bare[0]} has a pixel that counts, all are {ignored} (--ignore); add some"
+        )
     parts = {name: _part(some, counts, codes) for name, some in pairs.items()}
     masks = {name: _mask_reader([mask for _, mask in some], codes) for name, some in pairs.items()}
     bands_of = names_of([image for image, _ in flat], bands)

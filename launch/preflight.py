@@ -83,10 +83,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--fit", type=int, metavar="N")
     others, overrides = split_overrides(sys.argv[1:] if arguments is None else arguments)
     chosen = parser.parse_args(others)
-    if chosen.fit is not None:
-        print(fitting(load(PretrainOptions, chosen.config, overrides), chosen.fit))
-        return 0
-    found = problem(chosen.config, overrides)
+    found = None
+    if chosen.fit is None:
+        found = problem(chosen.config, overrides)
+    else:
+        try:
+            print(fitting(load(PretrainOptions, chosen.config, overrides), chosen.fit))
+        except ConfigError as error:
+            found = str(error)
     if found is not None:
         print(f"error: {found}", file=sys.stderr)
     return 0 if found is None else 1

@@ -92,7 +92,7 @@ def _take(labels_HW, y, x, column, row, classes_hw, period):
 
 @njit(nogil=True, cache=True, inline="always")
 def _take_stretch(labels_HW, y, left, right, stretch, classes_hw):
-    """Classes at positions that step evenly (see _stretch), all within the sheet and MARGIN away from its edges.
+    """Classes at positions that step evenly (see _positions), all within the sheet and MARGIN away from its edges.
 
     Positions are counted in 2^-32 of a sheet's pixel, whole numbers: no conversion a pixel. Nor is a slice taken of an
     array, for that takes as long as a dozen pixels.

@@ -282,6 +282,17 @@ def test_an_image_of_which_nothing_counts_is_no_label(pairs, tmp_path):
             assert (found.masks[part]([n])[0] != evaluate_pairs.OUTSIDE).any()
 
 
+def test_a_part_of_which_nothing_counts(pairs, tmp_path):
+    for name in ("train", "val", "test"):
+        shutil.copytree(pairs, tmp_path / "d" / name)
+    for path in (tmp_path / "d" / "val" / "masks").iterdir():
+        with Image.open(path) as mask:
+            size = mask.size
+        Image.new("L", size, 255).save(path)
+    with pytest.raises(ConfigError, match=r"no mask of val has a pixel that counts, all are 255 \(--ignore\)"):
+        evaluate_pairs.open_pairs(tmp_path / "d", 255)
+
+
 def test_a_table_that_names_what_is_ignored(pairs, tmp_path):
     """Landsat 8's cloud masks call cloud 255."""
     shutil.copytree(pairs, tmp_path / "d")

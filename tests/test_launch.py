@@ -245,6 +245,11 @@ def test_as_many_processes_as_can_share_a_batch(machine, records):
     assert "NGPU=3: data.global_batch cannot be cut into as many parts; NGPU=2 could" in done.stderr
 
 
+def test_how_many_can_share_a_batch_of_a_wrong_configuration(capsys):
+    assert preflight.main(["--fit", "8", "data.global_batch=none"]) == 1
+    assert "data.global_batch" in capsys.readouterr().err
+
+
 def test_more_processes_than_gpus_is_an_error(machine, records):
     done = machine.pretrain(f"data.records={records}", NGPU="3", GPUS="2")
     assert (done.returncode, machine.notes) == (1, [])

@@ -14,12 +14,13 @@ from rasterio.transform import rowcol
 from rasterio.warp import reproject
 from rasterio.warp import transform as warp_points
 
-from geokr.config import ConfigError
+from geokr.config import ConfigError, load
 from geokr.manifests import load_manifest
-from preprocess import masks
+from preprocess import estimate, gdal_files, masks
 from preprocess.grid import MAX_CHUNK_TILES
 from preprocess.inputs import PlanError
-from preprocess.options import MaskOptions
+from preprocess.options import MaskOptions, PackOptions
+from preprocess.plan import make_plan
 from tests.scenes import RAW, UTM31, contents, noise, pack_quietly, patches, read_records, scene_at, write_raster
 
 T10 = Affine(10, 0, 500_000, 0, -10, 5_000_000)
@@ -288,6 +289,10 @@ def test_stretch_limits_come_from_the_clear_pixels(tmp_path):
         of_scene = packed.manifest.scenes[0].stretch_limits
         assert of_scene is not None
         limits[name] = of_scene[0]
+        keys = {key.split("=")[0]: key for key in (*SMALL, "tile.bands=[1,2,3]", "stretch.mode=joint", *own)}
+        plan = make_plan([str(scene)], [str(cover)], "worldcover", load(PackOptions, None, [*keys.values()]))
+        with gdal_files.environment():  # a dry run looks at a few windows for the same
+            assert estimate._limits(plan, plan.tasks[0])[0] == pytest.approx(of_scene[0], rel=0.05)
     sample = pixels[:, 200:][:, ::4, ::5]
     assert limits["with"] == pytest.approx(np.percentile(sample, [1, 99]))
     assert limits["without"][1] > 9000
