@@ -133,11 +133,12 @@ def kept(read: Callable[[Sequence[int]], list[np.ndarray]], room: Room) -> Calla
     return read_kept
 
 
-def check_finite(part: Part) -> None:
-    """Raises ConfigError naming an image with NaN or infinity; reads every one."""
-    for n, name in enumerate(part.names):
-        image = part.read([n])[0]
-        if not np.isfinite(image).all():
+def check_images(names: Sequence[str], read: Callable[[Sequence[int]], list[np.ndarray]]) -> None:
+    """Reads every image, so that one that is cut short shows before training. Raises ConfigError naming one with NaN
+    or infinity, and what ``read`` raises."""
+    for n, name in enumerate(names):
+        image = read([n])[0]
+        if image.dtype.kind == "f" and not np.isfinite(image).all():
             bad = int((~np.isfinite(image)).sum())
             raise ConfigError(f"{name}: NaN or infinity in {bad} values; fill them, or take the image out")
 

@@ -24,7 +24,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP
 from geokr.config import ConfigError
 from geokr.evaluate_coco import Boxes, Detections
 from geokr.evaluate_data import Data
-from geokr.evaluate_dense import Room, check_finite, kept
+from geokr.evaluate_dense import Room, check_images, kept
 from geokr.evaluate_features import Entrant, Preparation
 from geokr.evaluate_training import fit, steps_of, turned, turns
 from geokr.feature_maps import check_scales, load_maps, map_network
@@ -51,12 +51,17 @@ class Pyramid(nn.Module):
     def __init__(self, body: nn.Module, extra: Any) -> None:
         super().__init__()
         self.body = body
-        channels: list[int] = body.feature_info.channels()  # type: ignore[union-attr,operator]
-        self.fpn = FeaturePyramidNetwork(channels, WIDTH, extra)
+        self.channels: list[int] = body.feature_info.channels()  # type: ignore[union-attr,operator]
+        self.fpn = FeaturePyramidNetwork(self.channels, WIDTH, extra)
         self.out_channels = WIDTH
 
     def forward(self, images_NCHW: Tensor) -> dict[str, Tensor]:
         maps = self.body(images_NCHW)
+        # MambaOut's maps are [N, H, W, C]
+        maps = [
+            one if one.shape[1] == width else one.permute(0, 3, 1, 2)
+            for one, width in zip(maps, self.channels, strict=True)
+        ]
         # ConvNeXt's maps come as views of channels-last tensors
         return self.fpn(OrderedDict((str(n), one.contiguous()) for n, one in enumerate(maps)))
 
@@ -116,9 +121,8 @@ class Detect:
         make_detector(self.kind, self.spec, len(self.found.classes), SMALLEST)
         room = Room()
         for name, part in self.data.parts.items():
-            if self.data.dtype.startswith("float"):
-                check_finite(part)
             self._images[name] = kept(part.read, room)
+            check_images(part.names, self._images[name])
 
     @property
     def data(self) -> Data:

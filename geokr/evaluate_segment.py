@@ -17,7 +17,7 @@ from torch.nn.functional import avg_pool2d, cross_entropy, pad
 from geokr import probes
 from geokr.config import ConfigError
 from geokr.evaluate_data import Data
-from geokr.evaluate_dense import Room, check_finite, kept
+from geokr.evaluate_dense import Room, check_images, kept
 from geokr.evaluate_features import Entrant, Preparation
 from geokr.evaluate_images import form
 from geokr.evaluate_pairs import OUTSIDE, Pairs
@@ -90,9 +90,8 @@ class Segment:
         self._model(None, "")
         room = Room()
         for name, part in self.data.parts.items():
-            if self.data.dtype.startswith("float"):
-                check_finite(part)
             self._images[name], self._masks[name] = kept(part.read, room), kept(self.pairs.masks[name], room)
+            check_images(part.names, self._images[name])
 
     @property
     def data(self) -> Data:

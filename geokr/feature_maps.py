@@ -29,7 +29,8 @@ def map_network(spec: BackboneSpec, reductions: tuple[int, ...]) -> Any:
             f"backbone {spec.name!r} has maps at 1/{', 1/'.join(map(str, found))} of an image's side, and none at "
             f"1/{lacking[0]}, which detect needs; take another backbone"
         )
-    last = {r: index for index, r in enumerate(found)}  # the deepest map of a scale
+    # The deepest map of a scale. Not every architecture has its first map by default: DLA's indices begin at 1.
+    last = dict(zip(found, every.feature_info.out_indices, strict=True))
     return timm.create_model(
         spec.name, features_only=True, in_chans=spec.bands, out_indices=tuple(last[r] for r in reductions)
     )

@@ -8,6 +8,7 @@ import pytest
 import rasterio
 import torch
 from PIL import Image
+from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from geokr import (
     evaluate,
@@ -345,7 +346,7 @@ def test_spread_and_intervals_over_seeds():
 # ------------------------------------------------------------------------------------------------------- models
 
 
-MAPS = ["test_resnet", "resnet18", "convnext_atto", pytest.param("vgg11_bn", marks=pytest.mark.slow)]
+MAPS = ["test_resnet", "resnet18", "convnext_atto", "dla46_c", pytest.param("vgg11_bn", marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("name", MAPS)
@@ -363,6 +364,13 @@ def test_maps_are_those_of_the_backbone(name):
     assert [SIZE // one.shape[-1] for one in maps] == [8, 32]
     last = maps[-1] if maps[-1].shape == whole.shape else torch.nn.functional.max_pool2d(maps[-1], 2)
     torch.testing.assert_close(last, whole, rtol=1e-4, atol=1e-5)
+
+
+def test_maps_with_channels_last_make_a_pyramid():
+    width = evaluate_detect.WIDTH
+    body = map_network(BackboneSpec("mambaout_femto", 4, SIZE), (8, 16, 32)).eval()
+    found = evaluate_detect.Pyramid(body, LastLevelP6P7(width, width))(torch.randn(1, 4, SIZE, SIZE))
+    assert [tuple(one.shape) for one in found.values()] == [(1, width, s, s) for s in (8, 4, 2, 1, 1)]
 
 
 @pytest.mark.parametrize("kind", evaluate_detect.DETECTORS)
@@ -496,6 +504,14 @@ def test_pairs_that_do_not_fit(pairs, tmp_path, capsys, weights):
     refused("03.png: 3 band(s) of uint8; expected a mask of one band", mask_of(1, shape=(SIZE, SIZE, 3)))
     refused("have 1 beside the ignored 255; if that is a class, say --ignore -1", of_two_values(0, 255))
     refused("is no image that can be read", lambda folder: (folder / "masks/03.png").write_bytes(b"none"))
+
+    def cut_short(folder):  # a header that is in order, and half of the pixels: seen by decoding alone
+        for path in (folder / "images").glob("*.png"):
+            whole = path.read_bytes()
+            path.write_bytes(whole[: len(whole) // 2])
+            break
+
+    refused("is damaged (image file is truncated", cut_short)
     refused("1 band(s) of uint8, ", lambda folder: shutil.copy(folder / "masks/03.png", folder / "images/03.png"))
     named = "value 1 in 100 pixels is none of classes.yaml (0, 2)"
 
@@ -548,7 +564,7 @@ def test_infinite_pixels_records_and_backbones_without_maps(tmp_path, records, w
     image[3, 4] = np.nan
     part = evaluate_coco.Part(["a.tif"], np.ones((1, 1)), lambda numbers: [image for _ in numbers])
     with pytest.raises(ConfigError, match=r"a\.tif: NaN or infinity in 3 values"):
-        evaluate_dense.check_finite(part)
+        evaluate_dense.check_images(part.names, part.read)
     assert command(weights, records, "segment") == 1
     assert "records hold shares of classes" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="has no maps at several scales"):
