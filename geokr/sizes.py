@@ -32,7 +32,7 @@ class Sizes:
     def at(self, step: int) -> int:
         """The side in pixels at a step, counted from 1."""
         for (until, _), side in zip(COURSE, self.sides, strict=True):
-            if step <= round(until * self.steps):
+            if step <= min(round(until * self.steps), self.steps - 1):  # the last step's are whole in any run
                 return side
         return self.side
 

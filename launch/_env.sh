@@ -32,6 +32,10 @@ geokr_python() {
   else
     PY=python3
   fi
+  case $PY in
+    /*) ;;
+    */*) PY=$PWD/$PY ;; # the launchers go to other folders
+  esac
   recent_python "$PY" || die "'$PY' is not a Python of version 3.11 or newer that runs:" \
     "set PYTHON to one, or make .venv with: bash launch/quickstart.sh"
 }

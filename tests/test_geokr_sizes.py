@@ -20,7 +20,7 @@ def test_the_course_of_a_run():
     sizes = Sizes(64, 20)
     assert sizes.sides == [32, 48]
     assert [sizes.at(step) for step in range(1, 21)] == [32] * 8 + [48] * 6 + [64] * 6
-    assert [Sizes(64, 1).at(1), Sizes(64, 2).at(1), Sizes(64, 2).at(2)] == [48, 32, 64]
+    assert [Sizes(64, 1).at(1), Sizes(64, 2).at(1), Sizes(64, 2).at(2)] == [64, 32, 64]
     pixels = np.mean([(Sizes(256, 1000).at(step) / 256) ** 2 for step in range(1, 1001)])
     assert pixels == pytest.approx(0.57, abs=0.002)
 

@@ -299,6 +299,15 @@ def test_a_python_that_does_not_run_is_named(machine, tmp_path):
     assert machine.run(ROOT / "launch" / "test.sh", PYTHON=str(old)).returncode == 1
 
 
+@pytest.mark.parametrize("python", ["bin/python3", "./bin/python3", "../machine/bin/python3"])
+def test_a_python_named_from_where_the_user_is(tmp_path, python):
+    """The launchers go to other folders, where it is none."""
+    (tmp_path / "machine").mkdir()
+    machine = Machine(tmp_path / "machine")
+    done = machine.run(ROOT / "launch" / "test.sh", PYTHON=python)
+    assert (done.returncode, machine.notes[1:3]) == (0, ["-m", "pytest"]), done.stderr
+
+
 def test_a_python_without_the_packages_is_told_what_it_lacks(machine, tmp_path):
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "bare")], check=True)
     done = machine.run(ROOT / "launch" / "test.sh", PYTHON=str(tmp_path / "bare" / "bin" / "python"))
