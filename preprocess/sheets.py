@@ -22,13 +22,15 @@ class LabelError(ValueError):
 class LabelSheet:
     """A sheet, the year in its name, and the nominal cell in degrees that its name stands for.
 
-    cap: a circle on the Earth that holds it: a unit vector to its middle and its radius in radians.
+    cap: a circle on the Earth that holds it: a unit vector to its middle and its radius in radians. day: what it
+    shows, for products that map single scenes.
     """
 
     sheet: raster.Sheet
     year: int | None
     domain: Domain | None
     cap: Cap = EVERYWHERE
+    day: date | None = None
 
 
 def nominal_cell(product: Product, name: str) -> Domain | None:
@@ -64,12 +66,24 @@ def sheet_year(product: Product, name: str) -> int | None:
     return int(year) if year else None
 
 
+def sheet_day(product: Product, name: str) -> date | None:
+    """The day in the name of a sheet that maps one scene: a product's pattern gives such a start and no end."""
+    match = product.filename.match(name) if product.filename else None
+    named = match.groupdict() if match else {}
+    if len(start := named.get("start") or "") != 8 or "end" in named:
+        return None
+    try:
+        return date(int(start[:4]), int(start[4:6]), int(start[6:]))
+    except ValueError:  # the 30th of February
+        return None
+
+
 def label_sheets(sheets: Sequence[raster.Sheet], product: Product, year: int | None = None) -> list[LabelSheet]:
     """Sheets with what their names say, in order of their names (then paths). year: of those whose names do not."""
     ordered = sorted(sheets, key=lambda s: (s.name, s.path))
     years = [sheet_year(product, s.name) or year for s in ordered]
     return [
-        LabelSheet(s, its_year, nominal_cell(product, s.name), cap_of(s.place))
+        LabelSheet(s, its_year, nominal_cell(product, s.name), cap_of(s.place), sheet_day(product, s.name))
         for s, its_year in zip(ordered, years, strict=True)
     ]
 
@@ -140,17 +154,24 @@ def lookup_of(legend: Legend, sheet: raster.Sheet) -> np.ndarray:
 def sheets_of_nearest_year(sheets: Sequence[LabelSheet], scene_id: str, acquired: str) -> list[LabelSheet]:
     """The sheets of one year: the only one there is, or the nearest to the scene's date (the earlier on a tie).
 
-    Raises LabelError if there are several and the scene has no date.
+    Where each shows one day, the year is that of the nearest day, and nearer ones come first. Raises LabelError if
+    there are several years and the scene has no date.
     """
     years = sorted({sheet.year for sheet in sheets if sheet.year is not None})
-    if len(years) <= 1:
-        return list(sheets)
     if not acquired:
+        if len(years) <= 1:
+            return list(sheets)
         raise LabelError(
             f"scene {scene_id}: the land cover holds the years {', '.join(map(str, years))} and the scene has no "
             "date to choose by; give the sheets of one year, or scenes with a date in their tags or names"
         )
     day = date.fromisoformat(acquired)
+    days = [abs(sheet.day - day) for sheet in sheets if sheet.day is not None]
+    if days and len(days) == len(sheets):
+        order = sorted(range(len(sheets)), key=days.__getitem__)
+        return [sheets[n] for n in order if sheets[n].year == sheets[order[0]].year]
+    if len(years) <= 1:
+        return list(sheets)
     when = day.year + (day.timetuple().tm_yday - 1) / 365.25
     nearest = min(years, key=lambda year: (abs(year + 0.5 - when), year))
     return [sheet for sheet in sheets if sheet.year in (None, nearest)]

@@ -460,6 +460,22 @@ def test_a_year_that_only_touches_the_scene_does_not_decide(tmp_path, shift, cod
     assert only == [{20: "forest", 60: "water_bodies"}[code]]
 
 
+@pytest.mark.parametrize(
+    ("day", "code"),
+    [("20210712", 2), ("20210801", 2), ("20210110", 1), ("20201130", 1), ("20220601", 3), ("", 1)],
+)
+def test_of_maps_of_single_days_the_nearest_counts(tmp_path, day, code):
+    """January 2021 is nearer to December 2020 than to July, whatever the year; without a day the first name counts."""
+    names = {"20201230": 1, "20210703": 2, "20210501": 5, "20220401": 3}
+    if not day:  # several years need a date
+        names = {"20210101": 1, "20210703": 2}
+    sheets = [cover(tmp_path, f"{d}T101559_{d}T101754_T32TMT.tif", codes=[code]) for d, code in names.items()]
+    one = scene(tmp_path, at(UTM31, 4.0, 47.0, 30, 90, 70), name=f"scene_{day}.tif" if day else "scene.tif")
+    manifest = packed(tmp_path, [one], sheets, product="dynamicworld").manifest
+    only = [entry.codes for entry, share in zip(manifest.classes, manifest.train.prior, strict=True) if share]
+    assert only == [(code,)]
+
+
 def test_versions_of_a_map_whose_names_tell_no_year(tmp_path):
     one = scene(tmp_path, at(UTM31, 4.0, 47.0, 30, 90, 70))
     older, newer = (cover(tmp_path, f"{word}.tif", codes=[code]) for word, code in (("older", 20), ("newer", 60)))
