@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from geokr import losses
+from geokr import band_names, losses
 from geokr.batchnorm import synchronize_batchnorm
 from geokr.compiling import Forward, compile_forward, wanted
 from geokr.compute import Beside, Recorded
@@ -21,7 +21,7 @@ from geokr.ddp import for_trial, wrap
 from geokr.distributed import World
 from geokr.folding import FoldedTeacher
 from geokr.identity import crops_are_off
-from geokr.models import BackboneSpec, LandCoverModel, Normalise, build_model, feature_count
+from geokr.models import BackboneSpec, LandCoverModel, Normalise, build_backbone, build_model, feature_count
 from geokr.optim import build_optimizer
 from geokr.options import PretrainOptions
 from geokr.precision import choose_precision
@@ -31,9 +31,10 @@ from geokr.speedups import choose_compute, fold_teacher, fuse_norms
 from geokr.state import Scaler
 from geokr.teacher import TeacherRule, TeacherUpdate, make_teacher
 from geokr.train import Learner
-from geokr.weights import load_into, read_state
+from geokr.weights import bands_of, load_into, read_state
 
 log = logging.getLogger(__name__)
+RGB = ("red", "green", "blue")  # what ImageNet's weights take
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 SYNC_BELOW = 64  # images a process sees at once, under which batch statistics are too noisy to leave alone
 
@@ -52,16 +53,30 @@ def images_at_once(global_batch: int, world_size: int, accumulate: int) -> int:
 
 
 def build_student(
-    options: PretrainOptions, spec: BackboneSpec, classes: int, changes: int, *, fresh: bool
+    options: PretrainOptions,
+    spec: BackboneSpec,
+    classes: int,
+    changes: int,
+    *,
+    fresh: bool,
+    bands: Sequence[str] = (),
 ) -> LandCoverModel:
-    """The student on the CPU, its weights as ``model.init`` says; a run that resumes brings its own (not fresh)."""
+    """The student on the CPU, its weights as ``model.init`` says; a run that resumes brings its own (not fresh).
+
+    bands: names of its bands, by which those of a weights file, or ImageNet's red, green and blue, are put in place.
+    """
     init = options.model.init if fresh else "random"
     told = changes if options.model.condition_on_colour else 0
     if options.model.condition_on_colour and not told:
         raise ValueError("model.condition_on_colour=true needs the number of changes")
     student = build_model(spec, classes, options.run.seed, pretrained=init == "imagenet", changes=told)
-    if init not in ("random", "imagenet"):
-        load_into(student.backbone, read_state(init), init)
+    if init == "imagenet":
+        if {band_names.colour(name) for name in bands} & set(RGB):
+            of_rgb = replace(spec, bands=len(RGB))
+            source = student.backbone if spec == of_rgb else build_backbone(of_rgb, pretrained=True)
+            load_into(student.backbone, source.state_dict(), "model.init=imagenet", RGB, bands)
+    elif init != "random":
+        load_into(student.backbone, read_state(init), init, bands_of(init), bands)
     return student
 
 
@@ -211,18 +226,19 @@ def build_learner(
     world: World,
     squares: int = 0,
     changes: int = 0,
+    bands: Sequence[str] = (),
     restore: Callable[[LandCoverModel, LandCoverModel, torch.optim.Optimizer, Scaler], None] | None = None,
 ) -> tuple[Learner, dict[str, Any]]:
     """The learner, and what was chosen in words.
 
     squares: along a tile's side, whose fractions the records hold, 0 for none. changes: Q, the numbers that say how an
-    image's colours were changed, needed where the head is told. restore: fills models, optimizer and scaler with a
-    checkpoint's state, in place of ``model.init``.
+    image's colours were changed, needed where the head is told. bands: names of the images' bands, for ``model.init``.
+    restore: fills models, optimizer and scaler with a checkpoint's state, in place of ``model.init``.
     Raises ConfigError for whatever in the configuration cannot be.
     """
     at_once = images_at_once(options.data.global_batch, world.size, options.train.accumulate)
     synchronized = _synchronize(options, world, at_once)
-    student = build_student(options, spec, classes, changes, fresh=restore is None)
+    student = build_student(options, spec, classes, changes, fresh=restore is None, bands=bands)
     sizes = _sizes(options, spec, student, steps)
     crops = None if sizes else _crops(options, spec, student, squares, steps)
     student, teacher = _pair(options, student, world, synchronized)

@@ -1,6 +1,7 @@
 """What a band's name says of the light it sees, whoever wrote it: ``red``, ``B4 red``, ``Band 4 - Red``, ``nir08``."""
 
 import re
+from collections.abc import Sequence
 
 COLOURS = ("red", "green", "blue", "nir")
 # Words of bands that are none of red, green and blue.
@@ -25,3 +26,11 @@ def rgb_places(names: list[str]) -> list[int] | None:
         return [colours.index(wanted) for wanted in ("red", "green", "blue")]
     says = any(colours) or any(word in OTHERS for name in names for word in words(name))
     return None if says else list(range(len(names)))
+
+
+def place_of(name: str, among: Sequence[str]) -> int | None:
+    """The one of these bands that has a name, or else its colour (``red``, ``B4 red``); None where there is none."""
+    if name in among:
+        return among.index(name)
+    found = [n for n, other in enumerate(among) if colour(name) and colour(other) == colour(name)]
+    return found[0] if len(found) == 1 else None

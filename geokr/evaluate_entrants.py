@@ -127,20 +127,11 @@ def spec_of(about: Mapping[str, Any]) -> BackboneSpec:
     return BackboneSpec(about["backbone"]["name"], len(about["bands"]), about["backbone"]["image_size"])
 
 
-def _place_of(name: str, among: Sequence[str]) -> int | None:
-    """The one of these bands that has a name, or else its colour (``red``, ``B4 red``); None where there is none."""
-    if name in among:
-        return among.index(name)
-    colour = band_names.colour(name)
-    found = [n for n, other in enumerate(among) if colour and band_names.colour(other) == colour]
-    return found[0] if len(found) == 1 else None
-
-
 def preparation(weights: str, about: Mapping[str, Any], data: Data, bands: Sequence[int] | None) -> Preparation:
     """How images become what a backbone takes. Raises ConfigError where they are not what its card describes."""
     names = [band["name"] for band in about["bands"]]
     if bands is None and data.names:
-        places = [_place_of(name, data.names) for name in names]
+        places = [band_names.place_of(name, data.names) for name in names]
         if lacking := [name for name, place in zip(names, places, strict=True) if place is None]:
             if len(lacking) < len(names) or data.bands != len(names):
                 raise ConfigError(

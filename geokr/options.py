@@ -190,7 +190,8 @@ class ModelOptions(Options):
     bands: tuple[str, ...] | None = None
     """Band names the model takes, in this order; null for all of the dataset's."""
     init: str = "random"
-    """`random`, `imagenet` (timm's weights, the first convolution adapted to other bands), or a weights file."""
+    """`random`, `imagenet` (timm's weights), or a weights file. The first convolution's inputs go to the bands of their
+    names, where ImageNet's (red, green, blue) or the file's card say them; else it is adapted to other counts."""
     drop_path: float = Field(default=0.0, ge=0, lt=1)
     """Stochastic depth of the student, where the architecture has it."""
     normalisation: Literal["dataset", "published"] = "dataset"

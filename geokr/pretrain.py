@@ -73,6 +73,7 @@ def pretrain(options: PretrainOptions, world: World, threads: int) -> int:
             world=world,
             squares=facts.manifest.tile.grid,
             changes=change_count(dataset.band_facts(facts.band_indices)),
+            bands=facts.band_names,
             restore=None if found is None else lambda *parts: restore(found, *parts),
         )
         _announce(options, facts, learner, chosen, threads)

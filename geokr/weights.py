@@ -1,8 +1,10 @@
 """Weights files: reading them without running code, and fitting them to a backbone."""
 
+import json
 import logging
 import math
 import pickle
+from collections.abc import Sequence
 from pathlib import Path
 
 import safetensors.torch
@@ -10,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from geokr import band_names
 from geokr.config import ConfigError
 
 log = logging.getLogger(__name__)
@@ -40,17 +43,33 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     return loaded
 
 
-def adapt_bands(weight_OIHW: Tensor, bands: int) -> Tensor:
-    """A first convolution's weights for another band count, by timm's rule.
+def bands_of(path: str | Path) -> tuple[str, ...]:
+    """The bands that an exported backbone takes, by the card beside it; none where there is no such card."""
+    try:
+        card = json.loads(Path(f"{path}.json").read_bytes())
+        return tuple(str(band["name"]) for band in card["bands"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ()
 
-    The input channels repeat in turn and are scaled so that a grey image gives the response it gave; for one band
-    they are summed.
-    """
+
+def adapt_bands(weight_OIHW: Tensor, bands: int) -> Tensor:
+    """A first convolution's weights for another band count where nothing is known of the bands, by timm's rule: the
+    input channels repeat in turn, scaled by the ratio of the counts; for one band they are summed."""
     have = weight_OIHW.shape[1]
     if bands == 1:
         return weight_OIHW.sum(1, keepdim=True)
     repeated = weight_OIHW.repeat(1, math.ceil(bands / have), 1, 1)[:, :bands]
     return repeated * (have / bands)
+
+
+def place_bands(weight_OIHW: Tensor, places: Sequence[int | None]) -> Tensor:
+    """A first convolution's weights for other bands. places: the input channel of each, None for the mean of all.
+
+    Scaled by the ratio of the counts, so that with every channel in use a grey image gives the response it gave.
+    """
+    mean = weight_OIHW.mean(1)
+    chosen = [mean if place is None else weight_OIHW[:, place] for place in places]
+    return torch.stack(chosen, 1) * (weight_OIHW.shape[1] / len(places))
 
 
 def _first_convolution(backbone: nn.Module) -> str | None:
@@ -78,24 +97,43 @@ def fit_error(state: dict[str, Tensor], wanted: dict[str, Tensor]) -> str:
     return f"keys {'; '.join(found)}" if found else ""
 
 
-def load_into(backbone: nn.Module, state: dict[str, Tensor], where: str) -> None:
+def load_into(
+    backbone: nn.Module, state: dict[str, Tensor], where: str, given: Sequence[str] = (), wanted: Sequence[str] = ()
+) -> None:
     """Copies the tensors into the backbone; a classifier among them is left out.
 
-    The first convolution is adapted where only its band count differs, and the log says so.
-    Raises ConfigError naming the first keys that are missing, unknown or of another shape.
+    given, wanted: names of the bands that the tensors and the backbone take. Where they are known, each of the first
+    convolution's inputs goes to the band of its name or colour; else it is adapted where only its band count differs.
+    The log says so. Raises ConfigError naming the first keys that are missing, unknown or of another shape.
     """
-    wanted = backbone.state_dict()
-    if not state.keys() & wanted.keys():
+    wanted_state = backbone.state_dict()
+    if not state.keys() & wanted_state.keys():
         state = {key.removeprefix("backbone."): tensor for key, tensor in state.items()}
     first = _first_convolution(backbone)
-    if first in state and state[first].ndim == 4 and state[first].shape != wanted[first].shape:
-        same = state[first].shape[0] == wanted[first].shape[0] and state[first].shape[2:] == wanted[first].shape[2:]
-        if same:
-            have, bands = state[first].shape[1], wanted[first].shape[1]
-            log.warning("%s: its first convolution takes %d bands; adapted to %d", where, have, bands)
-            state = {**state, first: adapt_bands(state[first].float(), bands)}
-    left_out = _head_keys(state, wanted)
-    given = {key: tensor for key, tensor in state.items() if key not in left_out}
-    if problems := fit_error(given, wanted):
+    if first in state and first in wanted_state and state[first].ndim == 4:
+        state = {**state, first: _for_bands(state[first], wanted_state[first], where, given, wanted)}
+    left_out = _head_keys(state, wanted_state)
+    kept = {key: tensor for key, tensor in state.items() if key not in left_out}
+    if problems := fit_error(kept, wanted_state):
         raise ConfigError(f"{where}: does not fit the backbone; {problems}. Is model.backbone the same?")
-    backbone.load_state_dict({key: state[key] for key in wanted})
+    backbone.load_state_dict({key: state[key] for key in wanted_state})
+
+
+def _for_bands(have: Tensor, want: Tensor, where: str, given: Sequence[str], wanted: Sequence[str]) -> Tensor:
+    """The first convolution's weights for the wanted bands; as they are where they fit, or do not by more than that."""
+    if have.shape[0] != want.shape[0] or have.shape[2:] != want.shape[2:]:
+        return have
+    names = ", ".join(given), ", ".join(wanted)
+    if len(given) == have.shape[1] and len(wanted) == want.shape[1]:
+        places = [band_names.place_of(name, given) for name in wanted]
+        if places == list(range(have.shape[1])):
+            return have
+        if any(place is not None for place in places):
+            log.info("%s: its first convolution takes %s; put in place for %s", where, *names)
+            return place_bands(have.float(), places)
+        if have.shape == want.shape:
+            log.warning("%s: its first convolution takes %s, taken in this order for %s", where, *names)
+    if have.shape == want.shape:
+        return have
+    log.warning("%s: its first convolution takes %d bands; adapted to %d", where, have.shape[1], want.shape[1])
+    return adapt_bands(have.float(), want.shape[1])

@@ -1,5 +1,6 @@
 """Models on many architectures and band counts, weights files, input normalisation."""
 
+import copy
 import pickle
 
 import numpy as np
@@ -9,9 +10,10 @@ import timm
 import torch
 from timm.models import adapt_input_conv
 
-from geokr import models, weights
+from geokr import assemble, models, weights
 from geokr.config import ConfigError
 from geokr.models import BackboneSpec, Normalise, build_backbone, build_model
+from geokr.options import PretrainOptions
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_convnext", "test_efficientnet", "resnet10t"])
@@ -105,6 +107,59 @@ def test_the_first_convolution_is_adapted_as_timm_does_and_aloud(bands, caplog):
     expected = adapt_input_conv(bands, source["conv1.0.weight"].clone())
     torch.testing.assert_close(backbone.state_dict()["conv1.0.weight"], expected)
     assert f"takes 3 bands; adapted to {bands}" in caplog.text
+
+
+def first_of(bands, given, wanted):
+    """The first convolution of a backbone with these bands, and what it was filled with."""
+    source = timm.create_model("test_resnet", num_classes=0, in_chans=len(given)).state_dict()
+    backbone = build_backbone(BackboneSpec("test_resnet", bands, 32))
+    weights.load_into(backbone, source, "file", given, wanted)
+    return backbone.state_dict()["conv1.0.weight"], source["conv1.0.weight"]
+
+
+def test_bands_of_a_weights_file_go_where_they_belong(caplog):
+    caplog.set_level("INFO")
+    got, given = first_of(3, ("B4 red", "B3 green", "B2 blue"), ("blue", "green", "red"))
+    assert torch.equal(got, given.flip(1))
+    assert "takes B4 red, B3 green, B2 blue; put in place for blue, green, red" in caplog.text
+    got, given = first_of(3, ("nir", "red", "green", "blue"), ("red", "green", "blue"))
+    torch.testing.assert_close(got, given[:, 1:] * 4 / 3)
+    got, given = first_of(5, ("red", "green", "blue"), ("coastal", "blue", "green", "red", "nir"))
+    torch.testing.assert_close(got[:, 1:4], given.flip(1) * 3 / 5)
+    torch.testing.assert_close(got[:, 0], got[:, 4])
+    torch.testing.assert_close(got.sum(1), given.sum(1))  # what a grey image gives
+    got, given = first_of(3, ("a", "b", "c"), ("c", "b", "a"))
+    assert torch.equal(got, given.flip(1))
+    caplog.clear()
+    got, given = first_of(3, ("a", "b", "c"), ("band_1", "band_2", "band_3"))
+    assert torch.equal(got, given)
+    assert "takes a, b, c, taken in this order for band_1, band_2, band_3" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("bands", "channels"),
+    [
+        (("red", "green", "blue"), (0, 1, 2)),
+        (("B2 blue", "B3 green", "B4 red"), (2, 1, 0)),
+        (("blue", "green", "red", "nir"), (2, 1, 0, None)),
+        (("vv", "vh", "dem"), (0, 1, 2)),
+    ],
+)
+def test_imagenet_sees_red_green_and_blue_wherever_they_are(monkeypatch, bands, channels):
+    made = {n: build_backbone(BackboneSpec("test_resnet", n, 32)) for n in (3, 4)}
+    for backbone in made.values():  # timm's weights, one number a channel
+        weight = backbone.get_parameter("conv1.0.weight")
+        weight.data[:] = torch.arange(1.0, 1 + weight.shape[1]).view(1, -1, 1, 1)
+    pretrained = lambda spec, pretrained=False: copy.deepcopy(made[spec.bands])  # noqa: E731
+    monkeypatch.setattr(models, "build_backbone", pretrained)
+    monkeypatch.setattr(assemble, "build_backbone", pretrained)
+    options = PretrainOptions.model_validate({"train": {"max_steps": 1}, "model": {"init": "imagenet"}})
+    spec = BackboneSpec("test_resnet", len(bands), 32)
+    student = assemble.build_student(options, spec, 2, 0, fresh=True, bands=bands)
+    expected = [2.0 if place is None else 1.0 + place for place in channels]
+    scale = 3 / len(bands)
+    got = student.backbone.get_parameter("conv1.0.weight")[0, :, 0, 0].tolist()
+    assert got == pytest.approx([value * scale for value in expected])
 
 
 def test_weights_that_do_not_fit_are_named():
