@@ -34,7 +34,6 @@ from geokr.train import Learner
 from geokr.weights import bands_of, load_into, read_state
 
 log = logging.getLogger(__name__)
-RGB = ("red", "green", "blue")  # what ImageNet's weights take
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 SYNC_BELOW = 64  # images a process sees at once, under which batch statistics are too noisy to leave alone
 
@@ -71,10 +70,10 @@ def build_student(
         raise ValueError("model.condition_on_colour=true needs the number of changes")
     student = build_model(spec, classes, options.run.seed, pretrained=init == "imagenet", changes=told)
     if init == "imagenet":
-        if {band_names.colour(name) for name in bands} & set(RGB):
-            of_rgb = replace(spec, bands=len(RGB))
+        if {band_names.colour(name) for name in bands} & set(band_names.RGB):
+            of_rgb = replace(spec, bands=len(band_names.RGB))
             source = student.backbone if spec == of_rgb else build_backbone(of_rgb, pretrained=True)
-            load_into(student.backbone, source.state_dict(), "model.init=imagenet", RGB, bands)
+            load_into(student.backbone, source.state_dict(), "model.init=imagenet", band_names.RGB, bands)
     elif init != "random":
         load_into(student.backbone, read_state(init), init, bands_of(init), bands)
     return student

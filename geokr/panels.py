@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from geokr import band_names
 from geokr.manifests import ClassInfo
 
 ROWS = ("target", "student", "teacher")
@@ -36,9 +37,9 @@ class Panel:
 
 def rgb_channels(names: Sequence[str]) -> tuple[int, int, int]:
     """Which bands to show as red, green and blue: those of that name, else the first three, else the first."""
-    lower = [name.lower() for name in names]
-    if {"red", "green", "blue"} <= set(lower):
-        return lower.index("red"), lower.index("green"), lower.index("blue")
+    red, green, blue = (band_names.place_of(colour, names) for colour in band_names.RGB)
+    if red is not None and green is not None and blue is not None:
+        return red, green, blue
     return (0, 1, 2) if len(names) >= 3 else (0, 0, 0)
 
 

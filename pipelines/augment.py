@@ -34,13 +34,14 @@ LIMITS = {"uint8": (0.0, 255.0), "uint16": (0.0, 65535.0), "int16": (-32768.0, 3
 @dataclass(frozen=True, slots=True)
 class BandFacts:
     """What augmentation must know of the records: dtype, bands given to the model (indices into the record's bands),
-    the training mean and std of ALL bands of a record, in its units, and their names, if those are known."""
+    the training mean and std of ALL bands of a record, in its units, their names and centre wavelengths, if known."""
 
     dtype: str
     bands: tuple[int, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
     names: tuple[str, ...] = ()
+    wavelengths_nm: tuple[float | None, ...] = ()
 
     def __post_init__(self) -> None:
         count = len(self.mean)
@@ -56,12 +57,15 @@ class BandFacts:
 
     @property
     def rgb_order(self) -> list[int] | None:
-        """Places of red, green and blue among the model's bands, or None: three 8-bit bands, by their names, or in
-        the record's order where those say nothing of colours."""
+        """Places of red, green and blue among the model's bands, or None: three 8-bit bands, by wavelengths or names,
+        or in the record's order where those only count."""
         if self.dtype != "uint8" or len(self.bands) != 3:
             return None
         stored = sorted(self.bands)
-        places = band_names.rgb_places([self.names[band] for band in stored]) if self.names else [0, 1, 2]
+        places: list[int] | None = [0, 1, 2]
+        if self.names:
+            light = [self.wavelengths_nm[band] for band in stored] if self.wavelengths_nm else []
+            places = band_names.rgb_places([self.names[band] for band in stored], light)
         return None if places is None else [self.bands.index(stored[place]) for place in places]
 
     def limits(self) -> tuple[float, float]:

@@ -193,8 +193,8 @@ class Dataset:
         """What augmentation needs; ``bands`` are indices into the images' bands, None for all of them."""
         train = self.manifest.train
         chosen = tuple(range(len(self.manifest.bands))) if bands is None else tuple(bands)
-        names = tuple(band.name for band in self.manifest.bands)
-        return BandFacts(self.manifest.tile.dtype, chosen, train.mean, train.std, names)
+        names, light = zip(*((band.name, band.wavelength_nm) for band in self.manifest.bands), strict=True)
+        return BandFacts(self.manifest.tile.dtype, chosen, train.mean, train.std, names, light)
 
 
 def open_records(options: DataOptions, bands: Sequence[str] | None = None) -> Dataset:

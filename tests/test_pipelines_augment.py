@@ -147,6 +147,16 @@ def test_what_lies_far_from_0_is_changed_no_more_than_what_lies_near_it():
         (("swir22", "swir16", "coastal"), None),
         (("nir08", "red", "green"), None),
         (("rededge1", "red", "green"), None),
+        (("Shortwave Infrared 2", "Shortwave Infrared 1", "Near Infrared"), None),
+        (("dem", "slope", "aspect"), None),
+        (("B", "G", "R"), [2, 1, 0]),
+        (("N", "R", "G"), None),
+        (("B4", "B3", "B2"), [0, 1, 2]),
+        (("B02", "B03", "B04"), [2, 1, 0]),
+        (("B12", "B8A", "B4"), None),
+        (("B8", "B4", "B3"), None),
+        (("b1", "b2", "b3"), [0, 1, 2]),
+        (("", "", ""), [0, 1, 2]),
     ],
 )
 def test_hue_is_for_red_green_and_blue_by_name(names, order):
@@ -160,6 +170,19 @@ def test_hue_is_for_red_green_and_blue_by_name(names, order):
     stored = BandFacts("uint8", (0, 1, 2), tuple(mean), RGB.std)
     expected = drawn(AugmentOptions(colour_probability=1), stored, MANY[:20]).colour
     np.testing.assert_allclose(colour, expected[:, order][:, :, [*order, 3]], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("names", "light", "order"),
+    [
+        (("band_1", "band_2", "band_3"), (490.0, 560.0, 665.0), [2, 1, 0]),
+        (("B4", "B3", "B2"), (865.0, 655.0, 561.0), None),  # not the numbers of this sensor
+        (("band_1", "band_2", "band_3"), (490.0, None, 665.0), [0, 1, 2]),
+        (("pan", "red", "blue"), (590.0, 655.0, 482.0), None),  # of all light, whose middle is green
+    ],
+)
+def test_wavelengths_say_what_numbers_do_not(names, light, order):
+    assert BandFacts("uint8", (0, 1, 2), RGB.mean, RGB.std, names, light).rgb_order == order
 
 
 @pytest.mark.parametrize("facts", [RGB, FOUR])
