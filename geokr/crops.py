@@ -5,6 +5,7 @@ step to step. Cropping falsifies the fractions of a tile, so nothing is cropped 
 Smaller images also cost less.
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -72,7 +73,7 @@ class Crops:
 
     @property
     def _fewest(self) -> int:
-        return max(1, round(self.options.crop_min * self.squares))
+        return max(1, math.ceil(self.options.crop_min * self.squares - 1e-9))  # 0.3 of 10 is 3.0000000000000004
 
     def window(self, step: int) -> tuple[int, int, int]:
         """(row, column, side) in squares; all of them where the images stay whole."""

@@ -233,8 +233,8 @@ class Copy:
                     stack.pop_all()
                     return lock
 
-    def renew(self, wanted: Wanted, seen: os.stat_result, stopped: threading.Event = NEVER) -> None:
-        """Puts a new copy of a file in the place of ``seen``, which is damaged, unless that has been done.
+    def renew(self, wanted: Wanted, seen: os.stat_result, stopped: threading.Event = NEVER) -> bool:
+        """Puts a new copy of a file in the place of ``seen``, which is damaged; False where that had been done.
 
         Readers may hold the file meanwhile: it is replaced at once, and what they have open stays as it is. Raises
         TransferError, and StoppedError if ``stopped`` is set meanwhile.
@@ -246,13 +246,14 @@ class Copy:
                 if stopped.wait(_POLL_S / 5):
                     raise StoppedError
             if path.exists() and not os.path.samestat(path.stat(), seen):
-                return
+                return False
             part = path.with_name(f"{path.name}.renewed.part")
             try:
                 self.store.fetch(wanted.name, part, size=wanted.size, sha256=wanted.sha256, stopped=stopped)
                 publish(part, path)
             finally:
                 part.unlink(missing_ok=True)
+            return True
         finally:
             lock.release()
 

@@ -178,6 +178,12 @@ class Dataset:
         Raises PipelineError where the datasets do not agree or the weights cannot be.
         """
         of_each = [dataset.manifest for dataset in datasets]
+        for n, manifest in enumerate(of_each):
+            if manifest in of_each[:n]:
+                one, other = sources[of_each.index(manifest)].path, sources[n].path
+                raise PipelineError(
+                    f"data.records: {one} and {other} are the same dataset: name it once, with a larger weight"
+                )
         chosen, picks = lay_out(sources, of_each, bands)
         shares = shares_of(sources, of_each)
         train, val = (_joined(name, [getattr(dataset, name) for dataset in datasets], picks) for name in records.SPLITS)

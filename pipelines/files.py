@@ -11,16 +11,6 @@ from contextlib import contextmanager
 _FLAGS = os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0)
 
 
-@contextmanager
-def opened(path: str) -> Iterator[int]:
-    """A descriptor of the file that has this name now, whatever file of that name is open already. Raises OSError."""
-    handle = os.open(path, _FLAGS)
-    try:
-        yield handle
-    finally:
-        os.close(handle)
-
-
 class OpenFiles:
     """Open files, the least recently used closed beyond a limit; one in use is never closed."""
 
@@ -28,6 +18,7 @@ class OpenFiles:
         self._limit = limit
         self._lock = threading.Lock()
         self._open: OrderedDict[str, list[int]] = OrderedDict()  # path: [descriptor, users]
+        self._forgotten: dict[int, list[int]] = {}  # descriptor: the same of a file that was forgotten while in use
         self._finalizer = weakref.finalize(self, _close_unused, self._open)
 
     @contextmanager
@@ -37,15 +28,19 @@ class OpenFiles:
         try:
             yield handle
         finally:
-            self.release(path)
+            self.release(path, handle)
 
     def acquire(self, path: str) -> int:
         """The file's descriptor, which stays open until ``release``. Raises OSError."""
         return self._entry(path)[0]
 
-    def release(self, path: str) -> None:
+    def release(self, path: str, handle: int) -> None:
         with self._lock:
-            self._open[path][1] -= 1
+            entry = self._forgotten.get(handle) or self._open[path]
+            entry[1] -= 1
+            if handle in self._forgotten and entry[1] == 0:
+                os.close(handle)
+                del self._forgotten[handle]
 
     def _entry(self, path: str) -> list[int]:
         with self._lock:
@@ -72,11 +67,15 @@ class OpenFiles:
             os.close(self._open.pop(path)[0])
 
     def forget(self, path: str) -> None:
-        """Closes a file that is not needed any more, unless it is in use."""
+        """The file's name stands for another from now on, or for none; who uses it keeps it until ``release``."""
         with self._lock:
-            entry = self._open.get(path)
-            if entry is not None and entry[1] == 0:
-                os.close(self._open.pop(path)[0])
+            entry = self._open.pop(path, None)
+            if entry is None:
+                return
+            if entry[1] == 0:
+                os.close(entry[0])
+            else:
+                self._forgotten[entry[0]] = entry
 
     def close(self) -> None:
         """Closes what nobody uses; a file whose read hangs stays open with it."""

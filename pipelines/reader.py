@@ -11,9 +11,9 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, wait
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NoReturn
@@ -26,7 +26,7 @@ from geokr.records import FRAME_OVERHEAD, RecordError
 from pipelines import native, parse, read_kernels
 from pipelines.dataset import Dataset, Split
 from pipelines.errors import ReadTimeoutError
-from pipelines.files import OpenFiles, opened
+from pipelines.files import OpenFiles
 from pipelines.forms import Forms
 from pipelines.layout import Layout, lay_out
 from pipelines.staging import Stager
@@ -226,16 +226,17 @@ class Reader:
 
     def _read_compiled(self, calls: native.Calls, work: _Work, hand: np.ndarray, groups: list[int]) -> int:
         """Reads runs without the GIL; how many of them are not sound or could not be read."""
-        used: list[str] = []
+        used: list[tuple[str, int]] = []
         try:
             for begin, end in pairwise(groups):
                 path = work.paths[int(work.layout.shards[work.layout.edges[begin]])]
                 hand[0] = begin
                 try:
-                    work.handles[begin:end] = self._files.acquire(path)
+                    handle = self._files.acquire(path)
                 except OSError:
                     continue  # the slow way meets it again and says where
-                used.append(path)
+                work.handles[begin:end] = handle
+                used.append((path, handle))
             hand[0] = -1
             return read_kernels.read_runs(
                 calls.pread,
@@ -251,8 +252,8 @@ class Reader:
                 work.sound,
             )
         finally:
-            for path in used:
-                self._files.release(path)
+            for path, handle in used:
+                self._files.release(path, handle)
 
     def _locate(self, shard: int) -> str:
         """The shard's file. One that was removed after it was fetched, as by hand, is fetched again."""
@@ -273,27 +274,31 @@ class Reader:
         The copy of a remote shard that is damaged is fetched again, once.
         """
         shard = int(work.layout.shards[work.layout.edges[run]])
-        path = self._locate(shard)
+        path, seen = self._locate(shard), list[os.stat_result]()
         try:
-            self._read_frames(work, hand, run, self._files.use(path))
+            self._read_frames(work, hand, run, self._watched(path, seen))
         except RecordError as error:
             if self._stager is None or self._split.origin(shard).copy is None:
                 raise
             hand[0] = -1  # what is fetched has a time-out of its own
-            self._renew(self._stager, shard, path, error)
-            self._read_frames(work, hand, run, opened(path))
+            self._renew(self._stager, shard, path, seen, error)
+            self._read_frames(work, hand, run, self._files.use(path))
 
-    def _renew(self, stager: Stager, shard: int, path: str, error: RecordError) -> None:
-        """Puts a new copy in place of a damaged one, unless another thread or process has done so."""
+    @contextmanager
+    def _watched(self, path: str, seen: list[os.stat_result]) -> Iterator[int]:
+        """The file, and which one it is: another may soon have its name."""
+        with self._files.use(path) as handle:
+            seen.append(os.fstat(handle))
+            yield handle
+
+    def _renew(self, stager: Stager, shard: int, path: str, seen: Sequence[os.stat_result], error: RecordError) -> None:
+        """Puts a new copy in place of the damaged one that was seen, unless another thread or process has done so."""
         with self._renewing:
-            try:
-                with self._files.use(path) as handle:
-                    seen = os.fstat(handle)
-            except FileNotFoundError:
+            if not seen:  # it could not even be opened
                 stager.locate(shard, again=True)
-                return
-            log.warning("%s; its copy at %s is fetched again", error, path)
-            stager.renew(shard, seen)
+            elif stager.renew(shard, seen[0]):
+                log.warning("%s; its copy at %s was fetched again", error, path)
+            self._files.forget(path)
 
     def _read_frames(self, work: _Work, hand: np.ndarray, run: int, file: AbstractContextManager[int]) -> None:
         layout = work.layout

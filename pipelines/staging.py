@@ -59,11 +59,14 @@ class Stager:
         """
         return self._state.locate(shard, again)
 
-    def renew(self, shard: int, seen: os.stat_result) -> None:
-        """Fetches a shard again whose file, ``seen``, is damaged. Raises as ``locate``."""
+    def renew(self, shard: int, seen: os.stat_result) -> bool:
+        """Fetches a shard again whose file, ``seen``, is damaged; False where another had done so.
+
+        Raises as ``locate``.
+        """
         copy = self._state.split.origin(shard).copy
         assert copy is not None
-        copy.renew(self._state.wanted(shard), seen, self._state.stopped)
+        return copy.renew(self._state.wanted(shard), seen, self._state.stopped)
 
     def advance(self) -> list[Path]:
         """Says that a batch was read; the files that are not needed any more, for the reader to close."""

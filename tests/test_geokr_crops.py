@@ -137,6 +137,9 @@ def test_windows_are_inside_of_every_side_and_place_and_as_often_as_asked():
     assert set(sides) == {4, 5, 6, 7, 8}
     assert max(sides[k] for k in range(4, 8)) < 1.35 * min(sides[k] for k in range(4, 8))
     assert chosen.sides == [32, 40, 48, 56]
+    for squares, least, expected in ((5, 0.5, 3), (8, 0.3, 3), (10, 0.3, 3), (16, 0.2, 4), (8, 0.01, 1)):
+        smallest = Crops(AugmentOptions(crop_probability=1, crop_min=least), 0, 80 * squares, squares, 10).sides[0]
+        assert smallest == 80 * expected
     for row, column, side in windows:
         assert 0 <= row <= 8 - side
         assert 0 <= column <= 8 - side

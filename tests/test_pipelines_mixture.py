@@ -384,6 +384,14 @@ RUN = (
 )  # fmt: skip
 
 
+def test_one_dataset_under_two_names(folders, tmp_path):
+    """Each record would come twice an epoch, and each held-out tile count twice."""
+    (tmp_path / "link").symlink_to(folders / "a")
+    options = DataOptions.model_validate({"records": [str(folders / "a"), str(tmp_path / "link")]})
+    with pytest.raises(PipelineError, match=r"link are the same dataset: name it once, with a larger weight"):
+        open_records(options)
+
+
 def test_a_run_over_a_mixture(folders, tmp_path, capsys):
     listed = f"data.records=[{{path: {folders / 'a'}, weight: 1}}, {{path: {folders / 'b'}, weight: 4}}]"
     arguments = [listed, f"run.dir={tmp_path}", *RUN]

@@ -482,7 +482,7 @@ def test_a_damaged_copy_is_fetched_again(loader, options, server, local, tmp_pat
     assert not server.shards()
 
 
-def test_a_copy_damaged_while_it_is_read(options, local, tmp_path):
+def test_a_copy_damaged_while_it_is_read(options, local, tmp_path, caplog):
     """The reader has the old file open, and goes on with the new one."""
     data = options(prefetch=1)
     with train_batches(open_records(data), data, AugmentOptions(), seed=3) as loader:
@@ -490,7 +490,15 @@ def test_a_copy_damaged_while_it_is_read(options, local, tmp_path):
         for path in cached(tmp_path):
             damage(path)
         got += [next(loader) for _ in range(9)]
+        deleted = [name for name in open_files() if "tfrecord" in name and "(deleted)" in name]
     same(got, local)
+    assert not deleted  # what it had open would keep the old copies' room on the disk
+    again = [record.getMessage() for record in caplog.records if "was fetched again" in record.getMessage()]
+    assert len(again) == len({text.split(" (copy: ")[0] for text in again}) > 0  # each once
+
+
+def open_files():
+    return [os.readlink(link) for link in Path("/proc/self/fd").iterdir() if os.path.lexists(link)]
 
 
 def test_a_damaged_copy_that_other_processes_read(options, server, local, tmp_path):
