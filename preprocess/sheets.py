@@ -172,6 +172,5 @@ def sheets_of_nearest_year(sheets: Sequence[LabelSheet], scene_id: str, acquired
         return [sheets[n] for n in order if sheets[n].year == sheets[order[0]].year]
     if len(years) <= 1:
         return list(sheets)
-    when = day.year + (day.timetuple().tm_yday - 1) / 365.25
-    nearest = min(years, key=lambda year: (abs(year + 0.5 - when), year))
+    nearest = min(years, key=lambda year: (abs(date(year, 7, 1) - day), year))  # as the gap is measured
     return [sheet for sheet in sheets if sheet.year in (None, nearest)]

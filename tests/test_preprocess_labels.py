@@ -419,6 +419,7 @@ YEARS = {"n31_45_2010lc030.tif": 20, "n31_45_2020lc030.tif": 60}
         ({"TIFFTAG_DATETIME": "2021:01:01 00:00:00"}, "scene.tif", 60),
         ({}, "LC08_L1TP_038034_20150818_20170226_01_T1.tif", 60),
         ({}, "area-2015-06-29.tif", 20),
+        ({}, "area-2015-07-02.tif", 60),
     ],
 )
 def test_the_year_nearest_to_the_acquisition(tmp_path, tags, name, code):
@@ -430,6 +431,16 @@ def test_the_year_nearest_to_the_acquisition(tmp_path, tags, name, code):
     only = [entry.name for entry, share in zip(manifest.classes, manifest.train.prior, strict=True) if share]
     assert only == [{20: "forest", 60: "water_bodies"}[code]]
     assert manifest.land_cover_years == (2010, 2020)
+
+
+def test_new_years_day_is_nearer_to_the_july_that_comes(tmp_path):
+    """181 days to the one, 184 to the other: mosaics of a year are often dated so."""
+    sheets = [cover(tmp_path, f"n31_45_{year}lc030.tif", codes=[code]) for year, code in ((2020, 20), (2021, 60))]
+    one = scene(tmp_path, at(UTM31, 4.0, 47.0, 30, 90, 70), name="mosaic_20210101.tif")
+    manifest = packed(tmp_path, [one], sheets).manifest
+    only = [entry.name for entry, share in zip(manifest.classes, manifest.train.prior, strict=True) if share]
+    assert only == ["water_bodies"]
+    assert manifest.scenes[0].label_gap_years["globeland30"] == pytest.approx(-181 / 365.25)
 
 
 @pytest.mark.parametrize("name", ["scene.tif", "scene_20200230.tif", "scene_038034.tif", "scene_120200101.tif"])
