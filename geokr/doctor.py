@@ -18,11 +18,17 @@ from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 
-from geokr.checks.data import check_records, check_run
-from geokr.checks.finding import Finding, failure
-from geokr.checks.machine import check_machine
-from geokr.checks.software import check_software
-from geokr.checks.storage import check_disk
+try:
+    from geokr.checks.data import check_records, check_run
+    from geokr.checks.finding import Finding, failure
+    from geokr.checks.machine import check_machine
+    from geokr.checks.software import check_software
+    from geokr.checks.storage import check_disk
+except ModuleNotFoundError as missing:
+    sys.exit(
+        f"error: {sys.executable} has no {missing.name}: '. .venv/bin/activate', "
+        "or pip install -e '.[train]' in geokr's folder"
+    )
 
 _COLOURS = {"ok": "32", "warning": "33", "failure": "31"}
 _WIDTH = 118

@@ -19,7 +19,10 @@ from typing import Any
 if __package__ in (None, ""):  # run as a file: the folder on the path must be the project's, not this one
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from tqdm import tqdm
+try:
+    from tqdm import tqdm
+except ModuleNotFoundError:
+    sys.exit("error: this Python has not what packing needs: '. .venv/bin/activate', or pip install -e '.[pack]'")
 
 from geokr import config
 from geokr.landcover import product_names

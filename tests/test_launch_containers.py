@@ -141,3 +141,24 @@ def test_python_in_the_image(tmp_path):
     ]  # fmt: skip
     done = subprocess.run(run, env={**environment, "SIF": "/images/a.sif"}, capture_output=True, text=True, check=True)
     assert "/images/a.sif" in done.stdout.splitlines()
+    own = {**environment, "SLURM_TMPDIR": "/local/7", "BIND": "/data,$SLURM_TMPDIR,${SLURM_TMPDIR}/x:/x"}
+    done = subprocess.run(run, env=own, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[3] == f"{ROOT},/data,/local/7,/local/7/x:/x"
+    del own["SLURM_TMPDIR"]
+    done = subprocess.run(run, env=own, capture_output=True, text=True)
+    assert (done.returncode, "SLURM_TMPDIR is not set on this machine" in done.stderr) == (1, True)
+
+
+def test_images_are_made_of_what_they_need_alone():
+    """A folder that is worked in holds gigabytes of records and runs."""
+    allowed = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    definition = (LAUNCH / "apptainer" / "geokr.def").read_text()
+    files = [line.split() for line in re.search(r"%files\n((?: .*\n)+)", definition)[1].splitlines()]
+    assert all(to == f"/geokr/{name}" and (ROOT / name).exists() for name, to in files)
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = {"configs" if name == "geokr.configs" else name.split(".")[0] for name in packages}
+    assert (
+        {name for name, _ in files}
+        == allowed
+        == {*folders, *["pyproject.toml", "setup.py", "README.md", "LICENSE", "launch"]}
+    )

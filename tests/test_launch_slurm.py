@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -461,3 +462,17 @@ def test_preempted_and_requeued_it_ends_with_the_same_weights(cluster, tmp_path)
     done = torchrun(2, "-m", "geokr.pretrain", *keys(records, tmp_path / "straight", *last))
     assert done.returncode == 0, done.stderr
     assert same_tensors(tmp_path / "cut", tmp_path / "straight")
+
+
+@pytest.mark.parametrize("where", ["GEOKR_ROOT", "SLURM_SUBMIT_DIR"])
+def test_a_folder_that_is_not_the_projects_is_named(tmp_path, where):
+    """Slurm runs a copy from its spool; a wrong name must not start another checkout's code."""
+    script = tmp_path / "spool" / "slurm_script"
+    script.parent.mkdir()
+    shutil.copy(ROOT / "launch" / "pretrain_slurm.sbatch", script)
+    kept = {name: v for name, v in os.environ.items() if not name.startswith(("SLURM_", "GEOKR_"))}
+    others = {"SLURM_SUBMIT_DIR": str(ROOT)} if where == "GEOKR_ROOT" else {}
+    environment = {**kept, **others, where: str(tmp_path)}
+    done = subprocess.run(["bash", str(script)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "is not geokr's folder: call sbatch from it, or set GEOKR_ROOT to it" in done.stderr
