@@ -11,7 +11,10 @@ LIGHT = {"blue": (450, 520), "green": (520, 600), "red": (620, 695), "nir": (760
 # Names that only count, as readers give them where a file names no band; Sentinel-2's and Landsat's own.
 _COUNTED = re.compile(r"(?:(?:band|layer|channel|ch)[ _.-]*)?\d*")
 _NUMBERED = re.compile(r"b[ _.-]?(\d+)(a?)")
-_NUMBERS = {(2, 3, 4): (4, 3, 2), (1, 2, 3): None}  # red, green, blue of Sentinel-2 and Landsat 8; as they stand
+_NUMBERS: dict[tuple[int, ...], tuple[int, ...] | None] = {
+    (2, 3, 4): (4, 3, 2),
+    (1, 2, 3): None,
+}  # red, green, blue of Sentinel-2 and Landsat 8; as they stand
 
 
 def words(name: str) -> list[str]:

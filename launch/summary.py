@@ -83,9 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     for what, value in lines:
         print(f"{what:<16}{value}" if what else "")
-    print(
-        "\nnext: your own scenes, after '. .venv/bin/activate'. README.md shows the commands, docs/data.md how to prepare the data"
-    )
+    print("\nnext: your own scenes, after '. .venv/bin/activate': README.md has the commands, docs/data.md the data")
     return 0
 
 
