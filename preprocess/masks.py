@@ -8,7 +8,7 @@ the mask pixel under its centre. Ground that the mask does not reach counts as m
 import glob
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -175,11 +175,11 @@ def _patterns(scene: Scene, options: MaskOptions) -> Iterator[str]:
 
 
 def find_mask(scene: Scene, options: MaskOptions) -> str | None:
-    """The path of the mask that a scene list or an item names, or that lies beside a scene, or None.
+    """The path of the mask that a scene list or an item names, else of one that lies beside a scene, or None.
 
     Raises PlanError where several fit.
     """
-    if scene.mask_path and options.pattern is None:
+    if scene.mask_path:
         return scene.mask_path
     for pattern in dict.fromkeys(_patterns(scene, options)):
         found = [path for path in sorted(glob.glob(pattern)) if path.lower().endswith(ENDINGS) and path != scene.file]
@@ -207,6 +207,8 @@ def with_mask(scene: Scene, options: MaskOptions) -> Scene:
         if not options.required:
             return scene
         tried = ", ".join(dict.fromkeys(_patterns(scene, options)))
+        if not tried:
+            raise PlanError(_nowhere(scene, options))
         raise PlanError(
             f"{scene.path}: no mask of kind {options.kind!r} beside it (looked for {tried}): set mask.pattern, or "
             "mask.required=false to take such scenes as they are"
@@ -216,6 +218,22 @@ def with_mask(scene: Scene, options: MaskOptions) -> Scene:
     if not labels.overlapping(scene.place, [LabelSheet(sheet, None, None)]):
         raise PlanError(f"{scene.path}: its mask {path} lies somewhere else; is it that of another scene?")
     return replace(scene, mask=sheet, fingerprint=f"{scene.fingerprint}+{sheet.fingerprint}")
+
+
+def _nowhere(scene: Scene, options: MaskOptions) -> str:
+    return (
+        f"{scene.path}: names no mask, and masks of mask.kind={options.kind} have no usual names: set mask.pattern to "
+        "where they are, or name the scene's own in a scene list (docs/data.md, Band files)"
+    )
+
+
+def check_some(scenes: Sequence[Scene], options: MaskOptions) -> None:
+    """Raises PlanError where no scene has a mask because nothing says where masks are. With ``mask.required=false``
+    all would go by unmasked."""
+    if options.kind is None or options.pattern is not None or KINDS[options.kind].patterns:
+        return
+    if scenes and not any(scene.mask for scene in scenes):
+        raise PlanError(_nowhere(scenes[0], options))
 
 
 # ----------------------------------------------------------------------------------------------------- pixels

@@ -125,7 +125,7 @@ class MaskOptions(Options):
     pattern: str | None = None
     """Where a scene's mask is, from the scene's folder on: `./{stem}_clouds.tif`, with `{stem}` (the file's name
     without ending), `{base}` (that without a band's part), `{scene}` (the scene's id), `{folder}` and `*`; null for
-    the usual names."""
+    the usual names. A mask that a scene list or a STAC item names comes first."""
     reject: tuple[int | str, ...] | None = None
     """Classes that speak against a pixel, by name (`cloud_high`), value or bit number; null for clouds, their shadows
     and pixels without data."""
@@ -136,8 +136,8 @@ class MaskOptions(Options):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.kind in ("values", "bits") and (self.pattern is None or self.reject is None):
-            raise ValueError(f"mask.kind={self.kind} needs mask.pattern (where masks are) and mask.reject (numbers)")
+        if self.kind in ("values", "bits") and self.reject is None:
+            raise ValueError(f"mask.kind={self.kind} needs mask.reject: the numbers that speak against a pixel")
         if self.kind is None and (self.pattern is not None or self.reject is not None):
             raise ValueError("mask.pattern and mask.reject go with mask.kind: say what the masks hold")
         return self

@@ -127,6 +127,7 @@ def make_plan(
     with gdal_files.environment():
         products = covers.read_covers(sheet_patterns, product, also or {}, options)
         scenes, rejected = _read_scenes(sources, options, sensor)
+        masks.check_some(scenes, options.mask)
         bands.check_alike(scenes)
         chosen = bands.choose_bands(scenes[0], options)
         bands.check_band_names(scenes, chosen, options)
@@ -170,6 +171,7 @@ def make_tile_plan(
         with gdal_files.many_small_files():
             placement = _placement(options)
             sample, names_of_sample = precut.look(tiles, scene_id, options, sensor, placement)
+        masks.check_some(sample, options.mask)
         first = sample[0]
         options = precut.tile_options(options, first)
         _check_grid(options)

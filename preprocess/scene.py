@@ -181,12 +181,15 @@ def _assembled(
 
 
 def _mask_path(source: Source, options: PackOptions) -> str:
-    """The mask that the source names, unless it is of another kind than the one wanted."""
+    """The mask that the source names, unless it is of another kind than the one wanted, or cannot be opened where
+    mask.pattern says of another."""
     kind = options.mask.kind
     if kind is not None and source.mask_kind not in ("", kind):
         return ""
-    if kind is not None and source.mask_fault and options.mask.pattern is None:
-        raise PlanError(source.mask_fault)
+    if kind is not None and source.mask_fault:
+        if options.mask.pattern is None:
+            raise PlanError(source.mask_fault)
+        return ""
     return source.mask
 
 

@@ -347,8 +347,11 @@ def test_masks_that_cannot_be(tmp_path):
         pack_with(tmp_path, scene, cover, "mask.kind=scl", "mask.reject=[clouds]", "mask.pattern=a_mask.tif")
     with pytest.raises(PlanError, match="17 is no bit"):
         pack_with(tmp_path, scene, cover, "mask.kind=bits", "mask.reject=[17]", "mask.pattern=a_mask.tif")
-    with pytest.raises(ConfigError, match=r"needs mask\.pattern"):
-        pack_with(tmp_path, scene, cover, "mask.kind=values")
+    with pytest.raises(ConfigError, match=r"needs mask\.reject"):
+        pack_with(tmp_path, scene, cover, "mask.kind=values", "mask.pattern=a_mask.tif")
+    for more in ((), ("mask.required=false",)):  # which would turn a forgotten pattern into no masks at all
+        with pytest.raises(PlanError, match=r"B02_10m\.tif: names no mask.*mask\.kind=values.*set mask\.pattern"):
+            pack_with(tmp_path, scene, cover, *own, *more)
     with pytest.raises(ConfigError, match=r"go with mask\.kind"):
         pack_with(tmp_path, scene, cover, "mask.pattern=x.tif")
     path.write_bytes(b"no raster")

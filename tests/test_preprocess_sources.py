@@ -3,6 +3,7 @@
 import json
 import shutil
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -634,6 +635,10 @@ def test_what_nobody_asks_for_may_lie_elsewhere(stac, cover, far):
     assert len(plan_of([listed], cover, "tile.bands=rgb").tasks) == 1
     refused([listed], cover, r"asset 'B05': \w+://example", "tile.bands=[red, B05]", "tile.codec=raw")
     refused([listed], cover, r"x \(.*mask: \w+://example", "tile.bands=rgb", "mask.kind=scl")
+    here = str(write_raster(folder / "here.tif", np.zeros((64, 64), np.uint8), PLACE))
+    (task,) = plan_of([listed], cover, "tile.bands=rgb", "mask.kind=scl", f"mask.pattern={here}").tasks
+    assert task.scene.mask is not None
+    assert task.scene.mask.path == here
 
 
 @pytest.mark.parametrize(
@@ -679,3 +684,22 @@ def test_cloud_masks_of_products_lists_and_items(safe, cover, tmp_path, way):
     (task,) = plan_of([scenes], cover, *keys).tasks
     assert task.scene.mask is not None
     assert task.scene.mask.path == scl
+
+
+def test_a_scenes_own_mask_comes_before_the_pattern_and_needs_none(cover, tmp_path):
+    for name, value in (("a", 1), ("b", 2)):
+        write_raster(tmp_path / f"{name}.tif", noise(value, (3, 64, 64)), PLACE)
+        write_raster(tmp_path / f"{name}_mask.tif", np.zeros((64, 64), np.uint8), PLACE)
+    write_raster(tmp_path / "own.tif", np.zeros((64, 64), np.uint8), PLACE)
+    every = [{"file": "a.tif", "mask": "own.tif"}, {"file": "b.tif", "mask": "own.tif"}]
+    keys = ("mask.kind=values", "mask.reject=[1]")
+
+    def masks(scenes, *more):
+        found = plan_of([write_list(tmp_path, scenes)], cover, *keys, *more).tasks
+        return [task.scene.mask and Path(task.scene.mask.path).name for task in found]
+
+    assert masks(every) == ["own.tif", "own.tif"]
+    some = [every[0], {"file": "b.tif"}]
+    assert masks(some, "mask.pattern=./{stem}_mask.tif") == ["own.tif", "b_mask.tif"]
+    refused([write_list(tmp_path, some)], cover, r"b\.tif: names no mask.*set mask\.pattern", *keys)
+    assert masks(some, "mask.required=false") == ["own.tif", None]
