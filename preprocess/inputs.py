@@ -21,11 +21,46 @@ def find_files(patterns: Sequence[str], what: str, allow_remote: bool = False) -
     return sorted({path for pattern in patterns for path in matches(pattern, what, allow_remote)[0]})
 
 
+RENAME = "rename it (where it is Chinese: convmv -f gbk -t utf8 --notest FILE)"
+
+
+def check_name(path: str, what: str, remedy: str = RENAME) -> str:
+    """The path, if it is UTF-8: GDAL, Arrow and the manifest take no other. Raises PlanError that shows the bytes.
+
+    Archives from Chinese systems hold names in GBK, which unzip and tar leave as they are.
+    """
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        parts = Path(path).parts
+        depth = next(n for n, part in enumerate(parts) if not _is_unicode(part))
+        first = Path(*parts[: depth + 1])
+        raise PlanError(f"{what} {printable(str(first))}: its name is not UTF-8; {remedy}") from None
+    return path
+
+
+def printable(text: str) -> str:
+    """A name or an argument that any file can hold: bytes that are not UTF-8 become escapes such as ``\\xb6``."""
+    return os.fsencode(text).decode(errors="backslashreplace")
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a name had no bytes for which Python puts surrogates."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
 def matches(pattern: str, what: str, allow_remote: bool, folders: bool = False) -> tuple[list[str], bool]:
     """(absolute paths and URLs that a pattern stands for, whether it names them itself and is no glob).
 
-    folders: whether those that match are wanted too. Raises PlanError if there is none.
+    folders: whether those that match are wanted too. Raises PlanError if there is none, or if a name is not UTF-8.
     """
+    found, named = _matches(pattern, what, allow_remote, folders)
+    for path in found:
+        check_name(path, what)
+    return found, named
+
+
+def _matches(pattern: str, what: str, allow_remote: bool, folders: bool) -> tuple[list[str], bool]:
     if pattern.startswith("@"):
         return _listed(pattern[1:], what, allow_remote), True
     if remote.is_remote(pattern):

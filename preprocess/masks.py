@@ -19,7 +19,7 @@ from geokr.config import suggestion
 from geokr.landcover import LOOKUP_OFFSET, LOOKUP_SIZE, LandCoverClass, Legend
 from preprocess import labels, raster, sheet_headers
 from preprocess.errors import RasterError
-from preprocess.inputs import PlanError
+from preprocess.inputs import PlanError, check_name
 from preprocess.options import MaskOptions
 from preprocess.place import Place
 from preprocess.raster import Scene
@@ -189,7 +189,7 @@ def find_mask(scene: Scene, options: MaskOptions) -> str | None:
                 "set mask.pattern so that one fits"
             )
         if found:
-            return found[0]
+            return check_name(found[0], "mask.pattern:")
     return None
 
 

@@ -31,7 +31,7 @@ from preprocess import checksums, estimate, report, report_page, tile_table
 from preprocess.engine import Engine, WorkerLost
 from preprocess.errors import RasterError
 from preprocess.finishing import Finishing
-from preprocess.inputs import PlanError
+from preprocess.inputs import PlanError, check_name
 from preprocess.options import PackOptions
 from preprocess.pack import Packed, pack
 from preprocess.plan import Plan, make_plan, make_tile_plan
@@ -170,6 +170,7 @@ def run(arguments: Sequence[str]) -> int:
     if chosen.sensor:
         overrides.append(f"scene.sensor={chosen.sensor}")
     options = config.load(PackOptions, chosen.config, overrides)
+    check_name(str(chosen.out.absolute()), "--out", "choose another folder, or rename that one")
     if not chosen.dry_run:
         check_writable(chosen.out)
     plan = plan_of(chosen, options)

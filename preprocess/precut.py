@@ -15,7 +15,7 @@ from typing import Any, Literal
 from preprocess import fingerprints, masks, rpc
 from preprocess.errors import RasterError
 from preprocess.georeference import Placement
-from preprocess.inputs import PlanError
+from preprocess.inputs import PlanError, check_name
 from preprocess.options import PackOptions
 from preprocess.raster import Scene
 from preprocess.scene import Source, open_scene
@@ -84,15 +84,16 @@ class Listing:
 
     @classmethod
     def of(cls, folder: str, what: str, endings: Sequence[str]) -> "Listing":
-        """Those with an ending. Raises PlanError if there is no such folder, or not one file."""
+        """Those with an ending. Raises PlanError if there is no such folder, not one file, or a name is not UTF-8."""
         if not os.path.isdir(folder):
             raise PlanError(f"{what} {folder}: there is no such folder")
+        check_name(os.path.abspath(folder), what)
         sizes: dict[str, int] = {}
         for path, folders, names in os.walk(folder, onerror=_unread):
             folders[:] = [name for name in folders if not name.startswith(".")]
             for name in names:
                 if name.lower().endswith(tuple(endings)) and not name.startswith("."):
-                    full = os.path.join(path, name)
+                    full = check_name(os.path.join(path, name), what)
                     sizes[Path(os.path.relpath(full, folder)).as_posix()] = os.path.getsize(full)
         if not sizes:
             raise PlanError(f"{what} {folder}: holds no {', '.join(endings)}; is it the right folder?")

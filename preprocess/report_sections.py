@@ -10,6 +10,7 @@ import yaml
 from geokr.manifests import Manifest, labelled_by
 from geokr.records import SPLITS
 from preprocess import remote, report
+from preprocess.inputs import printable
 from preprocess.report_pictures import Example
 from preprocess.stages import STAGES
 
@@ -238,5 +239,5 @@ def scenes(manifest: Manifest, left_out: Mapping[str, str]) -> str:
 def making(manifest: Manifest, command: Sequence[str]) -> str:
     """The command and the configuration."""
     config = yaml.safe_dump(dict(manifest.config), sort_keys=True, allow_unicode=True)
-    line = f"<pre>{escaped(shlex.join(map(remote.shown, command)))}</pre>" if command else ""
+    line = f"<pre>{escaped(shlex.join(printable(remote.shown(word)) for word in command))}</pre>" if command else ""
     return f"{line}<details><summary>The whole configuration</summary><pre>{escaped(config)}</pre></details>"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from preprocess import remote, scene_list, stac
-from preprocess.inputs import PlanError, matches
+from preprocess.inputs import PlanError, check_name, matches
 from preprocess.scene import BandFile, Source
 from preprocess.sensor import FileName, Sensor, load_sensor, sensor_names
 
@@ -56,7 +56,7 @@ def _walk(folder: str, sensor: Sensor | None) -> list[str]:
         fits = [name for name in sensor_names() if any(load_sensor(name).parse(Path(file).name) for file in below)]
         hint = f"give --sensor {' or --sensor '.join(fits)}, or add /*.tif to it" if fits else "add /*.tif to it"
         raise PlanError(f"--scenes {folder!r}: a folder: {hint} (current folder: {os.getcwd()})")
-    named = [file for file in below if sensor.parse(Path(file).name)]
+    named = [check_name(file, "--scenes") for file in below if sensor.parse(Path(file).name)]
     if not named:
         raise PlanError(
             f"--scenes {folder!r}: none of the {len(below)} files below it has a name of sensor {sensor.name}"

@@ -1,5 +1,6 @@
 """What users get wrong, through the command line: status 1, what and where and what to do, nothing published."""
 
+import os
 import re
 import shutil
 import struct
@@ -88,6 +89,42 @@ def test_scenes_of_one_name_in_different_folders_and_of_different_endings(at):
     assert len(set(ids)) == 4
     tiles = [record.tile_id for _, record in read_records(at / "out")]
     assert len(set(tiles)) == len(tiles) == 64
+
+
+def test_names_that_are_not_utf8(at, capsys):
+    """As archives from Chinese systems hold them; GDAL, Arrow and the manifest take no others."""
+    gbk = os.fsdecode(b"\xb6\xab")
+    for folder in (gbk, "products", "tiles"):
+        (at / folder).mkdir()
+    for name in (f"{gbk}.tif", f"{gbk}/x.tif", f"tiles/{gbk}.tif", f"products/{gbk}_B4.TIF"):
+        shutil.copy(at / "scene.tif", at / name)
+    say = r"\\xb6\\xab{}: its name is not UTF-8; rename it \(.*convmv -f gbk"
+    refused(at, capsys, "--scenes /.*" + say.format(r"\.tif"), scenes=["*.tif"])
+    refused(at, capsys, "--scenes /.*" + say.format(r"\.tif"), "max_bad_fraction=0.9", scenes=["*.tif"])
+    refused(at, capsys, "--scenes /.*" + say.format(""), scenes=[f"{gbk}/x.tif"])
+    refused(at, capsys, "--land-cover /.*" + say.format(r"\.tif"), cover=f"{gbk}.tif")
+    table = at / "own.yaml"
+    table.write_text("name: own\nbands: [{name: red, id: B4}]\nband_files: ['(?P<product>.+)_(?P<band>B4)\\.TIF']\n")
+    refused(at, capsys, "--scenes /.*" + say.format(r"_B4\.TIF"), "--sensor", str(table), scenes=["products"])
+    how = ["--land-cover", str(at / "cover.tif"), "--product", "worldcover", "--out", str(at / "out"), *KEYS]
+    for folder, shown in (("tiles", r"\.tif"), (gbk, "")):
+        assert pack_records.main(["--tiles", str(at / folder), *how]) == 1
+        assert re.search("--tiles /.*" + say.format(shown), capsys.readouterr().err)
+    refused(at, capsys, r"--out /.*o\\xb6\\xab: its name is not UTF-8; choose another folder", out=f"new/o{gbk}")
+    assert not (at / "new").exists()
+
+
+def test_a_configuration_whose_name_is_not_utf8_goes_into_the_report(at, capsys):
+    (config := at / os.fsdecode(b"\xb6\xab.yaml")).write_text("seed: 1\n")
+    how = (*KEYS, "--config", str(config))
+    assert command([at / "scene.tif"], [at / "cover.tif"], "worldcover", at / "out", *how) == 0
+    assert r"\xb6\xab.yaml" in (at / "out/report.html").read_text()
+
+
+def test_a_mask_whose_name_is_not_utf8(at, capsys):
+    shutil.copy(at / "cover.tif", at / os.fsdecode(b"clouds_\xb6\xab.tif"))
+    keys = ("mask.kind=values", "mask.reject=[1]", "mask.pattern=./clouds_*.tif")
+    refused(at, capsys, r"clouds_\\xb6\\xab\.tif: its name is not UTF-8; rename it", *keys)
 
 
 # -------------------------------------------------------------------------------------------- what scenes lack
