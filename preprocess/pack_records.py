@@ -26,18 +26,18 @@ except ModuleNotFoundError:
 
 from geokr import config
 from geokr.landcover import product_names
-from geokr.records import RecordError
+from geokr.records import SPLITS, RecordError
 from preprocess import checksums, estimate, report, report_page, tile_table
 from preprocess.engine import Engine, WorkerLost
 from preprocess.errors import RasterError
 from preprocess.finishing import Finishing
 from preprocess.inputs import PlanError, check_name
 from preprocess.options import PackOptions
-from preprocess.pack import Packed, pack
+from preprocess.pack import Packed, look, pack
 from preprocess.plan import Plan, make_plan, make_tile_plan
 from preprocess.sensor import sensor_names
 from preprocess.sheets import LabelError
-from preprocess.workfolder import PackError, check_writable
+from preprocess.workfolder import PackError, check_ours, check_writable
 
 # Training tiles from which on the recipe for large datasets is named as the next step, else the small one.
 MANY = 100_000
@@ -164,6 +164,20 @@ def plan_of(chosen: argparse.Namespace, options: PackOptions) -> Plan:
     )
 
 
+def dry_run(plan: Plan, out: Path, *, append: bool) -> str:
+    """What packing would come to, beside what ``out`` holds. Raises what packing would, which refuses some folders."""
+    state = look(plan, out, append)
+    if state.done:
+        return f"{out}: already holds this dataset, nothing to do"
+    check_ours(out)
+    said = estimate.describe(state.plan, out, estimate.sample(state.plan))
+    if state.manifest is None:
+        return said
+    there = sum(state.manifest.split(name).records for name in SPLITS)
+    scenes = f"{there:,} records of {len(state.manifest.scenes):,} scenes"
+    return f"{out}: holds {scenes}; what follows is of the new scenes alone\n\n{said}"
+
+
 def run(arguments: Sequence[str]) -> int:
     others, overrides = config.split_overrides(arguments)
     chosen = parser().parse_args(others)
@@ -171,15 +185,14 @@ def run(arguments: Sequence[str]) -> int:
         overrides.append(f"scene.sensor={chosen.sensor}")
     options = config.load(PackOptions, chosen.config, overrides)
     check_name(str(chosen.out.absolute()), "--out", "choose another folder, or rename that one")
-    if not chosen.dry_run:
-        check_writable(chosen.out)
+    check_writable(chosen.out)
     plan = plan_of(chosen, options)
     if chosen.checksums:
         plan = replace(plan, checksums=checksums.read_lists(chosen.checksums, plan.inputs()))
     for warning in plan.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     if chosen.dry_run:
-        print(estimate.describe(plan, chosen.out, estimate.sample(plan)))
+        print(dry_run(plan, chosen.out, append=chosen.append))
         return 0
     for scene_id, reason in plan.rejected.items():
         print(f"left out: {scene_id} ({reason})", file=sys.stderr)

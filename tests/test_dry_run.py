@@ -10,7 +10,7 @@ from geokr.manifests import load_manifest
 from preprocess import estimate
 from preprocess.options import PackOptions
 from preprocess.plan import make_plan
-from tests.scenes import command, noise, patches, write_raster
+from tests.scenes import command, contents, noise, patches, write_raster
 
 KEYS = ("tile.size=32", "tile.step=24", "split.block_m=3000", "split.val_fraction=0.3", "workers=0")
 
@@ -106,6 +106,45 @@ def test_nothing_kept_is_said(inputs, tmp_path, capsys):
     keys = ("quality.min_contrast=300", "--dry-run")
     assert command(*inputs, tmp_path / "out", *KEYS, *keys) == 0
     assert "not one of the tiles" in capsys.readouterr().out
+
+
+def test_it_looks_at_what_the_folder_holds_as_packing_does(inputs, tmp_path, capsys):
+    """Nothing to do, scenes to be added, and every refusal, by the words and the status of packing."""
+    scenes, covers, product = inputs
+    out = tmp_path / "out"
+    assert command(scenes[:2], covers, product, out, *KEYS) == 0
+    before = contents(out)
+
+    def both(given, folder, *more):
+        """(status, output, errors) of a dry run and of packing, where packing changes nothing."""
+        capsys.readouterr()
+        found = []
+        for how in (("--dry-run",), ()):
+            status = command(given, covers, product, folder, *KEYS, *more, *how)
+            found.append((status, *capsys.readouterr()))
+        return found
+
+    for more in ((), ("--append",)):
+        dry, packed = both(scenes[:2], out, *more)
+        assert dry[0] == packed[0] == 0
+        line = f"{out}: already holds this dataset, nothing to do"
+        assert dry[1].strip() == packed[1].splitlines()[0] == line
+    (foreign := tmp_path / "foreign").mkdir()
+    (foreign / "thesis.docx").touch()
+    (a_file := tmp_path / "file").touch()
+    for folder, *more in ((out, "seed=7"), (out, "seed=7", "--append"), (foreign,), (a_file,)):
+        dry, packed = both(scenes[:2], folder, *more)
+        assert dry[0] == packed[0] == 1
+        assert dry[2] == packed[2]
+        assert dry[1] == ""
+    dry, packed = both(scenes[:3], out)
+    assert dry[::2] == packed[::2]
+    assert "--append adds the new scenes" in dry[2]
+    assert command(scenes[:4], covers, product, out, *KEYS, "--append", "--dry-run") == 0
+    said = capsys.readouterr().out
+    assert re.search(r"holds [\d,]+ records of 2 scenes; what follows is of the new scenes alone", said)
+    assert re.search(r"scenes +2\n", said)
+    assert contents(out) == before
 
 
 def test_columns_line_up(inputs, tmp_path, capsys):
