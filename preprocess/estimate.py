@@ -7,6 +7,7 @@ import tempfile
 import textwrap
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -30,23 +31,42 @@ SECONDS = 60.0  # after which no further scene is looked into
 
 
 @dataclass(slots=True)
-class Sampled:
-    """Sums over the tiles that were looked at.
+class Sums:
+    """Over tiles. kept, held_out, rejected (by reason): of them. bytes: of the spill, frames with what follows them.
+    busy: seconds that they took."""
 
-    bytes: of the spill, frames with what follows them. times: see preprocess.stages. unread: scenes that could not be
-    read, by id. busy: seconds that the tiles took; read_pixels, read_seconds: what reading them took.
+    tiles: float = 0
+    kept: float = 0
+    held_out: float = 0
+    bytes: float = 0
+    busy: float = 0.0
+    rejected: dict[str, float] = field(default_factory=dict)
+
+    def add(self, other: "Sums", factor: float = 1) -> None:
+        for name in ("tiles", "kept", "held_out", "bytes", "busy"):
+            setattr(self, name, getattr(self, name) + factor * getattr(other, name))
+        for reason, count in other.rejected.items():
+            self.rejected[reason] = self.rejected.get(reason, 0) + factor * count
+
+
+@dataclass(slots=True)
+class Sampled(Sums):
+    """Sums over the tiles that were looked at, and what they stand for.
+
+    whole: the same sums, each scene's in proportion to the tiles that it stands for: a small scene, of which as much is
+    looked at as of a large one, must not count as much. times: see preprocess.stages. unread: scenes that could not be
+    read, by id. read_pixels: of the tiles.
     """
 
+    whole: Sums = field(default_factory=Sums)
     scenes: int = 0
-    tiles: int = 0
-    kept: int = 0
-    held_out: int = 0
-    bytes: int = 0
-    busy: float = 0.0
     read_pixels: int = 0
-    rejected: Counter[str] = field(default_factory=Counter)
     times: dict[str, list[float]] = field(default_factory=dict)
     unread: dict[str, str] = field(default_factory=dict)
+
+    def share(self, count: float) -> float:
+        """Of all tiles, as far as the looks tell. count: one of ``whole``."""
+        return count / self.whole.tiles if self.whole.tiles else 0.0
 
 
 def _place(text: str) -> int:
@@ -56,21 +76,38 @@ def _place(text: str) -> int:
 def sample(plan: Plan) -> Sampled:
     """Looks at tiles of scenes chosen by hash, the same ones every time. Raises LabelError."""
     found, start = Sampled(), time.monotonic()
-    tasks = sorted((task for task in plan.tasks if task.chunks), key=lambda task: _place(task.scene.scene_id))[:SCENES]
-    parts = max(1, PARTS // max(1, len(tasks)))
+    chosen = _chosen([task for task in plan.tasks if task.chunks])
+    tiles = sum(stands_for for _, stands_for in chosen)
     with tempfile.TemporaryDirectory(prefix="geokr-dry-run-") as folder:
-        for number, task in enumerate(tasks):
+        for number, (task, stands_for) in enumerate(chosen):
             if time.monotonic() - start > SECONDS:
                 break
+            parts = max(1, math.floor(PARTS * stands_for / tiles + 0.5))
             try:
-                _sample_scene(plan, task, parts, folder, found, first=number == 0)
+                _sample_scene(plan, task, parts, folder, found, stands_for, first=number == 0)
                 found.scenes += 1
             except RasterError as error:
                 found.unread[task.scene.scene_id] = str(error)
     return found
 
 
-def _sample_scene(plan: Plan, task: SceneTask, parts: int, folder: str, found: Sampled, *, first: bool) -> None:
+def _chosen(tasks: Sequence[SceneTask]) -> list[tuple[SceneTask, float]]:
+    """(scene, tiles that it stands for) of at most SCENES scenes, in the order of a hash. Of more, a scene's chance
+    goes by its tiles: points spread evenly over all tiles fall into some scenes, each of which stands for its points'.
+    """
+    ordered = sorted(tasks, key=lambda task: _place(task.scene.scene_id))
+    if len(ordered) <= SCENES:
+        return [(task, task.tiles) for task in ordered]
+    ends = np.cumsum([task.tiles for task in ordered])
+    total = int(ends[-1])
+    points = [(n + _place(f"scene {n}") / 2**64) / SCENES * total for n in range(SCENES)]
+    hits = Counter(np.searchsorted(ends, points, side="right").tolist())
+    return [(ordered[at], count * total / SCENES) for at, count in sorted(hits.items())]
+
+
+def _sample_scene(
+    plan: Plan, task: SceneTask, parts: int, folder: str, found: Sampled, stands_for: float, *, first: bool
+) -> None:
     limits = _limits(plan, task)
     jobs = [
         scan.Job(0, task.scene, task.bands, task.covers, part, limits, plan.options, folder)
@@ -78,26 +115,25 @@ def _sample_scene(plan: Plan, task: SceneTask, parts: int, folder: str, found: S
     ]
     if first:  # compiles, and opens what stays open
         _scan(jobs[0])
+    own = Sums()
     for job in jobs:
         start = time.perf_counter()
         commit = _scan(job)
-        _count(found, job, commit, time.perf_counter() - start)
+        own.add(_sums(job, commit, time.perf_counter() - start))
+        if isinstance(job.chunk, Chunk):
+            found.read_pixels += job.chunk.window[2] * job.chunk.window[3]
+        add(found.times, commit["stages"])
+    found.add(own)
+    found.whole.add(own, stands_for / own.tiles)
 
 
 def _scan(job: scan.Job) -> dict[str, Any]:
     return scan_tiles.scan_files(job) if isinstance(job.chunk, Files) else scan.scan_chunk(job)
 
 
-def _count(found: Sampled, job: scan.Job, commit: dict[str, Any], seconds: float) -> None:
-    found.tiles += job.chunk.tiles
-    found.kept += commit["kept"]
-    found.held_out += commit["splits"][1]["tiles"]
-    found.bytes += commit["bytes"]
-    found.busy += seconds
-    if isinstance(job.chunk, Chunk):
-        found.read_pixels += job.chunk.window[2] * job.chunk.window[3]
-    found.rejected.update(commit["rejected"])
-    add(found.times, commit["stages"])
+def _sums(job: scan.Job, commit: dict[str, Any], seconds: float) -> Sums:
+    held_out = commit["splits"][1]["tiles"]
+    return Sums(job.chunk.tiles, commit["kept"], held_out, commit["bytes"], seconds, commit["rejected"])
 
 
 def _limits(plan: Plan, task: SceneTask) -> np.ndarray:
@@ -178,14 +214,15 @@ def estimate(plan: Plan, found: Sampled) -> Estimate | None:
     """None where not one tile could be looked at, or not one is kept."""
     if not found.kept:
         return None
-    kept = plan.tiles * found.kept / found.tiles
+    kept = plan.tiles * found.share(found.whole.kept)
     workers = engine.default_workers() if plan.options.workers is None else plan.options.workers
-    return Estimate(kept, kept * found.bytes / found.kept, _seconds(plan, found) / max(1, workers), workers)
+    size = plan.tiles * found.share(found.whole.bytes)
+    return Estimate(kept, size, _seconds(plan, found) / max(1, workers), workers)
 
 
 def _seconds(plan: Plan, found: Sampled) -> float:
     """Of one process: all tiles at the sampled rate, and once more reading every pixel for stretch limits."""
-    tiles = plan.tiles * found.busy / found.tiles
+    tiles = plan.tiles * found.share(found.whole.busy)
     if plan.options.stretch.limits is not None or not found.read_pixels:  # tiles that are cut already: a few of them
         return tiles
     pixels = sum(task.scene.place.width * task.scene.place.height for task in plan.tasks if task.chunks)
@@ -230,16 +267,16 @@ def _plan_rows(plan: Plan) -> list[list[str]]:
 
 
 def _sample_rows(plan: Plan, found: Sampled) -> list[list[str]]:
-    total = max(1, found.tiles)
-    rows = [
-        ["tiles looked at", f"{found.tiles:,} of {found.scenes} scenes", "share", "of all, about"],
-        ["  kept", f"{found.kept:,}", f"{found.kept / total:.1%}", f"{plan.tiles * found.kept / total:,.0f}"],
+    def row(name: str, count: float, whole: float) -> list[str]:
+        share = found.share(whole)
+        return [f"  {name}", f"{count:,.0f}", f"{share:.1%}", f"{plan.tiles * share:,.0f}"]
+
+    reasons = sorted(found.rejected.items(), key=lambda item: (-item[1], item[0]))
+    return [
+        ["tiles looked at", f"{found.tiles:,.0f} of {found.scenes} scenes", "share of all", "of all, about"],
+        row("kept", found.kept, found.whole.kept),
+        *(row(f"rejected: {reason}", count, found.whole.rejected[reason]) for reason, count in reasons),
     ]
-    for reason, count in sorted(found.rejected.items(), key=lambda item: (-item[1], item[0])):
-        rows.append(
-            [f"  rejected: {reason}", f"{count:,}", f"{count / total:.1%}", f"{plan.tiles * count / total:,.0f}"]
-        )
-    return rows
 
 
 def _estimate_rows(plan: Plan, guess: Estimate) -> list[list[str]]:
@@ -261,11 +298,9 @@ def _warnings(plan: Plan, out: Path, found: Sampled, guess: Estimate | None) -> 
             *said,
             "not one of the tiles that were looked at would be kept: see the reasons above, and docs/data.md",
         ]
-    if found.rejected["unlabelled"] > found.tiles / 10:
-        said.append(
-            f"{found.rejected['unlabelled'] / found.tiles:.0%} of the tiles have too little land cover under them"
-        )
-    wanted, share = plan.options.split.val_fraction, found.held_out / found.kept
+    if (share := found.share(found.whole.rejected.get("unlabelled", 0))) > 0.1:
+        said.append(f"{share:.0%} of the tiles have too little land cover under them")
+    wanted, share = plan.options.split.val_fraction, found.whole.held_out / found.whole.kept
     if wanted and not wanted / 2 <= share <= wanted * 1.5:
         said.append(
             f"{share:.0%} of the sampled tiles fell into validation blocks, split.val_fraction asks for {wanted:.0%}; "

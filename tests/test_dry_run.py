@@ -34,7 +34,8 @@ def inputs(tmp_path_factory):
 
 def plan_of(inputs, *keys):
     scenes, covers, product = inputs
-    options = config.load(PackOptions, None, [*KEYS, *keys])
+    last = {key.split("=")[0]: key for key in (*KEYS, *keys)}
+    options = config.load(PackOptions, None, list(last.values()))
     return make_plan([str(path) for path in scenes], [str(path) for path in covers], product, options)
 
 
@@ -58,6 +59,28 @@ def test_it_says_about_what_packing_then_does(inputs, tmp_path, capsys, monkeypa
     for reason in ("dark_share", "unlabelled"):
         expected = manifest.counts[f"rejected_{reason}"] / manifest.counts["positions"]
         assert found.rejected[reason] / found.tiles == pytest.approx(expected, abs=0.12), reason
+
+
+@pytest.mark.parametrize("small", [9, 40])
+def test_scenes_count_by_their_tiles(tmp_path, small):
+    """A large bright scene among small dark ones that hold few of the tiles, and more of them than are looked at."""
+    place = (10, 0, 500_000, 0, -10, 5_400_000)
+    scenes = [write_raster(tmp_path / "large.tif", noise(1, (3, 600, 800)), place)]
+    dark = np.full((3, 32, 32), 3, np.uint8)
+    scenes += [write_raster(tmp_path / f"dark{n}.tif", dark, place) for n in range(small)]
+    codes = patches(2, 300, 330, [10, 30, 80])
+    cover = write_raster(tmp_path / "cover.tif", codes, (30, 0, 499_000, 0, -30, 5_402_000))
+    keys = ("split.val_fraction=0", "tile.codec=raw", "stretch.mode=none")
+    plan = plan_of((scenes, [cover], "worldcover"), *keys)
+    found = estimate.sample(plan)
+    guess = estimate.estimate(plan, found)
+    assert guess is not None
+    kept = plan.tiles - small
+    assert guess.kept == pytest.approx(kept, rel=0.02 if small == 9 else 0.1)
+    assert guess.record_bytes == pytest.approx(guess.kept * found.bytes / found.kept, rel=0.01)
+    assert found.rejected.get("dark", 0) == found.tiles - found.kept
+    assert f"{guess.kept:,.0f}" in estimate.describe(plan, tmp_path / "out", found)
+    assert found.scenes <= estimate.SCENES
 
 
 def test_the_same_every_time(inputs):
