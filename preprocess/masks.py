@@ -161,27 +161,34 @@ def _bases(scene: Scene) -> list[str]:
     return list(dict.fromkeys(name for name in found if name))
 
 
-def _patterns(scene: Scene, options: MaskOptions) -> Iterator[str]:
-    """Globs of the places to look at, in order."""
+def _patterns(scene: Scene, options: MaskOptions, tiles: str) -> Iterator[str]:
+    """Globs of the places to look at, in order. tiles: the folder of tiles that are cut already, or empty."""
     assert options.kind is not None
     folder = os.path.dirname(scene.file)
     for pattern in (options.pattern,) if options.pattern is not None else KINDS[options.kind].patterns:
+        start, names = folder, {"folder": folder, "stem": Path(scene.file).stem, "scene": scene.scene_id}
+        if "{path}" in pattern:  # tells tiles of several subfolders apart, so it cannot start from each one's own
+            if not tiles:
+                raise PlanError(
+                    f"mask.pattern={pattern}: {{path}} is the place of a tile of --tiles in their folder; for scenes "
+                    "use {stem} or {folder}"
+                )
+            start, names["path"] = tiles, os.path.splitext(os.path.relpath(scene.file, tiles))[0]
         for base in _bases(scene):
             filled = pattern
-            names = {"folder": folder, "stem": Path(scene.file).stem, "scene": scene.scene_id, "base": base}
-            for name, value in names.items():
+            for name, value in {**names, "base": base}.items():
                 filled = filled.replace("{" + name + "}", glob.escape(value))
-            yield os.path.normpath(os.path.join(glob.escape(folder), filled))
+            yield os.path.normpath(os.path.join(glob.escape(start), filled))
 
 
-def find_mask(scene: Scene, options: MaskOptions) -> str | None:
+def find_mask(scene: Scene, options: MaskOptions, tiles: str = "") -> str | None:
     """The path of the mask that a scene list or an item names, else of one that lies beside a scene, or None.
 
-    Raises PlanError where several fit.
+    tiles: the folder that a tile of --tiles lies under. Raises PlanError where several fit.
     """
     if scene.mask_path:
         return scene.mask_path
-    for pattern in dict.fromkeys(_patterns(scene, options)):
+    for pattern in dict.fromkeys(_patterns(scene, options, tiles)):
         found = [path for path in sorted(glob.glob(pattern)) if path.lower().endswith(ENDINGS) and path != scene.file]
         if len(found) > 1:
             raise PlanError(
@@ -193,20 +200,20 @@ def find_mask(scene: Scene, options: MaskOptions) -> str | None:
     return None
 
 
-def with_mask(scene: Scene, options: MaskOptions) -> Scene:
+def with_mask(scene: Scene, options: MaskOptions, tiles: str = "") -> Scene:
     """The scene with its mask, whose fingerprint joins its own; as it is if ``mask.kind`` is not set.
 
-    Raises PlanError for a mask that is missing (unless ``mask.required`` is false) or lies elsewhere, RasterError
-    for one that cannot be read.
+    tiles: as for :func:`find_mask`. Raises PlanError for a mask that is missing (unless ``mask.required`` is false) or
+    lies elsewhere, RasterError for one that cannot be read.
     """
     if options.kind is None:
         return scene
     mask_legend(options)  # a wrong class is an error whether or not a mask is found
-    path = find_mask(scene, options)
+    path = find_mask(scene, options, tiles)
     if path is None:
         if not options.required:
             return scene
-        tried = ", ".join(dict.fromkeys(_patterns(scene, options)))
+        tried = ", ".join(dict.fromkeys(_patterns(scene, options, tiles)))
         if not tried:
             raise PlanError(_nowhere(scene, options))
         raise PlanError(

@@ -125,7 +125,8 @@ class MaskOptions(Options):
     pattern: str | None = None
     """Where a scene's mask is, from the scene's folder on: `./{stem}_clouds.tif`, with `{stem}` (the file's name
     without ending), `{base}` (that without a band's part), `{scene}` (the scene's id), `{folder}` and `*`; null for
-    the usual names. A mask that a scene list or a STAC item names comes first."""
+    the usual names. With `--tiles` also `{path}`, a tile's path below that folder without ending (`a/t000`); from there
+    the pattern then starts: `../clouds/{path}.tif`. A mask that a scene list or a STAC item names comes first."""
     reject: tuple[int | str, ...] | None = None
     """Classes that speak against a pixel, by name (`cloud_high`), value or bit number; null for clouds, their shadows
     and pixels without data."""

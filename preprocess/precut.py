@@ -162,7 +162,7 @@ def open_tile(
     """A tile's header, without a fingerprint (the folder has one). Raises RasterError, PlanError for missing bands."""
     path = os.path.join(folder, name)
     scene = open_scene(Source(path, path, file=path), scene_id, options, sensor, placement, identify=False)
-    return masks.with_mask(scene, options.mask)
+    return masks.with_mask(scene, options.mask, folder)
 
 
 def form(scene: Scene) -> tuple[int, int, int, str]:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -238,6 +239,23 @@ def test_masks_of_tiles(world, tmp_path, capsys):
     capsys.readouterr()
     assert command(tmp_path / "tiles", tmp_path / "d", *how, "mask.pattern=../others/{stem}.tif") == 1
     assert "scenes.tiles" in capsys.readouterr().err
+
+
+def test_masks_of_tiles_in_subfolders(world, tmp_path, capsys):
+    """One tree of masks beside the tree of tiles, in which names come again in every subfolder."""
+    for row in range(4):
+        for n in range(5):
+            mask = np.full((SIZE, SIZE), int(n == row), np.uint8)
+            write_raster(tmp_path / f"clouds/{row}/tile_{n * SIZE:03d}.tif", mask, place(n * SIZE, row * SIZE))
+    shutil.copytree(world / "tiles", tmp_path / "tiles")
+    how = ["--land-cover", str(world / "land.tif"), *KEYS, "mask.kind=values", "mask.reject=[1]"]
+    pattern = "mask.pattern=../clouds/{path}.tif"
+    assert command(tmp_path / "tiles", tmp_path / "d", *how, pattern) == 0
+    every = {f"tiles/{row}/tile_{n * SIZE:03d}" for row in range(4) for n in range(5) if n != row}
+    assert {record.tile_id for _, record in read_records(tmp_path / "d")} == every
+    scene = ["--scenes", str(world / "scene.tif"), "--product", "worldcover", "--out", str(tmp_path / "e")]
+    assert pack_records.main([*scene, *how, pattern]) == 1
+    assert "{path} is the place of a tile of --tiles" in capsys.readouterr().err
 
 
 def test_sixteen_bits_are_stretched_over_all_tiles(world, tmp_path):
