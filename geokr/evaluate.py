@@ -21,6 +21,7 @@ import platform
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from geokr import (
     evaluate_detect,
     evaluate_entrants,
     evaluate_features,
+    evaluate_kept,
     evaluate_metrics,
     evaluate_pairs,
     evaluate_records,
@@ -47,6 +49,7 @@ from geokr.checkpoint import write_text
 from geokr.config import ConfigError
 from geokr.evaluate_data import Data, open_folders
 from geokr.evaluate_features import Entrant
+from geokr.evaluate_kept import Kept
 from geokr.manifests import MANIFEST
 
 TASKS = ("knn", "linear", "finetune")
@@ -66,21 +69,27 @@ class Study:
     batch: int
     say: Callable[[str], None]
 
-    def of(self, entrant: Entrant, tasks: Sequence[str]) -> list[dict[str, Any]]:
+    def of(self, entrant: Entrant, tasks: Sequence[str], kept: Kept) -> list[dict[str, Any]]:
         """A row for each task and share of labels."""
+        # on colours there is nothing to finetune but the network, which is there already
+        tasks = [task for task in tasks if entrant.backbone is not None or task != "finetune"]
+        wanted = [(task, percent) for task in tasks for percent in self.labels]
+        known = {} if all(kept.has(entrant.name, *one) for one in wanted) else self._known(entrant)
+
+        def made(task: str, percent: float) -> dict[str, Any]:
+            self.say(f"{entrant.name}: {task}, {percent:g} % of the labels")
+            return {"weights": entrant.name, "task": task, **self._run(entrant, task, percent, known)}
+
+        return [kept.row(entrant.name, *one, partial(made, *one)) for one in wanted]
+
+    def _known(self, entrant: Entrant) -> dict[str, np.ndarray]:
+        """Features of each part's images."""
         self.say(f"{entrant.name}: features")
         known = {name: self._features(entrant, name) for name in ("train", "val", "test")}
         if entrant.backbone is None:  # means, deviations and percentiles have scales of their own
             mean, deviation = known["train"].mean(0), np.maximum(known["train"].std(0), 1e-6)
             known = {name: (features - mean) / deviation for name, features in known.items()}
-        rows = []
-        for task in tasks:
-            if entrant.backbone is None and task == "finetune":
-                continue  # nothing to train but the network on colours, which is there already
-            for percent in self.labels:
-                self.say(f"{entrant.name}: {task}, {percent:g} % of the labels")
-                rows.append({"weights": entrant.name, "task": task, **self._run(entrant, task, percent, known)})
-        return rows
+        return known
 
     def _features(self, entrant: Entrant, name: str) -> np.ndarray:
         part = self.data.parts[name]
@@ -133,7 +142,8 @@ def evaluate(chosen: argparse.Namespace, say: Callable[[str], None]) -> dict[str
     found = evaluate_entrants.entrants(chosen.weights, chosen.baselines, data, chosen.bands, device, large=False)
     batch = chosen.batch or BATCH["finetune"]
     study = Study(data, device, tuple(chosen.labels), chosen.seeds, chosen.epochs, batch, say)
-    rows = [row for entrant in found for row in study.of(entrant, chosen.task)]
+    kept = _kept(chosen, say)
+    rows = [row for entrant in found for row in study.of(entrant, chosen.task, kept)]
     return _report(chosen, data, rows)
 
 
@@ -168,10 +178,38 @@ def _dense(chosen: argparse.Namespace, device: torch.device, say: Callable[[str]
     middles = {name: evaluate_dense.middle(part, spec.image_size) for name, part in task.data.parts.items()}
     data = dataclasses.replace(task.data, parts=middles)
     compared = evaluate_entrants.entrants(chosen.weights, baselines, data, chosen.bands, device, large=True)
-    return _report(chosen, task.data, evaluate_dense.rows(task, kind, compared, chosen.labels, chosen.seeds, say))
+    kept = _kept(chosen, say)
+    return _report(chosen, task.data, evaluate_dense.rows(task, kind, compared, chosen.labels, chosen.seeds, say, kept))
+
+
+def _kept(chosen: argparse.Namespace, say: Callable[[str], None]) -> Kept:
+    """Rows of the same command that was cut short."""
+    if chosen.json is None:
+        return Kept(None)
+    about, outputs = _about(chosen), (chosen.json, chosen.picture)
+    decides = {
+        "task": chosen.task,
+        "files": evaluate_kept.hashes((chosen.weights, *chosen.baselines)),
+        "data": evaluate_kept.listing(chosen.data, outputs),
+        "device": about["machine"]["device"],
+        "settings": about["settings"],
+        "versions": about["versions"],
+    }
+    return Kept(chosen.json, decides, say)
 
 
 def _report(chosen: argparse.Namespace, data: Data, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "data": data.path,
+        "classes": list(data.classes),
+        "images": {name: len(part) for name, part in data.parts.items()},
+        **_about(chosen),
+        "rows": rows,
+    }
+
+
+def _about(chosen: argparse.Namespace) -> dict[str, Any]:
+    """What was asked for, and what computes it."""
     kind = chosen.task[-1]
     settings = {
         name: getattr(chosen, name) for name in ("weights", "baselines", "labels", "seeds", "epochs", "bands", "device")
@@ -180,13 +218,9 @@ def _report(chosen: argparse.Namespace, data: Data, rows: list[dict[str, Any]]) 
     settings["batch"] = (chosen.batch or BATCH[trained[0]]) if trained else None
     own = {"segment": ("decoder", "crop", "ignore"), "detect": ("detector",)}.get(kind, ())
     return {
-        "data": data.path,
-        "classes": list(data.classes),
-        "images": {name: len(part) for name, part in data.parts.items()},
         "settings": settings | {name: getattr(chosen, name) for name in own},
         "machine": {"device": _device_name(chosen.device), "platform": platform.platform(), "cores": os.cpu_count()},
         "versions": card.versions("torchmetrics", "segmentation-models-pytorch", "pycocotools"),
-        "rows": rows,
     }
 
 
@@ -212,7 +246,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--ignore", type=int, default=255, help="of segment: a value in masks that counts nowhere")
     made.add_argument("--detector", choices=evaluate_detect.DETECTORS, default=evaluate_detect.DETECTORS[0])
     made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    made.add_argument("--json", type=Path, metavar="FILE", help="every figure")
+    made.add_argument("--json", type=Path, metavar="FILE", help="every figure; cut short, it goes on from FILE.part")
     made.add_argument("--picture", type=Path, metavar="FILE", help="PNG: figures over the share of labels")
     return made
 
@@ -242,6 +276,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             write_text(chosen.json, json.dumps(report, indent=1) + "\n")
         if chosen.picture:
             evaluate_report.picture(report, chosen.picture)
+        if chosen.json:
+            evaluate_kept.part_of(chosen.json).unlink(missing_ok=True)
     except ValueError as error:
         if os.environ.get("GEOKR_TRACEBACK") == "1":
             raise

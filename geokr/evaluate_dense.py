@@ -4,6 +4,7 @@ Images keep their own resolution here. N images, C bands, H x W pixels.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,6 +13,7 @@ from geokr import evaluate_metrics
 from geokr.config import ConfigError
 from geokr.evaluate_data import Data, Part
 from geokr.evaluate_features import Entrant
+from geokr.evaluate_kept import Kept
 
 MEMORY = 4 << 30  # bytes of decoded images that are kept
 
@@ -51,33 +53,38 @@ class Task(Protocol):
 
 
 def rows(
-    task: Task, kind: str, entrants: Sequence[Entrant], labels: Sequence[float], seeds: int, say: Callable[[str], None]
+    task: Task,
+    kind: str,
+    entrants: Sequence[Entrant],
+    labels: Sequence[float],
+    seeds: int,
+    say: Callable[[str], None],
+    finished: Kept,
 ) -> list[dict[str, Any]]:
-    """A row of the report for every entrant and share of labels. Raises ConfigError where one of them does not fit,
-    before the first is trained."""
-    found = []
+    """A row of the report for every entrant and share of labels, those in ``finished`` as they are. Raises ConfigError
+    where one of the entrants does not fit, before the first is trained."""
+
+    def made(entrant: Entrant, percent: float) -> dict[str, Any]:
+        outcomes, counts = [], []
+        for seed in range(seeds):
+            say(f"{entrant.name}: {kind}, {percent:g} % of the labels, seed {seed}")
+            some = [evaluate_metrics.subset(task.data.parts[p].labels, percent, seed) for p in ("train", "val")]
+            outcomes.append(task.run(entrant, some[0], some[1], seed))
+            counts.append(len(some[0]))
+        return {
+            "weights": entrant.name,
+            "task": kind,
+            "labels_percent": percent,
+            "labels": round(float(np.mean(counts))),
+            "seeds": seeds,
+            "figures": over_seeds(outcomes, len(task.data.parts["test"]), task.resamples),
+            "classes": _by_class(outcomes, task.data.classes),
+        }
+
     for entrant in entrants:
         task.check(entrant)
-    for entrant in entrants:
-        for percent in labels:
-            outcomes, counts = [], []
-            for seed in range(seeds):
-                say(f"{entrant.name}: {kind}, {percent:g} % of the labels, seed {seed}")
-                some = [evaluate_metrics.subset(task.data.parts[p].labels, percent, seed) for p in ("train", "val")]
-                outcomes.append(task.run(entrant, some[0], some[1], seed))
-                counts.append(len(some[0]))
-            found.append(
-                {
-                    "weights": entrant.name,
-                    "task": kind,
-                    "labels_percent": percent,
-                    "labels": round(float(np.mean(counts))),
-                    "seeds": seeds,
-                    "figures": over_seeds(outcomes, len(task.data.parts["test"]), task.resamples),
-                    "classes": _by_class(outcomes, task.data.classes),
-                }
-            )
-    return found
+    every = [(entrant, percent) for entrant in entrants for percent in labels]
+    return [finished.row(one.name, kind, percent, partial(made, one, percent)) for one, percent in every]
 
 
 def over_seeds(outcomes: Sequence[Outcome], count: int, resamples: int) -> dict[str, dict[str, Any]]:

@@ -1,9 +1,13 @@
 """What weights are worth: probes against other computations, planted signals, and what is refused before hours go."""
 
+import itertools
 import json
+import os
+import re
 import shutil
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +22,9 @@ from geokr import (
     evaluate,
     evaluate_data,
     evaluate_entrants,
+    evaluate_features,
     evaluate_images,
+    evaluate_kept,
     evaluate_metrics,
     evaluate_records,
     evaluate_training,
@@ -146,6 +152,107 @@ def test_an_export_has_its_own_normalisation_whoever_it_is_compared_with(weights
     assert found[weights] == found[other]
     assert len(found[weights]) == 4
     assert found[weights]["b.safetensors", "linear"] != found[weights]["other.safetensors", "linear"]
+
+
+class CutError(Exception):
+    """As a killed process: nobody catches it."""
+
+
+def cut_after(monkeypatch, count):
+    """Finetuning by lot, cut before one more than ``count``; a list of the names that were trained."""
+    trained = []
+
+    def by_lot(backbone, train, val, test, *_, seed, name, **more):
+        if len(trained) == count:
+            raise CutError
+        trained.append(name)
+        rng = np.random.default_rng([seed, len(train), more["batch"]])
+        return rng.dirichlet(np.ones(test.targets.shape[1]), len(test))
+
+    monkeypatch.setattr(finetune, "finetune", by_lot)
+    monkeypatch.setattr(evaluate_features, "calibrate", lambda *_: None)
+    monkeypatch.setattr(evaluate_features, "features", lambda backbone, part, *_: np.zeros((len(part), 2)))
+    return trained
+
+
+def test_a_run_that_was_cut_goes_on_from_its_finished_rows(weights, folders, tmp_path, capsys, monkeypatch):
+    out, picture, own = tmp_path / "data/e.json", tmp_path / "data/e.png", tmp_path / "w.safetensors"
+    data = shutil.copytree(folders, tmp_path / "data")  # the report lies among the images, and is none of them
+    for ending in ("", ".json"):
+        shutil.copy(f"{weights}{ending}", f"{own}{ending}")
+    tasks = ("--task", "finetune", "--labels", 50, 100, "--seeds", 2, "--epochs", 1, "--batch", 8)
+    arguments = (*tasks, "--baselines", "random", "--json", out, "--picture", picture)
+    part = tmp_path / "data/e.json.part"
+
+    def cut(count):
+        with monkeypatch.context() as patch:
+            cut_after(patch, count)
+            with pytest.raises(CutError):
+                command(own, data, *arguments)
+
+    def gone_on():
+        """(names that were trained, what was said)"""
+        with monkeypatch.context() as patch:
+            trained = cut_after(patch, 99)
+            capsys.readouterr()
+            assert command(own, data, *arguments) == 0
+        assert not part.exists()
+        return trained, capsys.readouterr().err
+
+    assert len(gone_on()[0]) == 8
+    whole = out.read_text()
+    cut(5)  # in the middle of the third row
+    cut(0)  # which keeps what the first left
+    with part.open("a") as file:
+        file.write('{"weights": "ran')
+    trained, said = gone_on()
+    assert trained == ["random"] * 4
+    assert f"{part}: 2 finished row(s)" in said
+    assert "w.safetensors: features" not in said
+    assert out.read_text() == whole
+
+    cut(5)
+    arguments = (*arguments, "--batch", 4)
+    trained, said = gone_on()
+    assert len(trained) == 8
+    assert f"{part}: is of other weights, data, settings or versions" in said
+
+
+def test_what_decides_rows(weights, folders, tmp_path):
+    data = shutil.copytree(folders, tmp_path / "data")
+    for ending in ("", ".json"):
+        shutil.copy(f"{weights}{ending}", tmp_path / f"w.safetensors{ending}")
+    (data / "again").symlink_to(data)  # a loop
+    outputs = (data / "e.json", data / "e.png", None)
+
+    def now():
+        found = evaluate_kept.hashes([str(tmp_path / "w.safetensors"), "random"])
+        assert [Path(path).name for path in found] == ["w.safetensors", "w.safetensors.json"]
+        return found, evaluate_kept.listing(str(data), outputs)
+
+    states = [now()]
+    for path in (*outputs[:2], data / "log.txt", data / ".DS_Store"):
+        path.touch()
+    assert now() == states[0]
+    for change in (
+        lambda: os.utime(data / "noise/001.png", ns=(0, 0)),
+        lambda: (data / "noise/more.png").touch(),
+        lambda: (data / "noise/002.png").write_bytes(b"0"),
+        lambda: (data / "classes.yaml").touch(),
+        lambda: (tmp_path / "w.safetensors.json").write_text("{}"),
+        lambda: (tmp_path / "w.safetensors").write_bytes(b"0"),
+    ):
+        change()
+        states.append(now())
+    assert all(one != other for one, other in itertools.pairwise(states))
+
+
+def test_rows_that_cannot_be_kept_are_said_before_anything_is_computed(weights, folders, tmp_path, capsys):
+    (tmp_path / "e.json.part").mkdir()
+    assert command(weights, folders, "--json", tmp_path / "e.json") == 1
+    said = capsys.readouterr().err
+    assert re.search(r"error: --json .*e\.json: .*e\.json\.part beside it cannot be written \(Is a directory\)", said)
+    assert "features" not in said
 
 
 # ----------------------------------------------------------------------------------------------------- probes

@@ -139,6 +139,33 @@ def test_segmentation_learns_a_pattern_that_colours_do_not_show(weights, pairs, 
     assert Image.open(drawn).size[0] > 500
 
 
+def test_a_segmentation_that_was_cut_goes_on_from_its_finished_rows(weights, pairs, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "e.json"
+    more = ("--baselines", "colour", "--epochs", 1, "--batch", 4, "--json", out)
+    assert command(weights, pairs, "segment", *more) == 0
+    whole = out.read_text()
+    real = evaluate_segment.Segment.run
+    with monkeypatch.context() as patch:
+
+        def cut(self, entrant, *rest):
+            if entrant.backbone is None:
+                raise KeyboardInterrupt
+            return real(self, entrant, *rest)
+
+        patch.setattr(evaluate_segment.Segment, "run", cut)
+        with pytest.raises(KeyboardInterrupt):
+            command(weights, pairs, "segment", *more)
+    out.unlink()
+    capsys.readouterr()
+    assert command(weights, pairs, "segment", *more) == 0
+    said = capsys.readouterr().err
+    assert "1 finished row(s) of a run that was cut short are taken over" in said
+    assert "b.safetensors: segment" not in said
+    assert "colour: segment" in said
+    assert out.read_text() == whole
+    assert list(tmp_path.iterdir()) == [out]
+
+
 @pytest.mark.parametrize("detector", evaluate_detect.DETECTORS)
 def test_detection_runs_and_reports(weights, boxes, tmp_path, detector):
     out = tmp_path / "e.json"
