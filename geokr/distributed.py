@@ -222,6 +222,11 @@ class Stopper:
             self._pending = (work, flag)
         return stop
 
+    def agree(self) -> None:
+        """Returns once every process knows of a signal that one of them at least has had."""
+        while not self.poll():
+            continue
+
     def settle(self) -> bool:
         """Waits for the operation under way, if any; whether it said to stop."""
         if self._pending is None:

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -119,17 +119,32 @@ class Sink(Protocol):
 class MetricsFile:
     """``metrics.jsonl``: one JSON object a line, no step twice.
 
-    Lines beyond the step a run resumes from, and a last line that was cut short, are dropped on opening.
+    Lines beyond the step a run resumes from, and a last line that was cut short, are dropped on opening. What comes
+    later of the step of the last line is added to that line.
     """
 
     def __init__(self, path: Path, resumed_step: int) -> None:
-        kept = [line for line in read_metrics(path) if line["step"] <= resumed_step]
-        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._file = path.open("a", encoding="utf-8")
+        self._path = path
+        self._rewrite(line for line in read_metrics(path) if line["step"] <= resumed_step)
 
     def write(self, line: Mapping[str, float]) -> None:
-        self._file.write(json.dumps(dict(line)) + "\n")
+        if line["step"] == self.last.get("step"):
+            self._file.close()
+            self._rewrite([*read_metrics(self._path), line])
+            return
+        self.last = dict(line)
+        self._file.write(json.dumps(self.last) + "\n")
         self._file.flush()
+
+    def _rewrite(self, lines: Iterable[Mapping[str, float]]) -> None:
+        """Writes the file anew, one line a step: of two that say the same of a step the first one counts."""
+        by_step: dict[float, dict[str, float]] = {}
+        for line in lines:
+            by_step[line["step"]] = {**line, **by_step.get(line["step"], {})}
+        write_text(self._path, "".join(json.dumps(line) + "\n" for line in by_step.values()))
+        self.last = next(reversed(by_step.values()), {})
+        """The last line; empty where there is none."""
+        self._file = self._path.open("a", encoding="utf-8")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

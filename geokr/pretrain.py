@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from geokr import card
@@ -32,7 +33,7 @@ from geokr.recorder import Recorder
 from geokr.runfolder import RunFolder, restore, save_checkpoint
 from geokr.schedules import due
 from geokr.train import Hooks, Learner, Plan, fit
-from geokr.validate import validate
+from geokr.validate import NAMES, validate
 
 log = logging.getLogger("geokr")
 
@@ -60,7 +61,7 @@ def pretrain(options: PretrainOptions, world: World, threads: int) -> int:
     )
     with contextlib.closing(RunFolder(options.run.dir, world)) as folder:
         found = folder.previous(options.checkpoint.resume, who)
-        if _is_finished(found, facts.steps, options):
+        if _is_finished(found, facts, options):
             log.info("%s is finished: all %d steps are done", options.run.dir, facts.steps)
             return 0
         learner, chosen = build_learner(
@@ -140,8 +141,13 @@ def _train(
             **_place(facts, world),
         ) as batches,
     ):
-        _catch_up(found, plan, hooks)
-        finished = fit(learner, iter(batches), plan, hooks, stopper, window, start)
+        caught_up = _catch_up(found, plan, hooks, recorder, world)
+        if start < plan.steps:
+            finished = fit(learner, iter(batches), plan, hooks, stopper, window, start)
+        elif finished := caught_up:  # the last validation was all that was left
+            save(start, window)
+        else:
+            stopper.agree()
         folder.settle()
     if finished:
         _conclude(options, recorder.validation, time.perf_counter() - begin, folder.saver.held_s)
@@ -150,12 +156,33 @@ def _train(
     return 128 + stopper.signal
 
 
-def _catch_up(found: Checkpoint | None, plan: Plan, hooks: Hooks) -> None:
-    """The validation that a stop left no time for, after the step that the run goes on from."""
-    if found is None or found.meta.get("validated", found.step) >= found.step:  # older checkpoints do not say
-        return
-    if due(found.step, plan.validate_every, plan.steps) and (figures := hooks.validate()):
+def _owes_validation(found: Checkpoint) -> bool:
+    """Whether no figures are known of a checkpoint's step."""
+    return found.meta.get("validated", found.step) < found.step  # older checkpoints do not say
+
+
+def _catch_up(found: Checkpoint | None, plan: Plan, hooks: Hooks, recorder: Recorder, world: World) -> bool:
+    """The validation that a stop left no time for, after the step that the run goes on from; False if another stop
+    came meanwhile. A start that ended before its first checkpoint may have made it: then its figures are taken."""
+    if found is None or not _owes_validation(found) or not due(found.step, plan.validate_every, plan.steps):
+        return True
+    if figures := _written_figures(recorder, found.step, world):
+        recorder.validation, recorder.validated = figures, found.step
+        return True
+    figures = hooks.validate()
+    if figures:
         hooks.record({"step": found.step, "samples": found.meta["samples"], **figures})
+    return figures is not None
+
+
+def _written_figures(recorder: Recorder, step: int, world: World) -> dict[str, float]:
+    """Figures of this step from ``metrics.jsonl``, which process 0 has read, on every process; empty if not all are
+    there."""
+    mine = recorder.written_figures(step)
+    there = mine.keys() >= set(NAMES)
+    row = [mine[name] for name in NAMES] if there else [0.0] * len(NAMES)
+    *figures, known = world.sum(torch.tensor([*row, there], dtype=torch.float64, device=world.device)).tolist()
+    return dict(zip(NAMES, figures, strict=True)) if known else {}
 
 
 def _place(facts: Facts, world: World) -> dict[str, Any]:
@@ -210,15 +237,16 @@ def _validation(
     return run
 
 
-def _is_finished(found: Checkpoint | None, steps: int, options: PretrainOptions) -> bool:
-    if found is None or found.step < steps:
+def _is_finished(found: Checkpoint | None, facts: Facts, options: PretrainOptions) -> bool:
+    """Whether all steps are done and the last of them is validated. Raises ConfigError if more are done."""
+    if found is None or found.step < facts.steps:
         return False
-    if found.step > steps:
+    if found.step > facts.steps:
         raise ConfigError(
-            f"{options.run.dir} has done {found.step} steps, the configuration asks for {steps}: raise "
+            f"{options.run.dir} has done {found.step} steps, the configuration asks for {facts.steps}: raise "
             "train.max_steps (or train.epochs), or give another run.dir"
         )
-    return True
+    return facts.manifest.val.records == 0 or not _owes_validation(found)
 
 
 def _announce(

@@ -21,8 +21,8 @@ class Recorder:
         self._facts, self._folder, self._count = facts, folder, log.panels if main else 0
         self._console = Console(facts.steps, start) if main else None
         self._board = TensorBoard(folder / "tensorboard", start) if main and log.tensorboard else None
-        self._sinks: list[Sink] = [MetricsFile(folder / "metrics.jsonl", start)] if main else []
-        self._sinks += [sink for sink in (self._console, self._board) if sink is not None]
+        self._file = MetricsFile(folder / "metrics.jsonl", start) if main else None
+        self._sinks: list[Sink] = [s for s in (self._file, self._console, self._board) if s is not None]
         self.validation: dict[str, float] = {}
         """The last validation's figures."""
         self.validated = 0
@@ -38,6 +38,11 @@ class Recorder:
             self.validation, self.validated = found, int(line["step"])
         for sink in self._sinks:
             sink.write(line)
+
+    def written_figures(self, step: int) -> dict[str, float]:
+        """A validation's figures that ``metrics.jsonl`` already has of this step, its last; process 0 alone knows."""
+        line = self._file.last if self._file is not None else {}
+        return {key: line[key] for key in line if key.startswith("val/")} if line.get("step") == step else {}
 
     @torch.no_grad()
     def panel(self, learner: Learner, step: int, batch: Batch) -> None:

@@ -143,11 +143,11 @@ def fit(
     window: Window,
     start: int = 0,
 ) -> bool:
-    """Trains from after step ``start`` to the last step; False if it was stopped by a signal before that.
+    """Trains from after step ``start`` to the last step; False if a signal left something of that undone.
 
     Lines of metrics, validation and checkpoints happen at their intervals and at the last step; a stop writes a
-    checkpoint, and a validation gives way to it (its figures are then None). Raises LossError if a loss is not finite:
-    at the next line of metrics, validation or checkpoint, and before anything of it is saved.
+    checkpoint, and a validation gives way to it (its figures are then None), the last one too. Raises LossError if a
+    loss is not finite: at the next line of metrics, validation or checkpoint, and before anything of it is saved.
     """
     clock = Clock()
     stream = _Remember(clock.waiting(batches))
@@ -160,6 +160,7 @@ def fit(
         validating = due(step, plan.validate_every, plan.steps)
         saving = stop or due(step, plan.checkpoint_every, plan.steps)
         logging_now = validating or due(step, plan.log_every, plan.steps)
+        gave_way = False
         if not (saving or logging_now):
             continue
         window.check()
@@ -172,16 +173,15 @@ def fit(
                 line |= figures
                 hooks.panel(step, stream.last)
             elif validating:  # a stop came meanwhile, on one process at least
-                while not stopper.poll():
-                    continue
-                stop = saving = True
+                stopper.agree()
+                stop = saving = gave_way = True
             hooks.record(line)
         if saving:
             hooks.save(step, window)
         if validating or saving:
             clock.restart()
         if stop:
-            return step == plan.steps
+            return step == plan.steps and not gave_way
     stopper.settle()
     return True
 

@@ -162,6 +162,68 @@ def test_a_stop_at_a_validation_costs_neither_the_checkpoint_nor_the_figures(rec
     assert load_latest(tmp_path / "checkpoints").meta["validated"] == 4
 
 
+def stop_at_validation(monkeypatch, number):
+    """A signal comes in a run's validation of this number, counted from 1 over all starts; returns their count."""
+    real, calls = pretrain.validate, []
+
+    def validate(*arguments):
+        calls.append(len(calls))
+        if len(calls) == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*arguments)
+
+    monkeypatch.setattr(pretrain, "validate", validate)
+    return calls
+
+
+def validated_steps(folder) -> list[int]:
+    lines = read_metrics(folder / "metrics.jsonl")
+    assert len({line["step"] for line in lines}) == len(lines), "no step twice"
+    return [line["step"] for line in lines if "val/kl" in line]
+
+
+def test_a_stop_at_the_last_validation_leaves_it_to_the_next_start(records, whole, tmp_path, monkeypatch):
+    calls = stop_at_validation(monkeypatch, 2)
+    assert run(records, tmp_path) == 128 + signal.SIGTERM
+    found = load_latest(tmp_path / "checkpoints")
+    assert (found.step, found.meta["validated"]) == (12, 6)
+    assert validated_steps(tmp_path) == [6]
+    stop_at_validation(monkeypatch, 1)
+    assert run(records, tmp_path) == 128 + signal.SIGTERM, "another stop in the same validation"
+    assert validated_steps(tmp_path) == [6]
+    assert run(records, tmp_path) == 0
+    assert validated_steps(tmp_path) == [6, 12]
+    mine, undisturbed = (load_latest(folder / "checkpoints").meta for folder in (tmp_path, whole))
+    assert (mine["validated"], mine["validation"]) == (12, undisturbed["validation"])
+    assert set(read_metrics(whole / "metrics.jsonl")[-1]) == set(read_metrics(tmp_path / "metrics.jsonl")[-1])
+    assert same_tensors(tmp_path, whole)
+    assert len(calls) == 4
+    assert run(records, tmp_path) == 0
+    assert len(calls) == 4, "finished: nothing is left to do"
+
+
+def test_a_run_shortened_to_where_it_was_stopped_is_validated(records, tmp_path, monkeypatch):
+    stop_at_validation(monkeypatch, 1)
+    assert run(records, tmp_path) == 128 + signal.SIGTERM
+    assert run(records, tmp_path, "train.max_steps=6") == 0
+    assert load_latest(tmp_path / "checkpoints").meta["validated"] == 6
+    assert validated_steps(tmp_path) == [6]
+
+
+def test_a_validation_made_up_for_is_not_repeated_by_a_start_that_ends_early(records, tmp_path, monkeypatch):
+    calls = stop_at_validation(monkeypatch, 1)
+    words = ["train.max_steps=9", "checkpoint.every_steps=9"]
+    assert run(records, tmp_path, *words) == 128 + signal.SIGTERM
+    with monkeypatch.context() as context:
+        context.setattr(pretrain, "fit", lambda *arguments: os.stat("/nowhere"))
+        assert run(records, tmp_path, *words) == 1
+        assert run(records, tmp_path, *words) == 1
+    assert len(calls) == 2
+    assert run(records, tmp_path, *words) == 0
+    assert len(calls) == 3
+    assert validated_steps(tmp_path) == [6, 9]
+
+
 def test_two_processes_train_as_one(records, whole, tmp_path):
     """The same keys under torchrun: the same batches, a loss curve equal within rounding, replicas equal in bits
     (which every checkpoint checks)."""

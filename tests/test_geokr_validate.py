@@ -138,6 +138,20 @@ def test_no_step_stands_twice_after_a_resume(tmp_path):
     again.write({"step": 30, "loss": 0.5})
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [10, 20, 30]
     assert read_metrics(path)[-1]["loss"] == 0.5
+
+
+def test_what_comes_later_of_the_last_step_is_added_to_its_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    MetricsFile(path, 0).write({"step": 10, "loss": 1.0, "save_s": 0.2})
+    again = MetricsFile(path, 10)
+    again.write({"step": 10, "save_s": 0.0, "val/kl": 0.5})
+    assert again.last == {"step": 10, "loss": 1.0, "save_s": 0.2, "val/kl": 0.5}
+    again.write({"step": 20, "loss": 0.5})
+    assert read_metrics(path) == [{"step": 10, "loss": 1.0, "save_s": 0.2, "val/kl": 0.5}, {"step": 20, "loss": 0.5}]
+    with path.open("a") as file:
+        file.write('{"step": 20, "loss": 0.7, "val/kl": 0.4}\n')  # as versions before wrote it
+    assert MetricsFile(path, 20).last == {"step": 20, "loss": 0.5, "val/kl": 0.4}
+    assert len(read_metrics(path)) == 2
     MetricsFile(path, 0)
     assert path.read_text() == ""
 
