@@ -22,7 +22,7 @@ def identity(
 
     dataset: hash of its manifest. label_weights: hash of the labels' weights, None without any. Paths, threads,
     logging, precision, the world's size and the length of the run are left out: they may change between a stop and a
-    resume.
+    resume. So may the loader, unless its images are synthetic.
     """
     tree = options.model_dump(mode="json")
     sections = {
@@ -33,6 +33,8 @@ def identity(
     if crops_are_off(options):
         sections["augment"]["crop_probability"] = 0.0
     data = {"image_size": image_size, "global_batch": options.data.global_batch, "dataset": dataset}
+    if options.data.loader == "synthetic":  # the others read the same images
+        data["loader"] = "synthetic"
     if label_weights is not None:
         data["label_weights"] = label_weights
     train: dict[str, Any] = {"clip_norm": options.train.clip_norm}

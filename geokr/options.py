@@ -111,7 +111,8 @@ class DataOptions(Options):
     global_batch: int = Field(default=256, ge=2)
     """Samples an optimizer step sees, over all processes and accumulation steps."""
     loader: Literal["auto", "dali", "torch", "synthetic"] = "auto"
-    """`auto`: DALI where it is installed, else torch. `synthetic`: one random batch, to time the step alone."""
+    """`auto`: DALI where it is installed, else torch. `synthetic`: one random batch, to time the step alone; no
+    other loader can go on with such a run."""
     threads: int | None = Field(default=None, ge=1)
     """Host threads for reading, decoding and augmenting in each process; null for a share of the cores."""
     prefetch: int = Field(default=2, ge=1)

@@ -150,7 +150,7 @@ def _train(
             stopper.agree()
         folder.settle()
     if finished:
-        _conclude(options, recorder.validation, time.perf_counter() - begin, folder.saver.held_s)
+        _conclude(options, recorder.validation, time.perf_counter() - begin, folder.saver.held_s, main=world.main)
         return 0
     log.warning("stopped by signal %d; a checkpoint is written, the same command goes on from it", stopper.signal)
     return 128 + stopper.signal
@@ -281,6 +281,8 @@ def _announce(
         _fast_paths(chosen),
         "all processes" if chosen["synchronized"] else "each process's images",
     )
+    if options.data.loader == "synthetic":
+        _warn_of_synthetic(main=world.main)
     if learner.by_colour:
         log.info("the head is told how colours were changed")
         if options.augment.colour_probability == 0:
@@ -308,7 +310,17 @@ def _announce_mixture(options: PretrainOptions, shares: Sequence[int]) -> None:
             log.info("%.4g %% of the samples from %s", 100 * share / sum(shares), source.shown)
 
 
-def _conclude(options: PretrainOptions, figures: Mapping[str, float], seconds: float, held_s: float) -> None:
+def _warn_of_synthetic(*, main: bool) -> None:
+    if main:
+        log.warning(
+            "data.loader=synthetic trains on one random batch, to time the step: the weights mean nothing. For weights "
+            "use data.loader=auto and another run.dir"
+        )
+
+
+def _conclude(
+    options: PretrainOptions, figures: Mapping[str, float], seconds: float, held_s: float, *, main: bool
+) -> None:
     share = 100 * held_s / seconds
     log.info("finished in %s; checkpoints held it up for %.1f s (%.1f %%)", clock_text(seconds), held_s, share)
     if figures:
@@ -318,6 +330,9 @@ def _conclude(options: PretrainOptions, figures: Mapping[str, float], seconds: f
             100 * figures["val/kl"] / figures["val/kl_prior"],
             figures["val/kl_prior"],
         )
+    if options.data.loader == "synthetic":
+        _warn_of_synthetic(main=main)
+        return
     out = Path(options.run.dir) / "backbone.safetensors"
     log.info("weights: python -m geokr.export --run %s --out %s", options.run.dir, out)
 

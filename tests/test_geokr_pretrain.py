@@ -292,6 +292,16 @@ def test_a_folder_of_another_run_is_refused_and_kept(records, whole, capsys, ove
     assert {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.is_file()} == before
 
 
+def test_a_run_on_synthetic_images_says_so_and_stays_one(records, tmp_path, capsys):
+    assert run(records, tmp_path, "data.loader=synthetic", "train.max_steps=2") == 0
+    said = capsys.readouterr().err
+    assert said.count("data.loader=synthetic trains on one random batch") == 2
+    assert "geokr.export" not in said
+    assert run(records, tmp_path, "train.max_steps=4") == 1
+    assert "data.loader: 'synthetic' -> None" in capsys.readouterr().err
+    assert run(records, tmp_path, "data.loader=synthetic", "train.max_steps=3") == 0
+
+
 def test_other_records_are_refused(whole, tmp_path, capsys):
     other = make_dataset(tmp_path / "other", tiles=40, val=9, seed=1)
     assert run(other, whole) == 1
