@@ -69,9 +69,15 @@ def statistics(manifest: Manifest, bands: tuple[Band, ...], normalisation: str) 
 
 def gather_facts(options: PretrainOptions, manifest: Manifest) -> Facts:
     """Resolves what the configuration leaves to the dataset. Raises ConfigError for what does not fit it."""
+    names = ", ".join(source.shown for source in options.data.sources)
     if manifest.train.records == 0:
-        names = ", ".join(source.shown for source in options.data.sources)
         raise ConfigError(f"data.records={names}: the dataset has no training records; pack more scenes")
+    if len(manifest.classes) < 2:
+        only = "".join(entry.name for entry in manifest.classes)
+        raise ConfigError(
+            f"data.records={names}: the dataset has one class only ({only}), so all tiles have the same label and "
+            "there is nothing to learn: labels.merge or labels.drop left no other; pack again with two or more"
+        )
     size = options.data.image_size or manifest.tile.size
     if size > manifest.tile.size:
         raise ConfigError(

@@ -324,12 +324,10 @@ def _conclude(
     share = 100 * held_s / seconds
     log.info("finished in %s; checkpoints held it up for %.1f s (%.1f %%)", clock_text(seconds), held_s, share)
     if figures:
-        log.info(
-            "KL(land cover || teacher) on held-out blocks: %.4f, %.0f %% of the constant histogram's %.4f",
-            figures["val/kl"],
-            100 * figures["val/kl"] / figures["val/kl_prior"],
-            figures["val/kl_prior"],
-        )
+        kl, prior = figures["val/kl"], figures["val/kl_prior"]
+        share = f"{100 * kl / prior:.0f} % of " if prior > 0 else ""  # 0 where all tiles are alike
+        words = "KL(land cover || teacher) on held-out blocks: %.4f, %sthe constant histogram's %.4f"
+        log.info(words, kl, share, prior)
     if options.data.loader == "synthetic":
         _warn_of_synthetic(main=main)
         return

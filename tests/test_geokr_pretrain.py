@@ -326,6 +326,14 @@ def test_no_sound_checkpoint_stops_the_run(records, tmp_path, capsys):
     assert "no sound checkpoint" in capsys.readouterr().err
 
 
+def test_one_class_is_nothing_to_learn(tmp_path, capsys):
+    records = make_dataset(tmp_path / "d", tiles=20, val=4, classes=1)
+    assert run(records, tmp_path / "r") == 1
+    message = capsys.readouterr().err
+    assert re.search(r"one class only \(class0\).*labels.merge or labels.drop.*pack again", message), message
+    assert not (tmp_path / "r").exists()
+
+
 def test_more_bands_of_more_bits_train_and_without_held_out_blocks_too(tmp_path):
     records = make_dataset(tmp_path / "d", tiles=24, val=0, bands=4, dtype="uint16", codec="raw")
     assert run(records, tmp_path / "r", "train.max_steps=3", "log.panels=2", "data.image_size=16") == 0
