@@ -242,7 +242,7 @@ class OptimOptions(Options):
     decay_norm_bias: bool = False
     """Whether norms' parameters and biases decay too."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Moments of adam, adamw and lamb."""
+    """Moments of adam, adamw and lamb: how much of each stays at a step, from 0 to below 1."""
     eps: float = Field(default=1e-8, gt=0)
     """Added to the denominator of adam, adamw and lamb."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
@@ -259,6 +259,13 @@ class OptimOptions(Options):
     """Of schedule `step`: factor at each drop."""
     drops: int = Field(default=10, ge=1)
     """Of schedule `step`: number of equal parts the run has, with a drop between any two."""
+
+    @field_validator("betas")
+    @classmethod
+    def _shares_below_one(cls, betas: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError("expected two numbers from 0 to below 1, such as [0.9, 0.999]")
+        return betas
 
 
 class TrainOptions(Options):

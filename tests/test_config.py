@@ -171,6 +171,13 @@ def test_the_written_configuration_reads_back(tmp_path, schema, needed):
     assert config.load(schema, path) == made
 
 
+@pytest.mark.parametrize("betas", ["[0.9, 1.0]", "[1.5, 0.9]", "[-0.1, 0.9]"])
+def test_moments_that_never_fade_are_refused(betas):
+    with pytest.raises(ConfigError, match=r"optim\.betas.*from 0 to below 1"):
+        config.load(PretrainOptions, None, [f"optim.betas={betas}", "train.max_steps=1"])
+    assert config.load(PretrainOptions, None, ["optim.betas=[0, 0.9]", "train.max_steps=1"]).optim.betas == (0, 0.9)
+
+
 @pytest.mark.parametrize("schema", [PackOptions, PretrainOptions])
 def test_every_key_says_what_it_means(schema):
     silent = [key for key, field in config.field_keys(schema).items() if not field.description]
