@@ -3,7 +3,7 @@
 import os
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from geokr.config import Options, suggestion
 
@@ -143,22 +143,26 @@ class DataOptions(Options):
 
 
 class AugmentOptions(Options):
-    """Augmentation of training images. A range with equal ends switches a part off."""
+    """Augmentation of training images.
+
+    A part is off where both ends of its range are what changes nothing: `[1, 1]` for `brightness`, `contrast`,
+    `saturation` and `band_gain`, `[0, 0]` for `hue` and `band_offset`."""
 
     dihedral: bool = True
     """One of the square's eight symmetries, each equally likely."""
     colour_probability: float = Field(default=0.8, ge=0, le=1)
     """Share of the images whose colours are changed."""
     brightness: Range = (0.7, 1.3)
-    """Factor on all values; red, green and blue of 8 bits only."""
+    """Factor on all values, above 0; red, green and blue of 8 bits only."""
     contrast: Range = (0.5, 1.5)
-    """Factor on the distance from the dataset's mean; red, green and blue of 8 bits only."""
+    """Factor on the distance from the dataset's mean, above 0; red, green and blue of 8 bits only."""
     saturation: Range = (0.5, 1.5)
-    """Factor on the distance from grey; red, green and blue of 8 bits only."""
+    """Factor on the distance from grey, 0 or more; red, green and blue of 8 bits only."""
     hue: Range = (-0.05, 0.05)
     """Turn about the grey axis, as a share of the circle; red, green and blue of 8 bits only."""
     band_gain: Range = (0.9, 1.1)
-    """Factor drawn for each band, about its mean over the dataset, where bands are others than `augment.hue` is for."""
+    """Factor drawn for each band, above 0, about its mean over the dataset, where bands are others than `augment.hue`
+    is for."""
     band_offset: Range = (-0.1, 0.1)
     """Offset drawn for each band in its standard deviations, where bands are others than `augment.hue` is for."""
     crop_probability: Literal["auto"] | float = 0.0
@@ -169,6 +173,19 @@ class AugmentOptions(Options):
     """Share of the run's steps after which all images stay whole, as they will be when the backbone is used."""
     crop_min: float = Field(default=0.5, gt=0, lt=1)
     """Smallest side of a crop as a share of the image's; every side between is equally likely."""
+
+    @field_validator("brightness", "contrast", "saturation", "hue", "band_gain", "band_offset")
+    @classmethod
+    def _ordered(cls, value: Range, info: ValidationInfo) -> Range:
+        neutral = 0 if info.field_name in ("hue", "band_offset") else 1
+        off = f"; [{neutral}, {neutral}] switches it off"
+        if value[0] > value[1]:
+            raise ValueError(f"expected the smaller number first, got {list(value)}{off}")
+        if neutral == 1 and value[0] < 0:
+            raise ValueError(f"a factor below 0 inverts images, got {list(value)}{off}")
+        if neutral == 1 and value[0] == 0 and info.field_name != "saturation":  # grey images are still images
+            raise ValueError(f"a factor of 0 leaves nothing of an image, got {list(value)}{off}")
+        return value
 
     @field_validator("crop_probability", mode="before")
     @classmethod

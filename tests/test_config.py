@@ -178,6 +178,31 @@ def test_moments_that_never_fade_are_refused(betas):
     assert config.load(PretrainOptions, None, ["optim.betas=[0, 0.9]", "train.max_steps=1"]).optim.betas == (0, 0.9)
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("brightness=[0, 0]", r"leaves nothing of an image.*\[1, 1\] switches it off"),
+        ("contrast=[0, 1]", "leaves nothing of an image"),
+        ("band_gain=[0, 0]", "leaves nothing of an image"),
+        ("saturation=[-0.5, 1]", "below 0"),
+        ("band_gain=[-1, 1]", "below 0"),
+        ("contrast=[1.5, 0.5]", r"the smaller number first.*\[1, 1\]"),
+        ("hue=[0.1, -0.1]", r"the smaller number first.*\[0, 0\]"),
+    ],
+)
+def test_ranges_that_destroy_images_are_refused(given, message):
+    with pytest.raises(ConfigError, match=f"augment.{given.partition('=')[0]}: .*{message}"):
+        config.load(PretrainOptions, None, [f"augment.{given}", "train.max_steps=1"])
+
+
+def test_parts_of_augmentation_can_be_switched_off():
+    one = ("brightness", "contrast", "saturation", "band_gain")
+    words = [f"augment.{name}=[1, 1]" for name in one] + [f"augment.{name}=[0, 0]" for name in ("hue", "band_offset")]
+    augment = config.load(PretrainOptions, None, [*words, "train.max_steps=1"]).augment
+    assert {augment.brightness, augment.saturation, augment.band_gain} == {(1, 1)}
+    assert config.load(PretrainOptions, None, ["augment.saturation=[0, 0]", "train.max_steps=1"])
+
+
 @pytest.mark.parametrize("schema", [PackOptions, PretrainOptions])
 def test_every_key_says_what_it_means(schema):
     silent = [key for key, field in config.field_keys(schema).items() if not field.description]
