@@ -15,6 +15,11 @@ from geokr.distributed import World
 
 T = TypeVar("T")
 LOSSES = ("loss", "loss/supervision", "loss/consistency")
+# geokr/identity.py says what a run may change when it goes on.
+REMEDY = (
+    "train.precision=bf16 or fp32 can be tried in this run; a lower optim.lr or train.clip_norm make another run: give "
+    "it a new run.dir, to begin anew or with model.init=FILE, which python -m geokr.export makes of the last checkpoint"
+)
 
 
 class LossError(ValueError):
@@ -57,7 +62,7 @@ class Window:
             where = f"records {' '.join(str(i) for i in np.concatenate(self._ids[first]).tolist())}"
         raise LossError(
             f"the loss of step {first} is not a finite number, in {where}. The last checkpoint is from before it. "
-            "Look at those records, lower optim.lr, set train.clip_norm, or use train.precision=bf16 or fp32"
+            f"Look at those records. {REMEDY}"
         )
 
     def state(self) -> dict[str, Any]:

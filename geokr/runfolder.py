@@ -21,7 +21,7 @@ from geokr.checkpoint import Checkpoint, write_text
 from geokr.config import ConfigError, to_yaml
 from geokr.distributed import World
 from geokr.identity import check_identity
-from geokr.metrics import LossError, Window
+from geokr.metrics import REMEDY, LossError, Window
 from geokr.options import PretrainOptions
 from geokr.saver import Saver
 from geokr.train import Learner
@@ -153,8 +153,7 @@ def save_checkpoint(
         learner.world.check_replicas(list(models.values()), "a weight or running statistic")
         if not state.all_finite(models | moments):
             raise LossError(
-                f"after step {step} a weight is not a finite number, though the loss was; nothing was saved. Lower "
-                "optim.lr, set train.clip_norm, or use train.precision=bf16 or fp32"
+                f"after step {step} a weight is not a finite number, though the loss was; nothing was saved. {REMEDY}"
             )
         numbers_of_window = window.state()
         if learner.world.main:

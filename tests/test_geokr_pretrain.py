@@ -302,6 +302,21 @@ def test_a_run_on_synthetic_images_says_so_and_stays_one(records, tmp_path, caps
     assert run(records, tmp_path, "data.loader=synthetic", "train.max_steps=3") == 0
 
 
+def test_what_is_advised_against_a_loss_that_is_no_number_can_be_done(records, tmp_path, capsys):
+    wild = ("optim.name=sgd", "optim.lr=3e3", "optim.warmup=0.9", "checkpoint.every_steps=2", "log.every_steps=1")
+    assert run(records, tmp_path / "a", *wild) == 1
+    message = capsys.readouterr().err
+    assert "not a finite number" in message
+    for advice in ("train.precision=bf16 or fp32 can be tried in this run", "another run: give it a new run.dir"):
+        assert advice in message
+    assert run(records, tmp_path / "a", *wild, "train.precision=bf16") in (0, 1)
+    assert "belongs to a run with another" not in capsys.readouterr().err
+    for milder in ("optim.lr=1e-3", "train.clip_norm=1"):
+        assert run(records, tmp_path / "a", *wild, milder) == 1
+        assert "belongs to a run with another" in capsys.readouterr().err
+    assert run(records, tmp_path / "b", *wild, "optim.lr=1e-3", "train.max_steps=2") == 0
+
+
 def test_other_records_are_refused(whole, tmp_path, capsys):
     other = make_dataset(tmp_path / "other", tiles=40, val=9, seed=1)
     assert run(other, whole) == 1
