@@ -157,10 +157,17 @@ def _synchronize(options: PretrainOptions, world: World, at_once: int) -> bool:
 def _images(
     options: PretrainOptions, spec: BackboneSpec, device: torch.device, at_once: int, count: int | None
 ) -> torch.Tensor:
-    """Some images of the run's form, to try things with; as many as a step sees where ``count`` is None."""
+    """Some images of the run's form and memory format, to try things with; as many as a step sees where ``count`` is
+    None."""
     shape = (count or at_once, spec.bands, spec.image_size, spec.image_size)
     images = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
-    return images.contiguous(memory_format=torch.channels_last) if options.train.channels_last else images
+    return images.contiguous(memory_format=_layout(options))
+
+
+def _layout(options: PretrainOptions) -> torch.memory_format:
+    """Memory format of images and convolutions. It has to be said of both: cuDNN and oneDNN run a convolution
+    channels-last where one of its two inputs is."""
+    return torch.channels_last if options.train.channels_last else torch.contiguous_format
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,8 +213,7 @@ def _pair(
     options: PretrainOptions, student: LandCoverModel, world: World, synchronized: bool
 ) -> tuple[LandCoverModel, LandCoverModel]:
     """Student and teacher on the device, in the memory format and with the batch norm of the run."""
-    layout = torch.channels_last if options.train.channels_last else torch.preserve_format
-    student.to(world.device).to(memory_format=layout)  # type: ignore[call-overload]
+    student.to(world.device).to(memory_format=_layout(options))  # type: ignore[call-overload]
     _check_teacher(options, student)
     if synchronized:
         student.backbone = synchronize_batchnorm(student.backbone, world.device.type)
@@ -258,7 +264,7 @@ def build_learner(
         teacher=teacher,
         student_forward=wrap(passes.student, world, options.train, steps),
         teacher_forward=passes.teacher,
-        normalise=Normalise(mean, std, world.device, dtype if fused else None),
+        normalise=Normalise(mean, std, world.device, dtype if fused else None, _layout(options)),
         autocast=autocast,
         supervision=losses.SUPERVISION[options.method.supervision],
         consistency=losses.CONSISTENCY[options.method.consistency],

@@ -37,7 +37,7 @@ def _stem(conv: Any, x: Tensor) -> Tensor:
         *first, conv = (layer for layer in conv if isinstance(layer, nn.Conv2d))
         for layer in first:
             x = conv_relu(layer, x)
-    if not x.is_cuda:
+    if not x.is_cuda or not x.is_contiguous(memory_format=torch.channels_last):
         return F.max_pool2d(conv_relu(conv, x), 3, 2, 1)
     from geokr import pool_kernels
 

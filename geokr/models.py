@@ -161,21 +161,30 @@ def build_model(
 
 
 class Normalise:
-    """Images as the loader gives them to what the model takes, on their device, memory format kept.
+    """Images as the loader gives them to what the model takes, on their device.
 
     uint8 [N, C, H, W] becomes (x - mean) / std, float32; floating-point images come normalised already.
     mean, std: per band, in grey levels. half: the type to give instead of float32, in one pass over the pixels; for
-    channels-last images on CUDA where Triton is.
+    channels-last images on CUDA where Triton is. layout: memory format of what it gives; as they come if none is said,
+    which is channels-last of training's loaders.
     """
 
     def __init__(
-        self, mean: list[float], std: list[float], device: torch.device, half: torch.dtype | None = None
+        self,
+        mean: list[float],
+        std: list[float],
+        device: torch.device,
+        half: torch.dtype | None = None,
+        layout: torch.memory_format = torch.preserve_format,
     ) -> None:
         self._mean = torch.tensor(mean, dtype=torch.float32, device=device).view(1, -1, 1, 1)
         self._scale = 1.0 / torch.tensor(std, dtype=torch.float32, device=device).view(1, -1, 1, 1)
-        self._half = half
+        self._half, self._layout = half, layout
 
     def __call__(self, images_NCHW: Tensor) -> Tensor:
+        return self._normalised(images_NCHW).to(memory_format=self._layout)
+
+    def _normalised(self, images_NCHW: Tensor) -> Tensor:
         if images_NCHW.dtype != torch.uint8:
             return images_NCHW.to(self._half or torch.float32)
         if self._half is not None:

@@ -305,7 +305,7 @@ class TrainOptions(Options):
     cuda_graph: Literal["auto", "on", "off"] = "auto"
     """The step recorded once and replayed with one call. `auto`: on CUDA with one process and one part a step."""
     channels_last: bool = True
-    """Memory format of images and convolutions."""
+    """Memory format of images and convolutions: channels-last (NHWC), or NCHW where false."""
     accumulate: int = Field(default=1, ge=1)
     """Parts into which a process cuts its share of a batch, to fit memory."""
     clip_norm: float | None = Field(default=None, gt=0)

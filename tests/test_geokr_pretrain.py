@@ -267,6 +267,25 @@ def test_what_cannot_be_is_explained_and_nothing_is_written(records, tmp_path, c
     assert not list(tmp_path.rglob("checkpoints"))
 
 
+@pytest.mark.parametrize("last", [True, False], ids=["NHWC", "NCHW"])
+@pytest.mark.parametrize("changed", ["augment.crop_probability=0", "augment.progressive=true"])
+def test_convolutions_see_the_memory_format_that_was_asked_for(records, tmp_path, monkeypatch, last, changed):
+    seen = []
+
+    def watch(conv, inputs):
+        image_NCHW = inputs[0]
+        one = len(image_NCHW) == 1  # by which the number of features is found before there is a layout
+        if not one and image_NCHW.shape[1] > 1 and image_NCHW.shape[2] > 1:  # else both formats are the same
+            seen.append(image_NCHW.is_contiguous(memory_format=torch.channels_last))
+
+    with torch.nn.modules.module.register_module_forward_pre_hook(
+        lambda module, inputs: watch(module, inputs) if isinstance(module, torch.nn.Conv2d) else None
+    ):
+        assert run(records, tmp_path, "train.max_steps=2", "log.panels=2", changed, f"train.channels_last={last}") == 0
+    assert len(seen) > 20
+    assert set(seen) == {last}
+
+
 def test_a_missing_gpu_is_explained(records, tmp_path, capsys):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
