@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from geokr import band_names, losses
 from geokr.batchnorm import synchronize_batchnorm
-from geokr.compiling import Forward, compile_forward, wanted
+from geokr.compiling import Forward, compile_forward, trial, wanted
 from geokr.compute import Beside, Recorded
 from geokr.config import ConfigError
 from geokr.crops import Crops
@@ -170,6 +170,25 @@ def _layout(options: PretrainOptions) -> torch.memory_format:
     return torch.channels_last if options.train.channels_last else torch.contiguous_format
 
 
+def _inputs(student: LandCoverModel, images_NCHW: torch.Tensor) -> list[torch.Tensor]:
+    """What the student is called with in training: images, and unchanged colours where its head is told of those."""
+    if student.condition is None:
+        return [images_NCHW]
+    return [images_NCHW, images_NCHW.new_zeros(len(images_NCHW), student.condition.modulate.in_features)]
+
+
+def _rehearsal(
+    student: LandCoverModel, images: Callable[[], torch.Tensor], autocast: Callable[[], AbstractContextManager]
+) -> Callable[[Forward], None]:
+    """A forward and a backward pass with some images, which leave no trace."""
+
+    def rehearse(forward: Forward) -> None:
+        with autocast():
+            trial(forward, student, _inputs(student, images()))
+
+    return rehearse
+
+
 @dataclass(frozen=True, slots=True)
 class _Passes:
     """How student and teacher run forward. folded: the teacher's folded form, where it runs in that."""
@@ -202,9 +221,7 @@ def _passes(
         return _Passes(student, runs, folded)
     how = options.train.compile
     through = partial(for_trial, world=world, options=options.train)
-    inputs: list[torch.Tensor] = [images(None)]
-    if student.condition is not None:
-        inputs.append(inputs[0].new_zeros(len(inputs[0]), student.condition.modulate.in_features))
+    inputs = _inputs(student, images(None))
     compiled = compile_forward(how, student, inputs, autocast, through)
     return _Passes(compiled, compile_forward(how, runs, inputs, autocast) if asked else runs, folded)
 
@@ -258,11 +275,13 @@ def build_learner(
     dtype = DTYPES.get(precision, torch.float32)
     some_images = partial(_images, options, spec, world.device, at_once)
     passes = _passes(options, world, (student, teacher), some_images, dtype, autocast, fused=fused)
+    few = 2 if passes.student is student else None  # what is compiled takes as many images as a step
+    rehearse = _rehearsal(student, partial(some_images, few), autocast)
     refold = passes.folded.refold if passes.folded is not None else _nothing
     learner = Learner(
         student=student,
         teacher=teacher,
-        student_forward=wrap(passes.student, world, options.train, steps),
+        student_forward=wrap(passes.student, world, options.train, steps, rehearse),
         teacher_forward=passes.teacher,
         normalise=Normalise(mean, std, world.device, dtype if fused else None, _layout(options)),
         autocast=autocast,

@@ -28,10 +28,13 @@ def wanted(option: str, device: torch.device) -> bool:
     return option == "on" or (option == "auto" and device.type == "cuda")
 
 
-def _trial(forward: Forward, model: nn.Module, inputs: Sequence[Tensor]) -> None:
-    """A forward pass as the run will do it, with a backward pass if the model trains; leaves the model as it was."""
+def trial(forward: Forward, model: nn.Module, inputs: Sequence[Tensor]) -> None:
+    """A forward pass as the run will do it, with a backward pass if the model trains; leaves the model and the
+    generators of random numbers as they were."""
     buffers = [buffer.clone() for buffer in model.buffers()]
-    with torch.set_grad_enabled(any(p.requires_grad for p in model.parameters())):
+    devices = {i.device for i in inputs if i.is_cuda}
+    training = any(p.requires_grad for p in model.parameters())
+    with torch.random.fork_rng(devices), torch.set_grad_enabled(training):
         out = forward(*inputs)
         if out.requires_grad:
             out.float().sum().backward()
@@ -56,7 +59,7 @@ def compile_forward(
     forward = torch.compile(model)
     try:
         with autocast():
-            _trial(through(forward), model, inputs)
+            trial(through(forward), model, inputs)
     except Exception as error:
         reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         if option == "on":

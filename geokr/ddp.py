@@ -15,6 +15,7 @@ the last one of a step exchange nothing (``no_sync`` in geokr/train.py).
 
 import inspect
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -107,10 +108,20 @@ def for_trial(forward: Forward, world: World, options: TrainOptions) -> Forward:
     return call
 
 
-def wrap(forward: Forward, world: World, options: TrainOptions, steps: int) -> Forward:
+def wrap(
+    forward: Forward,
+    world: World,
+    options: TrainOptions,
+    steps: int,
+    rehearse: Callable[[Forward], None] = lambda forward: None,
+) -> Forward:
     """The student's forward pass, its gradients averaged over processes; as it is where there is only one.
 
-    steps: of the whole run. A process group must exist where there are several processes.
+    steps: of the whole run. rehearse: makes a forward and a backward pass and leaves no trace in the model. torch puts
+    gradients into other buckets after the first backward passes, in the order in which those gave them, and where in a
+    bucket a gradient lies decides the order in which three processes or more are added up. Without rehearsals the first
+    steps of a resumed run would add in another order than the same steps of an undisturbed one. A process group must
+    exist where there are several processes.
     """
     if world.size == 1:
         if options.ddp_compression != "none":
@@ -123,5 +134,7 @@ def wrap(forward: Forward, world: World, options: TrainOptions, steps: int) -> F
         bucket_cap_mb=options.ddp_bucket_mb,  # type: ignore[arg-type]  # fractions of a MB are fine
         static_graph=options.accumulate == 1,  # a first step without exchange cannot record a static graph's order
     )
+    for _ in range(2):  # of a static graph torch counts the gradients first, and takes their order from the next pass
+        rehearse(wrapped)  # before there is a hook, whose state it would change
     _compress(wrapped, options.ddp_compression, steps, world)
     return wrapped

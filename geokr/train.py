@@ -94,17 +94,26 @@ def train_step(learner: Learner, batches: Iterable[Batch], step: int) -> tuple[T
     for change in (learner.sizes, learner.crops):
         batches = change(batches, step) if change is not None else batches
     computed = learner.compute(learner, batches)
+    if learner.local_statistics:
+        _share_statistics(learner)
     _move_teacher(learner, step, computed.skipped)
     return computed.losses, computed.ids
 
 
 def _move_teacher(learner: Learner, step: int, skipped: Tensor | None) -> None:
     alpha = learner.rule.alpha(step)
-    if alpha is None:
-        return
-    if learner.local_statistics:
-        learner.world.average_buffers(learner.student)
-    learner.update_teacher(alpha, skipped)
+    if alpha is not None:
+        learner.update_teacher(alpha, skipped)
+
+
+def _share_statistics(learner: Learner) -> None:
+    """Running statistics of all processes become their mean: of the student, and of a teacher that has its own.
+
+    After every step, whether the teacher moves or not: were they averaged for a checkpoint, those of a run that was
+    stopped would be rounded where an undisturbed run's are not.
+    """
+    own = learner.teacher.training
+    learner.world.average_buffers(*([learner.student, learner.teacher] if own else [learner.student]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,8 +173,6 @@ def fit(
         if not (saving or logging_now):
             continue
         window.check()
-        if validating or saving:
-            _settle_statistics(learner)
         if logging_now:
             line = {"step": step, "samples": step * plan.global_batch, **window.flush(), **clock.flush()}
             line["lr"] = learner.learning_rate(step)
@@ -184,12 +191,6 @@ def fit(
             return step == plan.steps and not gave_way
     stopper.settle()
     return True
-
-
-def _settle_statistics(learner: Learner) -> None:
-    """Before validation or a save: running statistics of all processes become their mean."""
-    if learner.local_statistics:
-        learner.world.average_buffers(learner.student, learner.teacher)
 
 
 class _Remember:

@@ -21,6 +21,12 @@ def test_four_processes():
     assert "all checks passed" in done.stdout
 
 
+def test_three_processes_that_go_on_repeat_the_bits():
+    done = torchrun(3, "tests/geokr_ddp_ranks.py", "3")
+    assert done.returncode == 0, done.stderr
+    assert "all checks passed" in done.stdout
+
+
 def test_one_process_is_not_wrapped_and_says_what_has_no_effect(caplog):
     model = torch.nn.Linear(2, 2)
     train = toy.options("train.ddp_compression=bf16").train
