@@ -70,7 +70,13 @@ class Window:
         return {"sums": self._world.mean(self.sums.clone()).tolist(), "count": self.count}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        self.sums.copy_(torch.tensor(state["sums"], dtype=torch.float64))
+        """Goes on from a state, on any number of processes.
+
+        What all have together is put into the first: shares of it in each would be added up and divided in other
+        roundings than those of a run that was not stopped.
+        """
+        share = self._world.size if self._world.main else 0
+        self.sums.copy_(torch.tensor(state["sums"], dtype=torch.float64) * share)
         self.count = int(state["count"])
 
     def flush(self) -> dict[str, float]:
