@@ -283,6 +283,11 @@ def _announce(
     )
     if options.data.loader == "synthetic":
         _warn_of_synthetic(main=world.main)
+    if options.optim.name == "lamb" and options.optim.weight_decay == 0 and world.main:
+        log.warning(
+            "optim.name=lamb with optim.weight_decay=0 is Adam: only weights that decay take LAMB's trust ratio. Set "
+            "optim.weight_decay above 0, or optim.name=adam with the rate of Adam"
+        )
     if learner.by_colour:
         log.info("the head is told how colours were changed")
         if options.augment.colour_probability == 0:

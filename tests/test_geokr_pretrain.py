@@ -336,6 +336,13 @@ def test_what_is_advised_against_a_loss_that_is_no_number_can_be_done(records, t
     assert run(records, tmp_path / "b", *wild, "optim.lr=1e-3", "train.max_steps=2") == 0
 
 
+@pytest.mark.parametrize(("chosen", "warned"), [("lamb", True), ("adamw", False)])
+def test_lamb_without_decay_is_said_to_be_adam(records, tmp_path, capsys, chosen, warned):
+    keys = (f"optim.name={chosen}", "optim.weight_decay=0", "train.max_steps=1")
+    assert run(records, tmp_path, *keys) == 0
+    assert capsys.readouterr().err.count("optim.weight_decay=0 is Adam") == warned
+
+
 def test_other_records_are_refused(whole, tmp_path, capsys):
     other = make_dataset(tmp_path / "other", tiles=40, val=9, seed=1)
     assert run(other, whole) == 1
