@@ -27,6 +27,7 @@ THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
 Task = Any
 Function = Callable[[Task], Any]
 Describe = Callable[[Task], str]
+Progress = Callable[[str, int, int], None]  # (phase, done, of)
 
 
 class Engine(Protocol):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from geokr import manifests
 from geokr.manifests import Manifest
-from preprocess import appending, engine, shards, stages, workfolder
+from preprocess import appending, checked_inputs, engine, shards, stages, workfolder
 from preprocess.engine import Engine
 from preprocess.phases import Progress, Run
 from preprocess.plan import Plan
@@ -61,10 +61,24 @@ def pack(
     finish: called once the manifest is there, also where an earlier run ended between the manifest and clearing up.
     open_engine: opens where tasks run; by default processes of this machine, as many as ``workers`` says. Called when
     there is something to do. append: the plan's scenes that a dataset in ``out`` does not have are added to it.
+    Where hashes are given, the inputs of a dataset that is there are held against them too.
 
     Raises PlanError if ``out`` holds another dataset or an unfinished run of another configuration, PackError if
-    another process is packing there or not one tile is left, and whatever scanning raises.
+    another process is packing there, if not one tile is left or if what a dataset was made of has another hash, and
+    whatever scanning raises.
     """
+    opening = open_engine or (lambda: engine.open_engine(plan.options.workers))
+    packed = _pack(plan, out, progress, finish, opening, append)
+    if plan.checksums and not packed.written:  # a run that packs has looked before it began
+        with opening() as running:
+            wrong = checked_inputs.mismatches(plan.checksums, running, progress, None)
+        checked_inputs.check_held(plan, packed.manifest, wrong)
+    return packed
+
+
+def _pack(
+    plan: Plan, out: Path, progress: Progress, finish: Finish | None, opening: Callable[[], Engine], append: bool
+) -> Packed:
     start = time.monotonic()
     work = out / WORK
     state = look(plan, out, append)
@@ -81,8 +95,8 @@ def pack(
         spent: dict[str, list[float]] = {}
         written = not state.done
         if written:
-            with open_engine() if open_engine else engine.open_engine(plan.options.workers) as running:
-                state = _make(state, out, running, progress, spent)
+            with opening() as running:
+                state = _make(state, plan, out, running, progress, spent)
         assert state.manifest is not None
         if finish is not None:
             finish(state.manifest, workfolder.folder_of_last_run(work), stages.in_order(spent))
@@ -113,10 +127,12 @@ def _nothing_to_do(state: State, start: float) -> Packed:
     return Packed(state.manifest, written=False, seconds=time.monotonic() - start)
 
 
-def _make(state: State, out: Path, running: Engine, progress: Progress, spent: dict[str, list[float]]) -> State:
+def _make(
+    state: State, asked: Plan, out: Path, running: Engine, progress: Progress, spent: dict[str, list[float]]
+) -> State:
     base = state.manifest
     work = workfolder.open_work(state.plan, out, base)
-    manifest = Run(state.plan, out.absolute(), work.absolute(), running, progress, base, spent).make()
+    manifest = Run(state.plan, asked, out.absolute(), work.absolute(), running, progress, base, spent).make()
     if base is not None:
         # training runs that began on the smaller dataset can go on with it
         shards.write_whole(out / appending.kept_name(base), manifests.dump_manifest(base), work)

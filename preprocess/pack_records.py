@@ -192,6 +192,8 @@ def run(arguments: Sequence[str]) -> int:
     for warning in plan.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     if chosen.dry_run:
+        if plan.checksums:
+            print(f"--checksums: {len(plan.checksums)} files have a hash; packing reads them through, this does not")
         print(dry_run(plan, chosen.out, append=chosen.append))
         return 0
     for scene_id, reason in plan.rejected.items():

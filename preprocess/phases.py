@@ -6,7 +6,7 @@ so that a task of a run that was given up, still busy on some worker, cannot wri
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import numpy as np
 from geokr.manifests import Manifest, Shard
 from preprocess import (
     blocks,
-    checksums,
+    checked_inputs,
     gather,
     sampling,
     scan,
@@ -28,23 +28,12 @@ from preprocess import (
     workfolder,
 )
 from preprocess.damaged import BadTiles, Damaged
-from preprocess.engine import Engine
+from preprocess.engine import Engine, Progress
 from preprocess.errors import RasterError
 from preprocess.options import PackOptions
 from preprocess.plan import Plan, SceneTask
 from preprocess.precut import Files
 from preprocess.workfolder import PackError
-
-Progress = Callable[[str, int, int], None]  # (phase, done, of)
-
-
-def _sum_of(job: tuple[str, str, str]) -> tuple[str, str]:
-    """(path, its SHA-256). Committed where it is the expected one: another is looked at again by the next run."""
-    path, expected, commit = job
-    found = checksums.sha256(path)
-    if found == expected:
-        shards.write_whole(Path(commit), json.dumps({"sha256": found}).encode())
-    return path, found
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -103,12 +92,15 @@ def _scan(job: scan.Job) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Run:
-    """One run of the packer. work: its own folder. base: the dataset it adds to, or None for a new one.
+    """One run of the packer. plan: what is to be done. asked: what the command names, which is more where scenes are
+    added to a dataset that has some of them. work: the run's own folder. base: the dataset it adds to, or None for a
+    new one.
 
     spent: stage to [CPU seconds, seconds that passed], filled by the phases.
     """
 
     plan: Plan
+    asked: Plan
     out: Path
     work: Path
     engine: Engine
@@ -127,29 +119,15 @@ class Run:
         return summing.make_manifest(self.plan, limits, commits, damaged, finished)
 
     def check_sums(self, damaged: Damaged) -> None:
-        """Inputs against the hashes that their source gave. Raises PackError for a land-cover sheet of another."""
-        expected, found, jobs = self.plan.checksums, {}, []
-        for number, (path, value) in enumerate(expected.items()):
-            commit = self.work / f"sha256-{number:06d}.json"
-            if (done := workfolder.read_commit(commit)) is not None:
-                found[path] = done["sha256"]
-            else:
-                jobs.append((path, value, str(commit)))
-        self.progress("checksums", len(found), len(expected))
-        with contextlib.closing(self.engine.run_all(_sum_of, jobs, lambda job: job[0])) as results:
-            for path, value in results:
-                found[path] = value
-                self.progress("checksums", len(found), len(expected))
-        wrong = {path: text for path in found if (text := checksums.mismatch(path, found[path], expected))}
+        """Inputs against the hashes that their source gave. Raises PackError for one of another hash that cannot be
+        left out: a land-cover sheet, the DEM, a scene that the dataset has already."""
+        wrong = checked_inputs.mismatches(self.plan.checksums, self.engine, self.progress, self.work)
+        if self.base is not None:
+            checked_inputs.check_held(self.asked, self.base, wrong)
+        checked_inputs.check_shared(self.plan, wrong)
         for task in self.plan.tasks:
-            mask = [task.scene.mask.path] if task.scene.mask is not None else []
-            for path in (*(layer.path for layer in task.scene.layers if layer is not None), *mask):
-                if path in wrong and task.scene.scene_id not in damaged.scenes:
-                    damaged.add(task.scene.scene_id, wrong[path])
-        for cover in self.plan.covers:
-            for sheet in cover.sheets:
-                if sheet.sheet.path in wrong:
-                    raise PackError(wrong[sheet.sheet.path])
+            if text := checked_inputs.wrong_in(task, wrong):
+                damaged.add(task.scene.scene_id, text)
 
     def find_limits(self, damaged: Damaged) -> dict[str, np.ndarray]:
         """Limits of every scene that could be read, by scene id."""

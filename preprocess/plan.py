@@ -89,9 +89,12 @@ class Plan:
         """Paths or URLs of what tasks read."""
         layers = (layer.path for task in self.tasks for layer in task.scene.layers if layer is not None)
         masks = (task.scene.mask.path for task in self.tasks if task.scene.mask is not None)
-        sheets = (sheet.sheet.path for cover in self.covers for sheet in cover.sheets)
+        return list(dict.fromkeys((*layers, *masks, *self.shared_inputs())))
+
+    def shared_inputs(self) -> list[str]:
+        """Those that belong to no scene: land-cover sheets, and the DEM if there is one."""
         dem = [self.options.scene.dem] if self.options.scene.dem else []
-        return list(dict.fromkeys((*layers, *masks, *sheets, *dem)))
+        return [*(sheet.sheet.path for cover in self.covers for sheet in cover.sheets), *dem]
 
     def identity(self) -> dict[str, Any]:
         """What decides the dataset's bytes: two runs with equal identities write equal files."""
