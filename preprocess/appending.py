@@ -24,7 +24,8 @@ def kept_name(manifest: Manifest) -> str:
 
 
 def new_scenes(plan: Plan, manifest: Manifest, out: Path) -> Plan:
-    """The plan without the scenes that the dataset has. Raises PlanError where the rest cannot be added to it."""
+    """The plan without the scenes that the dataset has. Raises PlanError where the rest cannot be added to it, or lies
+    off the land cover: it would stay out for good, and what is wrong may be the sheets that were given."""
     _check_alike(plan, manifest, out)
     have = {scene.scene_id: scene.fingerprint for scene in manifest.scenes}
     by_fingerprint = {fingerprint: scene_id for scene_id, fingerprint in have.items()}
@@ -39,6 +40,11 @@ def new_scenes(plan: Plan, manifest: Manifest, out: Path) -> Plan:
             tasks.append(task)
         elif have[scene.scene_id] != scene.fingerprint:
             raise PlanError(_other_content(task, out, have[scene.scene_id]))
+    if tasks and not any(task.is_covered or task.sample is not None for task in tasks):
+        raise PlanError(
+            f"--append: {len(tasks)} new scenes lie under no land cover, the first is {tasks[0].scene.path}: give the "
+            "sheets under them (--land-cover, and --also if there are further products), or leave them out"
+        )
     left_out = {scene: reason for scene, reason in plan.rejected.items() if scene not in manifest.left_out}
     return replace(plan, tasks=tuple(tasks), rejected=left_out)
 

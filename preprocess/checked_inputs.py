@@ -9,7 +9,7 @@ from geokr.manifests import Manifest
 from preprocess import checksums, shards, workfolder
 from preprocess.engine import Engine, Progress
 from preprocess.plan import Plan, SceneTask
-from preprocess.workfolder import PackError
+from preprocess.workfolder import FutileError
 
 
 def _sum_of(job: tuple[str, str, str]) -> tuple[str, str]:
@@ -49,12 +49,12 @@ def wrong_in(task: SceneTask, wrong: Mapping[str, str]) -> str:
 
 
 def check_held(plan: Plan, manifest: Manifest, wrong: Mapping[str, str]) -> None:
-    """Raises PackError where a file of another hash is one that a dataset has tiles of: a scene of the plan, or what
+    """Raises FutileError where a file of another hash is one that a dataset has tiles of: a scene of the plan, or what
     all scenes share, the land cover or the DEM. Nothing can leave those out any more."""
     kept = {scene.fingerprint for scene in manifest.scenes if scene.kept}
     held = [text for task in plan.tasks if task.scene.fingerprint in kept and (text := wrong_in(task, wrong))]
     if held:
-        raise PackError(
+        raise FutileError(
             f"--checksums: {len(held)} scenes that the dataset holds tiles of are not what their source gave:\n"
             + "\n".join(f"  {text}" for text in held[:20])
             + "\nthose tiles may be damaged too: pack anew, into another folder"
@@ -63,7 +63,7 @@ def check_held(plan: Plan, manifest: Manifest, wrong: Mapping[str, str]) -> None
 
 
 def check_shared(plan: Plan, wrong: Mapping[str, str]) -> None:
-    """Raises PackError for a land-cover sheet or a DEM of another hash, which no scene can do without."""
+    """Raises FutileError for a land-cover sheet or a DEM of another hash, which no scene can do without."""
     for path in plan.shared_inputs():
         if path in wrong:
-            raise PackError(wrong[path])
+            raise FutileError(wrong[path])

@@ -3,11 +3,11 @@
 from typing import Any
 
 from preprocess.plan import Plan
-from preprocess.workfolder import PackError
+from preprocess.workfolder import FutileError
 
 
 class Damaged:
-    """Scenes that opened but could not be read through. Raises PackError when they become too many."""
+    """Scenes that opened but could not be read through. Raises FutileError when they become too many."""
 
     def __init__(self, plan: Plan) -> None:
         self.scenes: dict[str, str] = {}
@@ -18,14 +18,14 @@ class Damaged:
     def add(self, scene_id: str, message: str) -> None:
         self.scenes[scene_id] = message
         if len(self.scenes) + self.before > self.allowed * self.total:
-            raise PackError(
+            raise FutileError(
                 f"{len(self.scenes) + self.before} of {self.total} scenes cannot be used "
                 f"(max_bad_fraction={self.allowed:g}):\n" + "\n".join(f"  {line}" for line in self.scenes.values())
             )
 
 
 class BadTiles:
-    """Files among cut tiles that cannot be used. Raises PackError when they become too many."""
+    """Files among cut tiles that cannot be used. Raises FutileError when they become too many."""
 
     def __init__(self, plan: Plan) -> None:
         self.count, self.total, self.allowed = 0, plan.tiles, plan.options.max_bad_fraction
@@ -38,7 +38,7 @@ class BadTiles:
         self.count += commit["rejected"]["unreadable"]
         self.messages += commit["bad"][: 20 - len(self.messages)]
         if self.count > self.allowed * self.total:
-            raise PackError(
+            raise FutileError(
                 f"{self.count} of {self.total} tiles cannot be used (max_bad_fraction={self.allowed:g}):\n"
                 + "\n".join(f"  {line}" for line in self.messages)
             )

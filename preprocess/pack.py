@@ -17,7 +17,8 @@ from preprocess import appending, checked_inputs, engine, shards, stages, workfo
 from preprocess.engine import Engine
 from preprocess.phases import Progress, Run
 from preprocess.plan import Plan
-from preprocess.workfolder import WORK
+from preprocess.sheets import LabelError
+from preprocess.workfolder import WORK, FutileError
 
 # What else is made of a finished dataset while .work is still there: (manifest, the run's folder in it, stages).
 Finish = Callable[[Manifest, Path, Mapping[str, tuple[float, float]]], None]
@@ -28,24 +29,27 @@ class Packed:
     """What a run did. written: False where the folder already held this very dataset.
 
     stages: where its workers' time went: stage to (CPU seconds, seconds that passed), see preprocess.stages.
+    part: of the dataset, what this run made; None where it made nothing.
     """
 
     manifest: Manifest
     written: bool
     seconds: float
     stages: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    part: Manifest | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class State:
     """What a folder holds and what is to be done. manifest: of the dataset that is there. done: nothing is missing.
 
-    plan: what is to be done, which is less than what was asked for where scenes are added.
+    plan: what is to be done, which is less than what was asked for where scenes are added. part: see Packed.
     """
 
     plan: Plan
     manifest: Manifest | None
     done: bool
+    part: Manifest | None = None
 
 
 def pack(
@@ -102,7 +106,7 @@ def _pack(
             finish(state.manifest, workfolder.folder_of_last_run(work), stages.in_order(spent))
         workfolder.clear(work)
     workfolder.remove(work)
-    return Packed(state.manifest, written, time.monotonic() - start, stages.in_order(spent))
+    return Packed(state.manifest, written, time.monotonic() - start, stages.in_order(spent), state.part)
 
 
 def look(plan: Plan, out: Path, append: bool) -> State:
@@ -132,10 +136,15 @@ def _make(
 ) -> State:
     base = state.manifest
     work = workfolder.open_work(state.plan, out, base)
-    manifest = Run(state.plan, asked, out.absolute(), work.absolute(), running, progress, base, spent).make()
+    run = Run(state.plan, asked, out.absolute(), work.absolute(), running, progress, base, spent)
+    try:
+        manifest = part = run.make()
+    except (FutileError, LabelError):
+        workfolder.give_up(out, base)
+        raise
     if base is not None:
         # training runs that began on the smaller dataset can go on with it
         shards.write_whole(out / appending.kept_name(base), manifests.dump_manifest(base), work)
-        manifest = appending.joined(base, manifest)
+        manifest = appending.joined(base, part)
     shards.write_whole(out / manifests.MANIFEST, manifests.dump_manifest(manifest), work)
-    return State(state.plan, manifest, done=True)
+    return State(state.plan, manifest, done=True, part=part)

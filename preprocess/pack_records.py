@@ -178,6 +178,18 @@ def dry_run(plan: Plan, out: Path, *, append: bool) -> str:
     return f"{out}: holds {scenes}; what follows is of the new scenes alone\n\n{said}"
 
 
+def without_tiles(packed: Packed) -> list[str]:
+    """What is to be said where scenes were added to a dataset and not one tile of them."""
+    if packed.part is None or packed.part.counts["kept"]:
+        return []
+    away = report.turned_away(packed.part)
+    reasons = ", ".join(f"{count} {name}" for name, count in away.items())
+    return [
+        f"no tile of the new scenes can be used{f' ({reasons})' if reasons else ''}: the dataset has the tiles that it "
+        "had; it knows these scenes now, and --append passes them over"
+    ]
+
+
 def run(arguments: Sequence[str]) -> int:
     others, overrides = config.split_overrides(arguments)
     chosen = parser().parse_args(others)
@@ -209,7 +221,7 @@ def run(arguments: Sequence[str]) -> int:
     if not packed.written:
         print(f"{chosen.out}: already holds this dataset, nothing to do")
     print(report.summary(packed.manifest, packed.seconds if packed.written else None))
-    for warning in (*report.warnings(packed.manifest), *finishing.warnings):
+    for warning in (*report.warnings(packed.manifest), *without_tiles(packed), *finishing.warnings):
         print(f"warning: {warning}", file=sys.stderr)
     recipe = "geokr_resnet50" if packed.manifest.train.records >= MANY else "smoke"
     print(

@@ -33,7 +33,7 @@ from preprocess.errors import RasterError
 from preprocess.options import PackOptions
 from preprocess.plan import Plan, SceneTask
 from preprocess.precut import Files
-from preprocess.workfolder import PackError
+from preprocess.workfolder import FutileError
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -119,7 +119,7 @@ class Run:
         return summing.make_manifest(self.plan, limits, commits, damaged, finished)
 
     def check_sums(self, damaged: Damaged) -> None:
-        """Inputs against the hashes that their source gave. Raises PackError for one of another hash that cannot be
+        """Inputs against the hashes that their source gave. Raises FutileError for one of another hash that cannot be
         left out: a land-cover sheet, the DEM, a scene that the dataset has already."""
         wrong = checked_inputs.mismatches(self.plan.checksums, self.engine, self.progress, self.work)
         if self.base is not None:
@@ -208,11 +208,16 @@ class Run:
                 number += 1
 
     def gather_shards(self, commits: list[dict[str, Any]]) -> list[Shard]:
-        """The shards' entries in the manifest, by name."""
+        """The shards' entries in the manifest, by name; none where nothing is added to a dataset.
+
+        Raises FutileError for a new dataset without a tile, or without one on a side of the split that is to have some.
+        """
         kept = sum(commit["kept"] for commit in commits)
+        if not kept and self.base is not None:
+            return []
         if not kept:
-            raise PackError(
-                f"not one usable tile: {_turned_away(commits)}. See quality.*, "
+            raise FutileError(
+                f"not one usable tile: {_turned_away(commits) or 'no scene could be read through'}. See quality.*, "
                 "labels.min_valid_fraction and split.block_m in docs/configuration.md"
             )
         chunk_of, table = gather.tables(self.work, commits, kept)
@@ -257,9 +262,11 @@ def _check_val_share(plan: Plan, table: np.ndarray, commits: list[dict[str, Any]
     rejected = _turned_away(commits)
     found = f" (kept: {len(table)}; turned away: {rejected})" if rejected else ""
     if share == 1:
-        raise PackError(f"every tile fell into validation blocks{found}: use a smaller split.block_m, or another seed")
+        raise FutileError(
+            f"every tile fell into validation blocks{found}: use a smaller split.block_m, or another seed"
+        )
     if wanted > 0 and share == 0:
-        raise PackError(
+        raise FutileError(
             f"no tile fell into a validation block{found}, {wanted:.0%} were asked for: use a smaller split.block_m "
             f"(now {plan.options.split.block_m:g} m), a larger split.val_fraction, or another seed; "
             "split.val_fraction=0 does without validation"

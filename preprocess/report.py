@@ -39,6 +39,12 @@ def span(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h"
 
 
+def turned_away(manifest: Manifest) -> dict[str, int]:
+    """How many tile positions were turned away, by reason."""
+    found = {name: count for name, count in manifest.counts.items() if name.startswith("rejected_") and count}
+    return {name.removeprefix("rejected_"): count for name, count in found.items()}
+
+
 def summary(manifest: Manifest, seconds: float | None) -> str:
     """Counts, rejections by reason, class shares of train and validation, bytes, and the rate if it is known."""
     counts = manifest.counts
@@ -49,9 +55,7 @@ def summary(manifest: Manifest, seconds: float | None) -> str:
         ["tile positions", str(counts["positions"])],
         ["  kept", str(counts["kept"])],
     ]
-    for name, count in counts.items():
-        if name.startswith("rejected_") and count:
-            rows.append([f"  rejected: {name.removeprefix('rejected_')}", str(count)])
+    rows += [[f"  rejected: {name}", str(count)] for name, count in turned_away(manifest).items()]
     rows += [
         ["train / validation", f"{manifest.train.records} / {manifest.val.records}"],
         ["shards", str(len(manifest.train.shards) + len(manifest.val.shards))],

@@ -184,18 +184,28 @@ def shards_of(manifest: Manifest) -> list[Shard]:
     return [shard for name in records.SPLITS for shard in manifest.split(name).shards]
 
 
-def held_shards(path: Path) -> dict[str, str]:
-    """The shards that a tiles.parquet was made from and their hashes' beginnings; empty if it is none or damaged."""
+def _said_about(path: Path) -> dict[str, Any]:
+    """What a tiles.parquet says of its dataset (see :func:`_about`); empty if it is none or damaged."""
     try:
-        text = (pq.read_metadata(path).metadata or {}).get(b"geokr", b"{}")
-        return dict(json.loads(text).get("shards", {}))
+        return dict(json.loads((pq.read_metadata(path).metadata or {}).get(b"geokr", b"{}")))
     except (OSError, ValueError, pa.ArrowException):
         return {}
 
 
+def held_shards(path: Path) -> dict[str, str]:
+    """The shards that a tiles.parquet was made from and their hashes' beginnings; empty if it is none or damaged."""
+    return dict(_said_about(path).get("shards", {}))
+
+
 def is_current(out: Path, manifest: Manifest) -> bool:
-    """Whether the folder's tiles.parquet is that of this dataset."""
-    return held_shards(out / NAME) == shard_digests(shards_of(manifest))
+    """Whether the folder's tiles.parquet is that of this dataset, which may have grown by scenes without a tile."""
+    said = _said_about(out / NAME)
+    same_shards = said.get("shards", {}) == shard_digests(shards_of(manifest))
+    return same_shards and said.get("manifest_sha256") == _digest(manifest)
+
+
+def _digest(manifest: Manifest) -> str:
+    return hashlib.sha256(manifests.dump_manifest(manifest)).hexdigest()
 
 
 def write(
@@ -332,6 +342,6 @@ def _about(manifest: Manifest) -> dict[str, Any]:
         "classes": [{"name": entry.name, "column": column, "rgb": list(entry.rgb)} for entry, column in zip(
             manifest.classes, class_columns([entry.name for entry in manifest.classes]), strict=True)],
         "products": further_columns([entry.name for entry in manifest.classes], classes_of(manifest)),
-        "manifest_sha256": hashlib.sha256(manifests.dump_manifest(manifest)).hexdigest(),
+        "manifest_sha256": _digest(manifest),
         "shards": shard_digests(shards_of(manifest)),
     }  # fmt: skip

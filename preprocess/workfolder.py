@@ -27,6 +27,10 @@ class PackError(RuntimeError):
     """Packing that cannot go on; the message says what to do."""
 
 
+class FutileError(PackError):
+    """What the same command would meet again, so that another one must be free to begin in the same folder."""
+
+
 def check_writable(out: Path) -> None:
     """Raises PackError if ``out`` is not a folder, or cannot be made or written, before any work is done."""
     there = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists() or path.is_symlink())
@@ -64,7 +68,8 @@ def finished(plan: Plan, out: Path) -> Manifest | None:
             {name: sorted(prints.values()) for name, prints in tree["also"].items()} for tree in (old, new)
         )
     grown = set(old["scenes"].items()) < set(new["scenes"].items())
-    same_or_error(old, new, out, "a dataset made", hint="; --append adds the new scenes to it" if grown else "")
+    remedy = "choose another --out" + ("; --append adds the new scenes to it" if grown else "")
+    same_or_error(old, new, out, "a dataset made", remedy)
     check_whole(out, manifest)
     return manifest
 
@@ -77,13 +82,13 @@ def check_whole(out: Path, manifest: Manifest) -> None:
             manifests.open_index(out, shard)
 
 
-def same_or_error(old: dict[str, Any], new: dict[str, Any], out: Path, what: str, hint: str = "") -> None:
+def same_or_error(old: dict[str, Any], new: dict[str, Any], out: Path, what: str, remedy: str) -> None:
     lines = differences(json.loads(json.dumps(old)), json.loads(json.dumps(new)))
     if lines:
         raise PlanError(
             f"{out}: holds {what} from other inputs or another configuration (there -> here):\n"
             + "\n".join(f"  {line}" for line in lines[:20])
-            + f"\nchoose another --out, or remove that folder{hint}"
+            + f"\n{remedy}"
         )
 
 
@@ -97,8 +102,10 @@ def open_work(plan: Plan, out: Path, base: Manifest | None) -> Path:
     if path.exists():
         old = json.loads(path.read_bytes())
         kind = "an unfinished --append" if "appends_to" in old else "an unfinished run"
-        advice = f"; or give that command again, or give it up: remove {work} and the shards that no manifest lists"
-        same_or_error(old, identity, out, kind, hint=advice if base else "")
+        remedy = "choose another --out, or remove that folder"
+        if base is not None:  # the folder holds a dataset, which is not to be lost
+            remedy = f"give that command again, or give it up: remove {work} and the shards that no manifest lists"
+        same_or_error(old, identity, out, kind, remedy)
     else:
         if base is None and (shards_there := sorted(out.glob("*.tfrecord"))):
             raise PlanError(
@@ -131,6 +138,23 @@ def _identity(plan: Plan, base: Manifest | None) -> dict[str, Any]:
 def folder_of_last_run(work: Path) -> Path:
     """The folder that a run which ended before clearing up has left, or .work itself."""
     return next(iter(sorted(work.glob("run-*"))), work)
+
+
+def give_up(out: Path, base: Manifest | None) -> None:
+    """After an error that the same command would meet again: other commands may begin in the folder.
+
+    What was scanned for a new dataset stays, for it is known by all that it was made from. A dataset that was to grow
+    is left as it was. Where an earlier run was cut short among its shards, these need what says whose they are.
+    """
+    work = out / WORK
+    listed = {shard.name for name in records.SPLITS for shard in base.split(name).shards} if base else set()
+    if any(path.name not in listed for path in out.glob("*.tfrecord")):
+        return
+    if base is None:
+        (work / "plan.json").unlink(missing_ok=True)
+    else:
+        clear(work)
+        remove(work)
 
 
 def growing_to(work: Path) -> int:

@@ -14,12 +14,12 @@ from geokr.config import ConfigError
 from geokr.identity import check_identity
 from geokr.records import RecordError
 from pipelines.dataset import Dataset
-from preprocess import appending, gather, plan, sampling, verify_records
+from preprocess import appending, gather, plan, sampling, tile_table, verify_records
 from preprocess.errors import RasterError
 from preprocess.inputs import PlanError
 from preprocess.options import PackOptions
 from preprocess.plan import make_plan
-from preprocess.workfolder import PackError
+from preprocess.workfolder import FutileError
 from tests.scenes import (
     NO_QUALITY,
     command,
@@ -68,7 +68,7 @@ class World:
         return contents(out)
 
     def pack(self, out, names, *more, covers=None, append=False):
-        scenes = [self.scenes[name] for name in names]
+        scenes = [self.scenes.get(name, name) for name in names]
         return pack_quietly(scenes, covers or [self.west, self.east], "worldcover", out, *KEYS, *more, append=append)
 
 
@@ -224,7 +224,7 @@ def refused(world, out, names, *more, match, **keywords):
 
 def test_without_append_more_scenes_are_refused(world, out):
     refused(world, out, "abc", match=r"(?s)scenes\.c: None -> .*--append adds the new scenes")
-    refused(world, out, "bc", match=r"(?s)scenes\.a: .* -> None.*remove that folder$")
+    refused(world, out, "bc", match=r"(?s)scenes\.a: .* -> None.*\nchoose another --out$")
 
 
 def test_the_first_command_is_refused_on_the_larger_dataset(world, tmp_path):
@@ -259,13 +259,56 @@ def test_a_dataset_without_sums(world, out):
     refused(world, out, "abcd", match=r"packed by an earlier version.*data\.records takes a list", append=True)
 
 
-def test_nothing_usable_changes_nothing(world, out, tmp_path):
+def test_new_scenes_without_a_tile_are_known_then(world, out, tmp_path, capsys):
+    """Nothing but the configuration, which must stay, decided that; so the next run need not look at them again."""
     empty = write_raster(tmp_path / "e.tif", np.zeros((3, 64, 64), np.uint16), (30, 0, 4e5, 0, -30, 5.2e6), nodata=0)
+    before, old = contents(out), parts(out)
+    arguments = ([world.west, world.east], "worldcover", out, *KEYS, "--append")
+    assert command([empty], *arguments) == 0
+    assert "no tile of the new scenes can be used (9 nodata)" in capsys.readouterr().err
+    new = parts(out)
+    assert contents(out) == before | {
+        "manifest-v1.json": before[manifests.MANIFEST],
+        manifests.MANIFEST: contents(out)[manifests.MANIFEST],
+    }
+    assert (new.train, new.val) == (old.train, old.val)
+    assert [(scene.scene_id, scene.kept) for scene in new.scenes][2:] == [("e", 0)]
+    assert (new.counts["positions"], new.counts["kept"]) == (old.counts["positions"] + 9, old.counts["kept"])
+    assert [part.train_shards for part in new.parts] == [len(old.train.shards), 0]
+    assert verify_records.verify(out, 1)[0] == []
+    assert Dataset.open(out).train.records == old.train.records
+    assert tile_table.is_current(out, new)
+    assert command([empty], *arguments) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert command([world.scenes["c"], empty], *arguments) == 0, "others can be added"
+    assert parts(out).version == 3
+
+
+def test_new_scenes_off_the_land_cover_change_nothing(world, out, tmp_path):
+    """They would be known then and stay out, and what is missing may be a sheet."""
+    far = write_raster(tmp_path / "far.tif", noise(9, (3, 64, 64), "uint16"), (30, 0, 7e5, 0, -30, 5.2e6))
+    before = stamps(out)
+    with pytest.raises(PlanError, match=r"1 new scenes lie under no land cover, the first is .*far\.tif.*--land-cover"):
+        world.pack(out, [*"ab", far], append=True)
+    assert stamps(out) == before
+    world.pack(out, [*"abcd", far], append=True)
+    assert [(s.scene_id, s.kept > 0) for s in parts(out).scenes][2:] == [("c", True), ("d", True), ("far", False)]
+
+
+def test_an_append_that_fails_for_good_leaves_the_folder_as_it_was(world, out, monkeypatch):
     before = contents(out)
-    with pytest.raises(PackError, match="not one usable tile"):
-        pack_quietly([empty], [world.west], "worldcover", out, *KEYS, append=True)
-    assert {name: data for name, data in contents(out).items() if not name.startswith(".work")} == before
-    assert Dataset.open(out).train.records == parts(world.first).train.records
+
+    def broken(scene, *more):
+        raise RasterError(f"{scene.path}: is cut short")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sampling, "stretch_limits", broken)
+        patch.setattr(sampling, "shares_of", lambda *_: 1)
+        with pytest.raises(FutileError, match=r"c\.tif: is cut short"):
+            world.pack(out, "abcd", append=True)
+    assert contents(out) == before
+    world.pack(out, "abd", append=True)
+    assert [scene.scene_id for scene in parts(out).scenes] == ["a", "b", "d"]
 
 
 # -------------------------------------------------------------------------------------------- interruptions
@@ -369,8 +412,9 @@ def test_an_earlier_manifest_is_verified_by_itself(world):
 def test_an_unfinished_append_of_other_scenes_is_refused(world, out, monkeypatch):
     cut_after_shards(world, out, monkeypatch)
     before = contents(out)
-    with pytest.raises(PlanError, match=r"(?s)holds an unfinished --append.*scenes\.d: .* -> None.*give it up: remove"):
+    with pytest.raises(PlanError, match=r"(?s)unfinished --append.*scenes\.d: .* -> None.*give it up: remove") as error:
         world.pack(out, "abc", append=True)
+    assert "that folder" not in str(error.value)
     assert contents(out) == before
     world.pack(out, "abcd", append=True)
     assert contents(out) == world.bytes

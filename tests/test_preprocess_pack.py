@@ -18,11 +18,11 @@ import rasterio
 import simplejpeg
 
 from geokr import config, manifests, records
-from preprocess import blocks, grid, phases, raster, sampling, shards, spill, tile_facts, workfolder
+from preprocess import blocks, gather, grid, phases, raster, sampling, shards, spill, tile_facts, workfolder
 from preprocess.grid import Grid
 from preprocess.inputs import PlanError
 from preprocess.options import PackOptions
-from preprocess.workfolder import PackError
+from preprocess.workfolder import FutileError, PackError
 from tests.scenes import (
     NO_QUALITY,
     RAW,
@@ -928,3 +928,28 @@ def test_no_tile_at_all(inputs, tmp_path):
     with pytest.raises(PackError, match=r"not one usable tile: \d+ dark.*docs/configuration\.md"):
         inputs.pack(tmp_path / "out", "quality.min_brightest=256")
     assert not (tmp_path / "out/manifest.json").exists()
+    inputs.pack(tmp_path / "out")  # another command may begin there
+    assert contents(tmp_path / "out") == inputs.bytes
+
+
+def test_a_failed_run_among_its_shards_stays_known(inputs, tmp_path, monkeypatch):
+    """Its shards would be those of no dataset."""
+    real, made = gather.gather, []
+
+    def cut(job):
+        if made:
+            raise PowerCut
+        made.append(job)
+        return real(job)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(gather, "gather", cut)
+        with pytest.raises(PowerCut):
+            inputs.pack(tmp_path / "out")
+    with monkeypatch.context() as patch:
+        fail = lambda *_: (_ for _ in ()).throw(FutileError("for good"))  # noqa: E731
+        patch.setattr(phases.Run, "scan_chunks", fail)
+        with pytest.raises(FutileError):
+            inputs.pack(tmp_path / "out")
+    inputs.pack(tmp_path / "out")
+    assert contents(tmp_path / "out") == inputs.bytes
