@@ -130,6 +130,14 @@ class SceneInfo(_Part):
     label_gap_years: dict[str, float] = added({})
 
 
+class DamagedScene(_Part):
+    """A scene that opened but could not be read through: what identified its bytes then, and its tile positions, which
+    stand in ``counts`` as rejected."""
+
+    fingerprint: str
+    positions: int = Field(ge=0)
+
+
 class Part(_Part):
     """What one run of the packer added: so many scenes and shards after those of the parts before it, and which of
     ``land_cover_fingerprints`` it was labelled by (numbers from 0)."""
@@ -144,7 +152,8 @@ class Manifest(_Part):
     """``manifest.json``. ``config`` is the packing configuration without paths, workers or hosts.
 
     version counts the runs that added to the dataset; parts says what each of them did, from version 2 on. left_out:
-    scenes that could not be used, by id, with the reason. products: land-cover products beside the first, by name.
+    scenes that could not be used, by id, with the reason, and the first of the cut tiles that could not, by tile id.
+    damaged: those scenes of left_out that opened, by id. products: land-cover products beside the first, by name.
     """
 
     schema_name: Literal["geokr-records"] = Field(alias="schema", default="geokr-records")
@@ -152,6 +161,7 @@ class Manifest(_Part):
     version: int = added(1, ge=1)
     parts: tuple[Part, ...] = added(())
     left_out: dict[str, str] = added({})
+    damaged: dict[str, DamagedScene] = added({})
     digest: str = added("")
     products: dict[str, ProductInfo] = added({})
     product: str

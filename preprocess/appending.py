@@ -88,10 +88,15 @@ def joined(base: Manifest, new: Manifest) -> Manifest:
     """The manifest of a dataset and what was added to it; all statistics are over both, from their sums."""
     prints = (*base.land_cover_fingerprints, *new.land_cover_fingerprints)
     prints = tuple(dict.fromkeys(prints))  # each once, in order
-    mended = base.left_out.keys() & {scene.scene_id for scene in new.scenes}  # could not be used then, and can now
-    left_out = {scene: reason for scene, reason in base.left_out.items() if scene not in mended} | new.left_out
+    # could not be used then, and was tried again: what this run says of it counts, in place of what that one said
+    again = base.left_out.keys() & {*(scene.scene_id for scene in new.scenes), *new.left_out}
+    left_out = {scene: reason for scene, reason in base.left_out.items() if scene not in again} | new.left_out
+    damaged = {scene: info for scene, info in base.damaged.items() if scene not in again} | new.damaged
     counts = _sums(base.counts, new.counts)
-    counts["scenes_rejected"] -= len(mended)
+    counts["scenes_rejected"] -= len(again)
+    for info in (info for scene, info in base.damaged.items() if scene in again):
+        counts["positions"] -= info.positions
+        counts["rejected_unreadable"] -= info.positions
     added = _part(new, tuple(prints.index(one) for one in new.land_cover_fingerprints))
     return base.model_copy(
         update={
@@ -99,6 +104,7 @@ def joined(base: Manifest, new: Manifest) -> Manifest:
             "version": base.version + 1,
             "parts": (*(base.parts or (_part(base, tuple(range(len(base.land_cover_fingerprints)))),)), added),
             "left_out": left_out,
+            "damaged": damaged,
             "land_cover_years": tuple(sorted({*base.land_cover_years, *new.land_cover_years})),
             "land_cover_fingerprints": prints,
             "products": {name: _product(info, new.products[name]) for name, info in base.products.items()},
@@ -107,6 +113,15 @@ def joined(base: Manifest, new: Manifest) -> Manifest:
             "counts": counts,
             "scenes": (*base.scenes, *new.scenes),
         }
+    )
+
+
+def adds_nothing(base: Manifest, new: Manifest) -> bool:
+    """Whether a run has but tried again what the dataset knows as left out."""
+    return (
+        not new.scenes
+        and new.left_out.items() <= base.left_out.items()
+        and new.damaged == {scene: info for scene, info in base.damaged.items() if scene in new.damaged}
     )
 
 

@@ -5,18 +5,25 @@ from typing import Any
 from preprocess.plan import Plan
 from preprocess.workfolder import FutileError
 
+MOST_TILES = 20  # of the cut tiles that cannot be used, how many are named
+
 
 class Damaged:
-    """Scenes that opened but could not be read through. Raises FutileError when they become too many."""
+    """Scenes that opened but could not be read through. Raises FutileError when they become too many.
 
-    def __init__(self, plan: Plan) -> None:
+    scenes: id to message. reasons: id to the reason's key. asked: the plan of all that the command names, whose scenes
+    they are counted among.
+    """
+
+    def __init__(self, asked: Plan) -> None:
         self.scenes: dict[str, str] = {}
-        self.before = len(plan.rejected)
-        self.total = len(plan.tasks) + self.before
-        self.allowed = plan.options.max_bad_fraction
+        self.reasons: dict[str, str] = {}
+        self.before = len(asked.rejected)
+        self.total = len(asked.tasks) + self.before
+        self.allowed = asked.options.max_bad_fraction
 
-    def add(self, scene_id: str, message: str) -> None:
-        self.scenes[scene_id] = message
+    def add(self, scene_id: str, message: str, reason: str = "unreadable") -> None:
+        self.scenes[scene_id], self.reasons[scene_id] = message, reason
         if len(self.scenes) + self.before > self.allowed * self.total:
             raise FutileError(
                 f"{len(self.scenes) + self.before} of {self.total} scenes cannot be used "
@@ -36,9 +43,22 @@ class BadTiles:
         if not commit.get("bad"):
             return
         self.count += commit["rejected"]["unreadable"]
-        self.messages += commit["bad"][: 20 - len(self.messages)]
+        self.messages += commit["bad"][: MOST_TILES - len(self.messages)]
         if self.count > self.allowed * self.total:
             raise FutileError(
                 f"{self.count} of {self.total} tiles cannot be used (max_bad_fraction={self.allowed:g}):\n"
                 + "\n".join(f"  {line}" for line in self.messages)
             )
+
+
+def named_tiles(commits: list[dict[str, Any]]) -> dict[str, tuple[str, str]]:
+    """The first cut tiles that cannot be used, in the order of their names: tile id to (reason's key, message).
+
+    commits: of all tasks, in order of their numbers. Those that an earlier version left in ``.work`` name none.
+    """
+    found = (
+        (tile_id, (reason, message))
+        for commit in commits
+        for (tile_id, reason), message in zip(commit.get("bad_tiles", ()), commit.get("bad", ()), strict=False)
+    )
+    return dict(list(found)[:MOST_TILES])

@@ -29,7 +29,8 @@ class Packed:
     """What a run did. written: False where the folder already held this very dataset.
 
     stages: where its workers' time went: stage to (CPU seconds, seconds that passed), see preprocess.stages.
-    part: of the dataset, what this run made; None where it made nothing.
+    part: of the dataset, what this run made; None where it made nothing. left_out: what came to light, while it was
+    read, to be unusable: scenes, and the first of cut tiles, with the message.
     """
 
     manifest: Manifest
@@ -37,19 +38,22 @@ class Packed:
     seconds: float
     stages: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     part: Manifest | None = None
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class State:
     """What a folder holds and what is to be done. manifest: of the dataset that is there. done: nothing is missing.
 
-    plan: what is to be done, which is less than what was asked for where scenes are added. part: see Packed.
+    plan: what is to be done, which is less than what was asked for where scenes are added. part, left_out: see
+    Packed.
     """
 
     plan: Plan
     manifest: Manifest | None
     done: bool
     part: Manifest | None = None
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
 
 def pack(
@@ -96,17 +100,29 @@ def _pack(
         state = look(plan, out, append)
         if state.done and _another_grows(work, state):
             return _nothing_to_do(state, start)
+        if state.manifest is not None and not _another_grows(work, state) and workfolder.has_leavings(work):
+            _end(state.manifest, work, finish, {})
         spent: dict[str, list[float]] = {}
-        written = not state.done
-        if written:
+        if not state.done:
             with opening() as running:
                 state = _make(state, plan, out, running, progress, spent)
-        assert state.manifest is not None
-        if finish is not None:
-            finish(state.manifest, workfolder.folder_of_last_run(work), stages.in_order(spent))
+            if state.part is not None:
+                _end(state.manifest, work, finish, stages.in_order(spent))
         workfolder.clear(work)
     workfolder.remove(work)
-    return Packed(state.manifest, written, time.monotonic() - start, stages.in_order(spent), state.part)
+    assert state.manifest is not None
+    seconds = time.monotonic() - start
+    return Packed(state.manifest, state.part is not None, seconds, stages.in_order(spent), state.part, state.left_out)
+
+
+def _end(
+    manifest: Manifest | None, work: Path, finish: Finish | None, spent: Mapping[str, tuple[float, float]]
+) -> None:
+    """What is made of a dataset and of what the run that made it left in ``.work``, which then goes."""
+    assert manifest is not None
+    if finish is not None:
+        finish(manifest, workfolder.folder_of_last_run(work), spent)
+    workfolder.clear(work, keep_lock=True)
 
 
 def look(plan: Plan, out: Path, append: bool) -> State:
@@ -142,9 +158,11 @@ def _make(
     except (FutileError, LabelError):
         workfolder.give_up(out, base)
         raise
+    if base is not None and appending.adds_nothing(base, part):
+        return State(state.plan, base, done=True, left_out=run.left_out)
     if base is not None:
         # training runs that began on the smaller dataset can go on with it
         shards.write_whole(out / appending.kept_name(base), manifests.dump_manifest(base), work)
         manifest = appending.joined(base, part)
     shards.write_whole(out / manifests.MANIFEST, manifests.dump_manifest(manifest), work)
-    return State(state.plan, manifest, done=True, part=part)
+    return State(state.plan, manifest, done=True, part=part, left_out=run.left_out)

@@ -41,6 +41,7 @@ from preprocess.workfolder import PackError, check_ours, check_writable
 
 # Training tiles from which on the recipe for large datasets is named as the next step, else the small one.
 MANY = 100_000
+MOST_LINES = 20  # of what was left out
 USER_ERRORS = (
     config.ConfigError,
     PlanError,
@@ -190,6 +191,16 @@ def without_tiles(packed: Packed) -> list[str]:
     ]
 
 
+def left_out(packed: Packed, plan: Plan) -> list[str]:
+    """A line for each scene, and the first of cut tiles, that opened and could not be used: what this run found, or
+    for a dataset that was there what its manifest says."""
+    found = packed.left_out or ({} if packed.written else packed.manifest.left_out)
+    lines = [f"left out: {name}: {reason}" for name, reason in found.items() if name not in plan.rejected]
+    if len(lines) > MOST_LINES:
+        lines[MOST_LINES:] = [f"left out: {len(lines) - MOST_LINES} more; manifest.json lists scenes under left_out"]
+    return lines
+
+
 def run(arguments: Sequence[str]) -> int:
     others, overrides = config.split_overrides(arguments)
     chosen = parser().parse_args(others)
@@ -223,6 +234,8 @@ def run(arguments: Sequence[str]) -> int:
     print(report.summary(packed.manifest, packed.seconds if packed.written else None))
     for warning in (*report.warnings(packed.manifest), *without_tiles(packed), *finishing.warnings):
         print(f"warning: {warning}", file=sys.stderr)
+    for line in left_out(packed, plan):
+        print(line, file=sys.stderr)
     recipe = "geokr_resnet50" if packed.manifest.train.records >= MANY else "smoke"
     print(
         f"\nrecords: {chosen.out}\nreport:  {chosen.out / report_page.NAME} (any browser)\n"

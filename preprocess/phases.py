@@ -27,7 +27,7 @@ from preprocess import (
     summing,
     workfolder,
 )
-from preprocess.damaged import BadTiles, Damaged
+from preprocess.damaged import BadTiles, Damaged, named_tiles
 from preprocess.engine import Engine, Progress
 from preprocess.errors import RasterError
 from preprocess.options import PackOptions
@@ -96,7 +96,8 @@ class Run:
     added to a dataset that has some of them. work: the run's own folder. base: the dataset it adds to, or None for a
     new one.
 
-    spent: stage to [CPU seconds, seconds that passed], filled by the phases.
+    spent: stage to [CPU seconds, seconds that passed], filled by the phases. left_out: what came to light to be
+    unusable, by scene or tile, with the whole message; filled likewise.
     """
 
     plan: Plan
@@ -107,14 +108,17 @@ class Run:
     progress: Progress
     base: Manifest | None = None
     spent: dict[str, list[float]] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
 
     def make(self) -> Manifest:
         """All phases; the manifest of what they made."""
-        damaged = Damaged(self.plan)
+        damaged = Damaged(self.asked)
         if self.plan.checksums:
             self.check_sums(damaged)
         limits = self.find_limits(damaged)
         commits = self.scan_chunks(limits, damaged)
+        tiles = {tile_id: message for tile_id, (_, message) in named_tiles(commits).items()}
+        self.left_out.update(damaged.scenes | tiles)
         finished = self.gather_shards(commits)
         return summing.make_manifest(self.plan, limits, commits, damaged, finished)
 
@@ -127,7 +131,7 @@ class Run:
         checked_inputs.check_shared(self.plan, wrong)
         for task in self.plan.tasks:
             if text := checked_inputs.wrong_in(task, wrong):
-                damaged.add(task.scene.scene_id, text)
+                damaged.add(task.scene.scene_id, text, "checksum")
 
     def find_limits(self, damaged: Damaged) -> dict[str, np.ndarray]:
         """Limits of every scene that could be read, by scene id."""

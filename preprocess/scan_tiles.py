@@ -42,7 +42,7 @@ def stretch_limits(sample: Sample, bands: tuple[int, ...], options: PackOptions)
 
 def scan_files(job: Job) -> dict[str, Any]:
     """Reads, judges and labels the tiles of a task, spills the kept ones. Returns the commit's content, in it under
-    ``bad`` what is wrong with files that cannot be used.
+    ``bad`` what is wrong with files that cannot be used and under ``bad_tiles`` (tile id, reason's key) of each.
 
     Raises LabelError for labels that cannot be used.
     """
@@ -52,6 +52,7 @@ def scan_files(job: Job) -> dict[str, Any]:
     sums: list[TileSums] = []
     rejected: Counter[str] = Counter()
     bad: list[str] = []
+    bad_tiles: list[tuple[str, str]] = []
     examples: dict[str, Rejected] = {}
     with gdal_files.many_small_files():
         for n, name in enumerate(files.names):
@@ -60,6 +61,8 @@ def scan_files(job: Job) -> dict[str, Any]:
                 tiles = _scanned(view, files, n, clock)
             except (RasterError, PlanError) as error:
                 bad.append(str(error))
+                reason = error.reason if isinstance(error, RasterError) else "bands"
+                bad_tiles.append((precut.tile_id(job.scene.scene_id, name), reason))
                 continue
             for turned_away in scan.rejected_tiles(view):
                 rejected[turned_away.reason] += 1
@@ -71,7 +74,7 @@ def scan_files(job: Job) -> dict[str, Any]:
     rejected["unreadable"] = len(bad)
     with clock("examples"):
         keep_examples(job.folder, job.number, job.options.seed, examples.values())
-    facts = {"bad": bad[:MESSAGES]}
+    facts = {"bad": bad[:MESSAGES], "bad_tiles": bad_tiles[:MESSAGES]}
     total = TileSums(np.array([one.pixels[0] for one in sums], np.int64), np.array([one.sums[0] for one in sums]))
     return spill(job.folder, job.number, job.scene.scene_id, job.options, kept, total, +rejected, clock, facts)
 

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 
 from geokr import records
-from geokr.manifests import ClassInfo, Manifest, Moments, ProductInfo, SceneInfo, Shard, SplitInfo, Tile
+from geokr.manifests import ClassInfo, DamagedScene, Manifest, Moments, ProductInfo, SceneInfo, Shard, SplitInfo, Tile
 from preprocess import blocks, scan
 from preprocess.covers import Cover
-from preprocess.damaged import Damaged
+from preprocess.damaged import Damaged, named_tiles
 from preprocess.plan import Plan
 
 
@@ -82,12 +82,18 @@ def make_manifest(
     for commit in commits:
         kept[commit["scene_id"]] += commit["kept"]
     rejected = total_rejected(commits)
-    rejected["unreadable"] += sum(task.tiles for task in plan.tasks if task.scene.scene_id in damaged.scenes)
+    sound = [task for task in plan.tasks if task.scene.scene_id not in damaged.scenes]
+    unread = {
+        task.scene.scene_id: DamagedScene(fingerprint=task.scene.fingerprint, positions=task.tiles)
+        for task in plan.tasks
+        if task.scene.scene_id in damaged.scenes
+    }
+    rejected["unreadable"] += sum(scene.positions for scene in unread.values())
     counts = {
-        "scenes": len(plan.tasks),
+        "scenes": len(sound),
         "scenes_rejected": len(plan.rejected) + len(damaged.scenes),
-        "scenes_without_land_cover": sum(not task.is_covered and task.sample is None for task in plan.tasks),
-        **({"scenes_without_mask": sum(not task.scene.mask for task in plan.tasks)} if plan.options.mask.kind else {}),
+        "scenes_without_land_cover": sum(not task.is_covered and task.sample is None for task in sound),
+        **({"scenes_without_mask": sum(not task.scene.mask for task in sound)} if plan.options.mask.kind else {}),
         "positions": plan.tiles,
         "kept": sum(kept.values()),
         **{f"rejected_{reason}": rejected[reason] for reason in scan.REASONS},
@@ -99,13 +105,14 @@ def make_manifest(
             fingerprint=task.scene.fingerprint,
             date=task.scene.date,
             stretch_limits=tuple((low, high) for low, high in limits[task.scene.scene_id].tolist())
-            if stretched and task.scene.scene_id in limits and task.scene.scene_id not in damaged.scenes
+            if stretched and task.scene.scene_id in limits
             else None,
             kept=kept[task.scene.scene_id],
             label_gap_years={cover.name: cover.gap_years for cover in task.covers if cover.gap_years is not None},
         )
-        for task in plan.tasks
+        for task in sound
     )
+    tiles = {tile_id: reason for tile_id, (reason, _) in named_tiles(commits).items()}
     split, first = plan.options.split, _product_info(plan.covers[0])
     by_split = {name: tuple(s for s in finished if s.name.startswith(f"{name}-")) for name in records.SPLITS}
     return Manifest(
@@ -127,7 +134,8 @@ def make_manifest(
         split_rule=f"blocks of {split.block_m:g} m on one grid over the Earth, {split.val_fraction:g} of them held out "
         f"by hash with seed {plan.options.seed}; tiles that touch both kinds dropped",
         counts=counts,
-        left_out=dict(plan.rejected),
+        left_out={**plan.rejected, **damaged.reasons, **tiles},
+        damaged=unread,
         scenes=scenes,
         config=dict(plan.config),
     )

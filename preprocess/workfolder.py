@@ -52,6 +52,9 @@ def finished(plan: Plan, out: Path) -> Manifest | None:
         return None
     manifest = manifests.load_manifest(out)
     new = plan.identity()
+    for scene_id, damaged in manifest.damaged.items():  # it opened, as it does now, and is known to be left out
+        if new["scenes"].get(scene_id) == damaged.fingerprint:
+            del new["scenes"][scene_id]
     old = {
         **new,
         "config": manifest.config,
@@ -163,9 +166,14 @@ def growing_to(work: Path) -> int:
     return commit["version"] if commit else 0
 
 
-def clear(work: Path) -> None:
-    """Empties .work but for the lock, while it is held. A worker that still writes a file that nobody needs any more,
-    or a network file system that keeps a deleted one for a moment, is no reason to fail."""
+def has_leavings(work: Path) -> bool:
+    """Whether .work holds anything but its lock."""
+    return any(path.name != LOCK for path in work.iterdir())
+
+
+def clear(work: Path, keep_lock: bool = False) -> None:
+    """Empties .work while its lock is held, of which the file goes last. A worker that still writes a file that nobody
+    needs any more, or a network file system that keeps a deleted one for a moment, is no reason to fail."""
     for attempt in range(5):
         for path in work.iterdir():
             if path.is_dir():
@@ -175,7 +183,8 @@ def clear(work: Path) -> None:
         if {path.name for path in work.iterdir()} <= {LOCK}:
             break
         time.sleep(0.2 * attempt)
-    (work / LOCK).unlink(missing_ok=True)
+    if not keep_lock:
+        (work / LOCK).unlink(missing_ok=True)
 
 
 def remove(work: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from fractions import Fraction
 
@@ -14,7 +15,7 @@ from geokr.config import ConfigError
 from geokr.identity import check_identity
 from geokr.records import RecordError
 from pipelines.dataset import Dataset
-from preprocess import appending, gather, plan, sampling, tile_table, verify_records
+from preprocess import appending, gather, plan, sampling, tile_table, verify_records, workfolder
 from preprocess.errors import RasterError
 from preprocess.inputs import PlanError
 from preprocess.options import PackOptions
@@ -67,9 +68,9 @@ class World:
         assert self.pack(out, "abcd", append=True).written
         return contents(out)
 
-    def pack(self, out, names, *more, covers=None, append=False):
+    def pack(self, out, names, *more, covers=None, **keywords):
         scenes = [self.scenes.get(name, name) for name in names]
-        return pack_quietly(scenes, covers or [self.west, self.east], "worldcover", out, *KEYS, *more, append=append)
+        return pack_quietly(scenes, covers or [self.west, self.east], "worldcover", out, *KEYS, *more, **keywords)
 
 
 @pytest.fixture(scope="module")
@@ -210,6 +211,78 @@ def test_a_scene_that_could_not_be_used_then(world, tmp_path):
     assert parts(out).left_out == {}
     assert parts(out).counts["scenes_rejected"] == 0
     assert [scene.scene_id for scene in parts(out).scenes] == ["a", "b", "c"]
+
+
+def cut_short(path):
+    """A scene that opens and cannot be read through; returns its sound bytes."""
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) * 6 // 10])
+    return whole
+
+
+def test_a_scene_that_could_not_be_read_through_is_left_out_until_it_can(world, tmp_path, capsys):
+    """As one that could not be opened: it is no scene of the dataset, and repaired it can be added."""
+    out, path = tmp_path / "out", world.scenes["c"]
+    arguments = ([world.west, world.east], "worldcover", out, *KEYS, "max_bad_fraction=0.5")
+    whole, scenes = cut_short(path), [world.scenes[name] for name in "abc"]
+    try:
+        assert command(scenes, *arguments) == 0
+        assert re.search(r"\nleft out: c: .*c\.tif", capsys.readouterr().err)
+        manifest, before = parts(out), contents(out)
+        assert [scene.scene_id for scene in manifest.scenes] == ["a", "b"]
+        assert manifest.left_out == {"c": "unreadable"}
+        assert manifest.damaged["c"].positions == manifest.counts["rejected_unreadable"] > 0
+        assert (manifest.counts["scenes"], manifest.counts["scenes_rejected"]) == (2, 1)
+        for more in ((), ("--append",)):
+            assert command(scenes, *arguments, *more) == 0
+            said = capsys.readouterr()
+            assert "nothing to do" in said.out
+            assert "left out: c: " in said.err
+            assert contents(out) == before
+    finally:
+        path.write_bytes(whole)
+    with pytest.raises(PlanError, match=r"(?s)scenes\.c: None -> .*--append adds"):
+        world.pack(out, "abc", "max_bad_fraction=0.5")
+    assert command(scenes, *arguments, "--append") == 0
+    world.pack(tmp_path / "sound", "abc", "max_bad_fraction=0.5")
+    grown, sound = parts(out), parts(tmp_path / "sound")
+    assert (grown.left_out, grown.damaged, grown.counts) == ({}, {}, sound.counts)
+    assert [scene.scene_id for scene in grown.scenes] == ["a", "b", "c"]
+    assert sorted(r.tile_id for _, r in read_records(out)) == sorted(
+        r.tile_id for _, r in read_records(tmp_path / "sound")
+    )
+
+
+def test_a_scene_that_is_still_cut_short_counts_once(world, tmp_path):
+    whole = cut_short(world.scenes["c"])
+    try:
+        world.pack(tmp_path / "out", "abc", "max_bad_fraction=0.5")
+        world.pack(tmp_path / "out", "abcd", "max_bad_fraction=0.5", append=True)
+        world.pack(tmp_path / "once", "abcd", "max_bad_fraction=0.5")
+    finally:
+        world.scenes["c"].write_bytes(whole)
+    grown, once = parts(tmp_path / "out"), parts(tmp_path / "once")
+    assert [scene.scene_id for scene in grown.scenes] == ["a", "b", "d"]
+    assert (grown.counts, grown.left_out, grown.damaged) == (once.counts, once.left_out, once.damaged)
+
+
+def test_a_run_that_ended_before_clearing_up_does_not_block_the_next(world, tmp_path, monkeypatch):
+    """Where a scene is left out, the same --append looks at it again, and so is not done."""
+    whole, out = cut_short(world.scenes["c"]), tmp_path / "out"
+    try:
+        world.pack(out, "a", "max_bad_fraction=0.5")
+        with monkeypatch.context() as patch:
+            patch.setattr(workfolder, "clear", lambda *a, **k: (_ for _ in ()).throw(PowerCut()))
+            with pytest.raises(PowerCut):
+                world.pack(out, "abc", "max_bad_fraction=0.5", append=True)
+        assert parts(out).version == 2
+        ended = []
+        finish = lambda manifest, *_: ended.append(manifest.version)  # noqa: E731
+        assert not world.pack(out, "abc", "max_bad_fraction=0.5", append=True, finish=finish).written
+        assert ended == [2]
+    finally:
+        world.scenes["c"].write_bytes(whole)
+    assert not (out / ".work").exists()
 
 
 # ------------------------------------------------------------------------------------------------ refusals

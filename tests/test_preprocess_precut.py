@@ -322,8 +322,25 @@ def test_bad_files_are_counted_or_stop_the_run(world, tmp_path, capsys):
     assert re.search(r"2 of 20 tiles cannot be used \(max_bad_fraction=0.07\)", error)
     assert "1_tile_024.tif" in error
     assert command(tmp_path / "tiles", tmp_path / "f", *land, *KEYS, "max_bad_fraction=0.2") == 0
-    counts = manifests.load_manifest(tmp_path / "f").counts
-    assert (counts["rejected_unreadable"], counts["kept"]) == (2, 18)
+    manifest, error = manifests.load_manifest(tmp_path / "f"), capsys.readouterr().err
+    assert (manifest.counts["rejected_unreadable"], manifest.counts["kept"]) == (2, 18)
+    assert manifest.left_out == {"tiles/1_tile_024": "unreadable", "tiles/2_tile_024": "no_crs"}
+    assert [scene.scene_id for scene in manifest.scenes] == ["tiles"]
+    assert re.search(r"left out: tiles/1_tile_024: .*1_tile_024\.tif", error)
+    assert "left out: tiles/2_tile_024: " in error
+
+
+def test_of_many_bad_files_the_first_are_named(world, tmp_path, capsys):
+    """The same ones for any number of workers and in any order of tasks."""
+    sound = (world / "tiles/0/tile_000.tif").read_bytes()
+    for n in range(30):
+        path = tmp_path / f"tiles/t{n:02d}.tif"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(sound if n < 5 else sound[:-400])
+    land = ["--land-cover", str(world / "land.tif")]
+    assert command(tmp_path / "tiles", tmp_path / "d", *land, *KEYS, "max_bad_fraction=0.9") == 0
+    assert list(manifests.load_manifest(tmp_path / "d").left_out) == [f"tiles/t{n:02d}" for n in range(5, 25)]
+    assert capsys.readouterr().err.count("left out: tiles/") == 20
 
 
 def test_tiles_that_differ_are_counted_by_form(world, tmp_path, capsys, monkeypatch):
