@@ -45,7 +45,8 @@ def new_scenes(plan: Plan, manifest: Manifest, out: Path) -> Plan:
             f"--append: {len(tasks)} new scenes lie under no land cover, the first is {tasks[0].scene.path}: give the "
             "sheets under them (--land-cover, and --also if there are further products), or leave them out"
         )
-    left_out = {scene: reason for scene, reason in plan.rejected.items() if scene not in manifest.left_out}
+    # a scene that the dataset has stays, whatever has become of its file
+    left_out = {name: why for name, why in plan.rejected.items() if name not in manifest.left_out and name not in have}
     return replace(plan, tasks=tuple(tasks), rejected=left_out)
 
 

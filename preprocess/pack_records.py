@@ -24,7 +24,7 @@ try:
 except ModuleNotFoundError:
     sys.exit("error: this Python has not what packing needs: '. .venv/bin/activate', or pip install -e '.[pack]'")
 
-from geokr import config
+from geokr import config, manifests
 from geokr.landcover import product_names
 from geokr.records import SPLITS, RecordError
 from preprocess import checksums, estimate, report, report_page, tile_table
@@ -191,6 +191,13 @@ def without_tiles(packed: Packed) -> list[str]:
     ]
 
 
+def held_scenes(out: Path) -> set[str]:
+    """Ids of the scenes that a dataset in ``out`` has. Raises RecordError if it cannot be read."""
+    if not (out / manifests.MANIFEST).exists():
+        return set()
+    return {scene.scene_id for scene in manifests.load_manifest(out).scenes}
+
+
 def left_out(packed: Packed, plan: Plan) -> list[str]:
     """A line for each scene, and the first of cut tiles, that opened and could not be used: what this run found, or
     for a dataset that was there what its manifest says."""
@@ -219,8 +226,13 @@ def run(arguments: Sequence[str]) -> int:
             print(f"--checksums: {len(plan.checksums)} files have a hash; packing reads them through, this does not")
         print(dry_run(plan, chosen.out, append=chosen.append))
         return 0
+    held = held_scenes(chosen.out) if chosen.append else set()
     for scene_id, reason in plan.rejected.items():
-        print(f"left out: {scene_id} ({reason})", file=sys.stderr)
+        if scene_id in held:
+            said = f"warning: {scene_id} cannot be used now ({reason}): the dataset has it from before, and keeps it"
+        else:
+            said = f"left out: {scene_id} ({reason})"
+        print(said, file=sys.stderr)
     bars = Bars()
     finishing = Finishing(plan, chosen.out, bars, ["python", "preprocess/pack_records.py", *arguments])
     try:

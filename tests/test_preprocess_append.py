@@ -285,6 +285,24 @@ def test_a_run_that_ended_before_clearing_up_does_not_block_the_next(world, tmp_
     assert not (out / ".work").exists()
 
 
+def test_a_scene_of_the_dataset_whose_file_is_lost_stays(world, tmp_path, capsys):
+    out, path = tmp_path / "out", world.scenes["a"]
+    arguments = ([world.west, world.east], "worldcover", out, *KEYS, "max_bad_fraction=0.5")
+    whole, scenes = path.read_bytes(), [world.scenes[name] for name in "abc"]
+    assert command(scenes[:2], *arguments) == 0
+    path.write_bytes(whole[:100])
+    try:
+        assert command(scenes, *arguments, "--append") == 0
+    finally:
+        path.write_bytes(whole)
+    said = capsys.readouterr().err
+    assert re.search(r"warning: a cannot be used now \(\w+\): the dataset has it from before", said)
+    assert "left out: a" not in said
+    assert parts(out).left_out == {}
+    assert parts(out).counts["scenes_rejected"] == 0
+    assert [scene.scene_id for scene in parts(out).scenes] == ["a", "b", "c"]
+
+
 # ------------------------------------------------------------------------------------------------ refusals
 
 
