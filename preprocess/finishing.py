@@ -32,7 +32,7 @@ class Finishing:
         if not spent:  # an earlier run packed, and was cut short after the manifest
             spent = _stages_of(work)
         examples = report_pictures.examples(work / "spill")
-        run = Run(self.command, seconds, workers, spent, examples, self.plan.rejected)
+        run = Run(self.command, seconds, workers, spent, examples)
         # the shards hold it now, and what is still to be written may need the room
         for frames in (work / "spill").glob("*.frames"):
             frames.unlink()
@@ -41,8 +41,7 @@ class Finishing:
     def afterwards(self, manifest: Manifest) -> None:
         """What an older dataset lacks, from its shards."""
         if not self.tried:
-            run = Run(self.command, left_out=self.plan.rejected)
-            self._make(manifest, self.out / "no parts", None, run)
+            self._make(manifest, self.out / "no parts", None, Run(self.command))
 
     def _make(self, manifest: Manifest, parts: Path, scratch: Path | None, run: Run) -> None:
         self.tried = True

@@ -37,7 +37,6 @@ class Run:
     workers: int = 0
     stages: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     examples: Mapping[str, Sequence[Example]] = field(default_factory=dict)
-    left_out: Mapping[str, str] = field(default_factory=dict)
 
 
 def page(out: Path, manifest: Manifest, sheets: Sequence[LabelSheet], legend: Legend, run: Run) -> bytes:
@@ -88,7 +87,7 @@ def _sections(out: Path, manifest: Manifest, run: Run) -> list[tuple[str, str, s
         spent = parts.times(run.stages, run.seconds, run.workers, manifest.counts["positions"])
         found.append(("time", "Where time went", spent))
     found += [
-        ("scenes", "Scenes", parts.scenes(manifest, run.left_out)),
+        ("scenes", "Scenes", parts.scenes(manifest)),
         ("making", "How it was made", parts.making(manifest, run.command)),
     ]
     return found

@@ -224,15 +224,16 @@ def times(stages: Mapping[str, tuple[float, float]], seconds: float | None, work
     )
 
 
-def scenes(manifest: Manifest, left_out: Mapping[str, str]) -> str:
-    """A row a scene, those that gave most tiles first."""
+def scenes(manifest: Manifest) -> str:
+    """A row a scene, those that gave most tiles first; then what could not be used, of whichever run."""
     ordered = sorted(manifest.scenes, key=lambda scene: (-scene.kept, scene.scene_id))
     table = [[scene.scene_id, scene.date or "-", f"{scene.kept:,}"] for scene in ordered[:MOST_SCENES]]
     content = rows_of(table, ["scene", "date", "tiles"])
     if len(ordered) > MOST_SCENES:
         content += f'<p class="note">The first {MOST_SCENES} of {len(ordered):,}; all are in tiles.parquet.</p>'
-    if left_out:
-        content += "<h3>Left out</h3>" + rows_of(list(left_out.items())[:MOST_SCENES], ["scene", "reason"])
+    if manifest.left_out:
+        rows = list(manifest.left_out.items())[:MOST_SCENES]
+        content += "<h3>Left out</h3>" + rows_of(rows, ["scene or tile", "reason"])
     return content
 
 

@@ -285,6 +285,20 @@ def test_a_run_that_ended_before_clearing_up_does_not_block_the_next(world, tmp_
     assert not (out / ".work").exists()
 
 
+def test_the_report_lists_what_any_run_has_left_out(world, tmp_path):
+    out, path = tmp_path / "out", world.scenes["c"]
+    arguments = ([world.west, world.east], "worldcover", out, *KEYS, "max_bad_fraction=0.5")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:100])
+    try:
+        assert command([world.scenes[name] for name in "abc"], *arguments) == 0
+    finally:
+        path.write_bytes(whole)
+    assert command([world.scenes["d"]], *arguments, "--append") == 0
+    listed = (out / "report.html").read_text().partition("<h3>Left out</h3>")[2].partition("</table>")[0]
+    assert f"<td>c</td><td>{parts(out).left_out['c']}</td>" in listed
+
+
 def test_a_scene_of_the_dataset_whose_file_is_lost_stays(world, tmp_path, capsys):
     out, path = tmp_path / "out", world.scenes["a"]
     arguments = ([world.west, world.east], "worldcover", out, *KEYS, "max_bad_fraction=0.5")
