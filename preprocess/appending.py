@@ -14,7 +14,7 @@ from geokr import manifests, records
 from geokr.config import differences
 from geokr.manifests import Manifest, Part, ProductInfo, SplitInfo
 from preprocess import summing
-from preprocess.inputs import PlanError
+from preprocess.inputs import PlanError, held_ids
 from preprocess.plan import Plan, SceneTask
 
 
@@ -29,16 +29,19 @@ def new_scenes(plan: Plan, manifest: Manifest, out: Path) -> Plan:
     _check_alike(plan, manifest, out)
     have = {scene.scene_id: scene.fingerprint for scene in manifest.scenes}
     by_fingerprint = {fingerprint: scene_id for scene_id, fingerprint in have.items()}
+    held = held_ids({task.scene.scene_id: task.scene.fingerprint for task in plan.tasks}, have)
     tasks = []
     for task in plan.tasks:
         scene = task.scene
+        if scene.scene_id in held:
+            continue
         if scene.scene_id not in have:
             if (other := by_fingerprint.get(scene.fingerprint)) is not None:
                 raise PlanError(
                     f"--append: {scene.path} is in {out} already, as scene {other!r}; leave it out, or name it as then"
                 )
             tasks.append(task)
-        elif have[scene.scene_id] != scene.fingerprint:
+        else:
             raise PlanError(_other_content(task, out, have[scene.scene_id]))
     if tasks and not any(task.is_covered or task.sample is not None for task in tasks):
         raise PlanError(
@@ -62,7 +65,8 @@ def _other_content(task: SceneTask, out: Path, there: str) -> str:
         )
     return (
         f"--append: {scene.path}: {out} holds another scene {scene.scene_id!r} (fingerprint {there}, this one "
-        f"{scene.fingerprint}): rename this one, or pack anew where it replaces that one"
+        f"{scene.fingerprint}): where both are to be in it, name both in one command, so that their folders tell them "
+        "apart, or rename this one; where it replaces that one, pack anew"
     )
 
 

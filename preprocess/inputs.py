@@ -3,7 +3,7 @@
 import glob
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from preprocess import remote
@@ -134,3 +134,23 @@ def scene_ids(wanted: Sequence[tuple[str, str]]) -> list[str]:
         if depth > 256:  # one file, wanted twice under one name
             raise PlanError(f"--scenes: two scenes are called {next(i for i, n in Counter(ids).items() if n > 1)!r}")
     return ids
+
+
+def held_ids(wanted: Mapping[str, str], have: Mapping[str, str]) -> dict[str, str]:
+    """Which of a command's scenes a dataset has: id in the command to id in the dataset. Both: id to fingerprint.
+
+    How many folders an id begins with depends on what else a command names. So a scene is known also where the one id
+    is the end of the other, after a ``/``; each scene of the dataset once.
+    """
+    found = {name: name for name, fingerprint in wanted.items() if have.get(name) == fingerprint}
+    free: dict[str, list[str]] = {}
+    for name, fingerprint in have.items():
+        if name not in wanted:  # else it is there under its own id, or another file has taken that
+            free.setdefault(fingerprint, []).append(name)
+    for name, fingerprint in wanted.items():
+        others = free.get(fingerprint, []) if name not in found else []
+        other = next((one for one in others if one.endswith(f"/{name}") or name.endswith(f"/{one}")), None)
+        if other is not None:
+            found[name] = other
+            others.remove(other)
+    return found

@@ -15,7 +15,7 @@ from geokr import manifests, records
 from geokr.config import differences
 from geokr.manifests import Manifest
 from preprocess import grid, shards, tile_facts
-from preprocess.inputs import PlanError
+from preprocess.inputs import PlanError, held_ids
 from preprocess.plan import Plan, identity_json
 
 WORK = manifests.WORK
@@ -52,13 +52,16 @@ def finished(plan: Plan, out: Path) -> Manifest | None:
         return None
     manifest = manifests.load_manifest(out)
     new = plan.identity()
-    for scene_id, damaged in manifest.damaged.items():  # it opened, as it does now, and is known to be left out
-        if new["scenes"].get(scene_id) == damaged.fingerprint:
-            del new["scenes"][scene_id]
+    damaged = {scene_id: scene.fingerprint for scene_id, scene in manifest.damaged.items()}
+    for scene_id in held_ids(new["scenes"], damaged):  # it opened then, as it does now, and is known to be left out
+        del new["scenes"][scene_id]
+    have = {scene.scene_id: scene.fingerprint for scene in manifest.scenes}
+    held = held_ids(new["scenes"], have)
+    new["scenes"] = {held.get(scene_id, scene_id): fingerprint for scene_id, fingerprint in new["scenes"].items()}
     old = {
         **new,
         "config": manifest.config,
-        "scenes": {scene.scene_id: scene.fingerprint for scene in manifest.scenes},
+        "scenes": have,
         "land_cover": {str(i): value for i, value in enumerate(manifest.land_cover_fingerprints)},
         "also": {
             name: {str(i): value for i, value in enumerate(info.land_cover_fingerprints)}

@@ -15,7 +15,7 @@ from geokr.config import ConfigError
 from geokr.identity import check_identity
 from geokr.records import RecordError
 from pipelines.dataset import Dataset
-from preprocess import appending, gather, plan, sampling, tile_table, verify_records, workfolder
+from preprocess import appending, gather, inputs, plan, sampling, tile_table, verify_records, workfolder
 from preprocess.errors import RasterError
 from preprocess.inputs import PlanError
 from preprocess.options import PackOptions
@@ -345,7 +345,7 @@ def test_another_configuration(world, out):
 
 def test_another_scene_of_the_same_name(world, out, tmp_path):
     other = write_raster(tmp_path / "a.tif", noise(77, (3, 130, 170), "uint16"), (30, 0, 4e5, 0, -30, 5.2e6))
-    with pytest.raises(PlanError, match=r"holds another scene 'a'.*rename this one"):
+    with pytest.raises(PlanError, match=r"holds another scene 'a'.*rename this one; where it replaces that one, pack"):
         pack_quietly([other], [world.west, world.east], "worldcover", out, *KEYS, append=True)
 
 
@@ -353,6 +353,35 @@ def test_the_same_scene_under_another_name(world, out, tmp_path):
     shutil.copy(world.scenes["a"], tmp_path / "z.tif")
     with pytest.raises(PlanError, match=r"z\.tif is in .* already, as scene 'a'"):
         pack_quietly([tmp_path / "z.tif"], [world.west, world.east], "worldcover", out, *KEYS, append=True)
+
+
+def test_files_of_one_name_in_folder_after_folder(world, tmp_path):
+    """What an id begins with depends on what else the command names."""
+    out, paths = tmp_path / "out", [tmp_path / f"y{year}/mosaic.tif" for year in (2020, 2021, 2022)]
+    for path, name in zip(paths, "abc", strict=True):
+        path.parent.mkdir()
+        shutil.copy(world.scenes[name], path)
+    world.pack(out, paths[:1])
+    assert world.pack(out, paths[:2], append=True).written
+    assert [scene.scene_id for scene in parts(out).scenes] == ["mosaic", "y2021/mosaic"]
+    assert not world.pack(out, paths[:2], append=True).written
+    assert not world.pack(out, paths[1:2], append=True).written
+    assert not world.pack(out, paths[:2]).written, "the same without --append"
+    with pytest.raises(PlanError, match=r"another scene 'mosaic'.*name both in one command"):
+        world.pack(out, paths[2:], append=True)
+    assert world.pack(out, paths, append=True).written
+    assert [scene.scene_id for scene in parts(out).scenes] == ["mosaic", "y2021/mosaic", "y2022/mosaic"]
+    assert verify_records.verify(out, 1)[0] == []
+    shutil.copy(paths[0], paths[2].with_name("copy.tif"))
+    with pytest.raises(PlanError, match=r"copy\.tif is in .* already, as scene 'mosaic'"):
+        world.pack(out, [paths[2].with_name("copy.tif")], append=True)
+
+
+def test_which_scenes_of_a_command_a_dataset_has():
+    have = {"m": "1", "a/n": "2", "b": "3", "c/b": "3"}
+    wanted = {"x/m": "1", "n": "2", "an": "2", "b": "3", "d/c/b": "3", "o": "1"}
+    assert inputs.held_ids(wanted, have) == {"x/m": "m", "n": "a/n", "b": "b", "d/c/b": "c/b"}
+    assert inputs.held_ids({"x/m": "1", "m": "9"}, have) == {}, "another file has taken the id"
 
 
 def test_a_dataset_without_sums(world, out):
