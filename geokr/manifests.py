@@ -118,6 +118,14 @@ class Tile(_Part):
     grid: int = added(0, ge=0)
 
 
+class SceneForm(_Part):
+    """What all scenes have in common before they are stretched: their dtype, and the number of bands of those that are
+    one file each, 0 where none is."""
+
+    dtype: str
+    bands: int = added(0, ge=0)
+
+
 class SceneInfo(_Part):
     """A scene that went in: what identifies its bytes, and the stretch limits that were used on it. label_gap_years:
     from the middle of the land cover's year to its date, by product, where both are known."""
@@ -171,6 +179,7 @@ class Manifest(_Part):
     classes: tuple[ClassInfo, ...]
     bands: tuple[Band, ...]
     tile: Tile
+    scene_form: SceneForm | None = added(None)
     train: SplitInfo
     val: SplitInfo
     split_rule: str

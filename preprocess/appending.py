@@ -6,16 +6,18 @@ there are. The order of records is the order of the runs, and within each the ha
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from geokr import manifests, records
 from geokr.config import differences
-from geokr.manifests import Manifest, Part, ProductInfo, SplitInfo
-from preprocess import summing
+from geokr.manifests import Manifest, Part, ProductInfo, SceneForm, SplitInfo
+from preprocess import bands, summing
 from preprocess.inputs import PlanError, held_ids
 from preprocess.plan import Plan, SceneTask
+from preprocess.raster import Scene
 
 
 def kept_name(manifest: Manifest) -> str:
@@ -43,6 +45,7 @@ def new_scenes(plan: Plan, manifest: Manifest, out: Path) -> Plan:
             tasks.append(task)
         else:
             raise PlanError(_other_content(task, out, have[scene.scene_id]))
+    _check_form([task.scene for task in tasks], manifest, out)
     if tasks and not any(task.is_covered or task.sample is not None for task in tasks):
         raise PlanError(
             f"--append: {len(tasks)} new scenes lie under no land cover, the first is {tasks[0].scene.path}: give the "
@@ -68,6 +71,21 @@ def _other_content(task: SceneTask, out: Path, there: str) -> str:
         f"{scene.fingerprint}): where both are to be in it, name both in one command, so that their folders tell them "
         "apart, or rename this one; where it replaces that one, pack anew"
     )
+
+
+def _check_form(scenes: Sequence[Scene], manifest: Manifest, out: Path) -> None:
+    """Raises PlanError for scenes that a first packing would not have taken together with those of the dataset: tiles
+    that are stretched to 8 bits do not say what they were made from."""
+    have = manifest.scene_form
+    if have is None or not scenes:  # None: made by a version that did not keep it
+        return
+    new = bands.form_of(scenes)
+    for what, there, here in (("dtype", have.dtype, new.dtype), ("bands", have.bands, new.bands)):
+        if there and here and there != here:
+            raise PlanError(
+                f"--append: {scenes[0].path} has {what} {here}, the scenes of {out} have {there}; pack it into a "
+                "folder of its own and train on both (data.records takes a list)"
+            )
 
 
 def _check_alike(plan: Plan, manifest: Manifest, out: Path) -> None:
@@ -110,6 +128,7 @@ def joined(base: Manifest, new: Manifest) -> Manifest:
             "parts": (*(base.parts or (_part(base, tuple(range(len(base.land_cover_fingerprints)))),)), added),
             "left_out": left_out,
             "damaged": damaged,
+            "scene_form": _form(base, new),
             "land_cover_years": tuple(sorted({*base.land_cover_years, *new.land_cover_years})),
             "land_cover_fingerprints": prints,
             "products": {name: _product(info, new.products[name]) for name, info in base.products.items()},
@@ -128,6 +147,13 @@ def adds_nothing(base: Manifest, new: Manifest) -> bool:
         and new.left_out.items() <= base.left_out.items()
         and new.damaged == {scene: info for scene, info in base.damaged.items() if scene in new.damaged}
     )
+
+
+def _form(base: Manifest, new: Manifest) -> SceneForm | None:
+    """Of all scenes; None stays, for what the first ones had is not known."""
+    if base.scene_form is None or base.scene_form.bands or new.scene_form is None:
+        return base.scene_form
+    return new.scene_form  # the first scenes of one file each
 
 
 def _product(base: ProductInfo, new: ProductInfo) -> ProductInfo:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from geokr import tile_codecs
 from geokr.config import suggestion
-from geokr.manifests import Band
+from geokr.manifests import Band, SceneForm
 from preprocess.inputs import PlanError
 from preprocess.options import PackOptions
 from preprocess.raster import Scene
@@ -181,8 +181,7 @@ def offset_warnings(scenes: Sequence[Scene], options: PackOptions) -> list[str]:
 
 def check_alike(scenes: Sequence[Scene]) -> None:
     """Raises PlanError where scenes differ in dtype, or scenes of one file each in their number of bands."""
-    first = scenes[0]
-    whole = [scene for scene in scenes if len({layer and layer.path for layer in scene.layers}) == 1]
+    first, whole = scenes[0], _whole(scenes)
     for scene in scenes[1:]:
         if first.dtype != scene.dtype:
             raise PlanError(_mixed("dtype", first, first.dtype, scene, scene.dtype))
@@ -190,6 +189,16 @@ def check_alike(scenes: Sequence[Scene]) -> None:
         counts = len(whole[0].band_names), len(scene.band_names)
         if counts[0] != counts[1]:
             raise PlanError(_mixed("bands", whole[0], counts[0], scene, counts[1]))
+
+
+def form_of(scenes: Sequence[Scene]) -> SceneForm:
+    """What :func:`check_alike` compares, of scenes that are alike."""
+    return SceneForm(dtype=scenes[0].dtype, bands=next((len(scene.band_names) for scene in _whole(scenes)), 0))
+
+
+def _whole(scenes: Sequence[Scene]) -> list[Scene]:
+    """Those that are one file each."""
+    return [scene for scene in scenes if len({layer and layer.path for layer in scene.layers}) == 1]
 
 
 def _mixed(what: str, one: Scene, a: object, other: Scene, b: object) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 
 from geokr import records
 from geokr.manifests import ClassInfo, DamagedScene, Manifest, Moments, ProductInfo, SceneInfo, Shard, SplitInfo, Tile
-from preprocess import blocks, scan
+from preprocess import bands, blocks, scan
 from preprocess.covers import Cover
 from preprocess.damaged import Damaged, named_tiles
 from preprocess.plan import Plan
@@ -129,6 +129,7 @@ def make_manifest(
             dtype=plan.dtype,  # type: ignore[arg-type]
             grid=plan.options.labels.grid,
         ),
+        scene_form=bands.form_of([task.scene for task in plan.tasks]),
         train=_split_info(commits, blocks.TRAIN, by_split["train"]),
         val=_split_info(commits, blocks.VAL, by_split["val"]),
         split_rule=f"blocks of {split.block_m:g} m on one grid over the Earth, {split.val_fraction:g} of them held out "

@@ -355,6 +355,27 @@ def test_the_same_scene_under_another_name(world, out, tmp_path):
         pack_quietly([tmp_path / "z.tif"], [world.west, world.east], "worldcover", out, *KEYS, append=True)
 
 
+def test_scenes_that_a_first_packing_refuses_to_mix(world, tmp_path):
+    """Both are stretched to 8 bits, so tiles do not show it; and the whole command would fail afterwards."""
+    place, names, keys = (30, 0, 401500, 0, -30, 5.1986e6), ("red", "green", "blue"), ("stretch.mode=joint",)
+    eight = write_raster(tmp_path / "e.tif", noise(1, (3, 130, 170)), (30, 0, 4e5, 0, -30, 5.2e6), names=names)
+    more = write_raster(tmp_path / "f.tif", noise(2, (3, 130, 170)), place, names=names)
+    deep = write_raster(tmp_path / "deep.tif", noise(3, (3, 130, 170), "uint16"), place, names=names)
+    four = write_raster(tmp_path / "four.tif", noise(4, (4, 130, 170)), place, names=(*names, "nir"))
+    out = tmp_path / "out"
+    world.pack(out, [eight], *keys)
+    assert parts(out).scene_form == manifests.SceneForm(dtype="uint8", bands=3)
+    refused(world, out, [deep], *keys, match=r"deep\.tif has dtype uint16, the scenes of .* have uint8", append=True)
+    refused(world, out, [four], *keys, match=r"four\.tif has bands 4, the scenes of .* have 3", append=True)
+    world.pack(out, [more], *keys, append=True)
+    assert parts(out).scene_form == manifests.SceneForm(dtype="uint8", bands=3)
+    older = parts(out).model_copy(update={"scene_form": None})
+    (out / manifests.MANIFEST).write_bytes(manifests.dump_manifest(older))
+    assert b"scene_form" not in (out / manifests.MANIFEST).read_bytes()
+    world.pack(out, [deep], *keys, append=True)
+    assert parts(out).scene_form is None, "of an older dataset it is not known"
+
+
 def test_files_of_one_name_in_folder_after_folder(world, tmp_path):
     """What an id begins with depends on what else the command names."""
     out, paths = tmp_path / "out", [tmp_path / f"y{year}/mosaic.tif" for year in (2020, 2021, 2022)]
