@@ -25,14 +25,17 @@ class Finishing:
         self.tried = False
         self.warnings: list[str] = []
 
-    def with_work(self, manifest: Manifest, work: Path, spent: Mapping[str, tuple[float, float]]) -> None:
-        """While ``.work`` is there, from what scanning and gathering left in it."""
+    def with_work(
+        self, manifest: Manifest, work: Path, spent: Mapping[str, tuple[float, float]], part: Manifest | None
+    ) -> None:
+        """While ``.work`` is there, from what scanning and gathering left in it. part: what this run made."""
         workers = engine.default_workers() if self.plan.options.workers is None else self.plan.options.workers
         seconds = time.monotonic() - self.start if spent else None  # of this run, where it is the one that packed
         if not spent:  # an earlier run packed, and was cut short after the manifest
             spent = _stages_of(work)
+        positions = part.counts["positions"] if part is not None else _positions_of(work)
         examples = report_pictures.examples(work / "spill")
-        run = Run(self.command, seconds, workers, spent, examples)
+        run = Run(self.command, seconds, workers, spent, positions, examples)
         # the shards hold it now, and what is still to be written may need the room
         for frames in (work / "spill").glob("*.frames"):
             frames.unlink()
@@ -80,3 +83,9 @@ def _stages_of(work: Path) -> Mapping[str, tuple[float, float]]:
     for path in (*work.glob("limits-*.json"), *work.glob("spill/*.json"), *work.glob("shards/*.json")):
         stages.add(total, (workfolder.read_commit(path) or {}).get("stages", {}))
     return stages.in_order(total)
+
+
+def _positions_of(work: Path) -> int:
+    """How many tile positions were looked at, from the commits of ``.work``."""
+    found = (workfolder.read_commit(path) or {} for path in work.glob("spill/*.json"))
+    return sum(commit.get("kept", 0) + sum(commit.get("rejected", {}).values()) for commit in found)

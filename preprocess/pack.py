@@ -20,8 +20,9 @@ from preprocess.plan import Plan
 from preprocess.sheets import LabelError
 from preprocess.workfolder import WORK, FutileError
 
-# What else is made of a finished dataset while .work is still there: (manifest, the run's folder in it, stages).
-Finish = Callable[[Manifest, Path, Mapping[str, tuple[float, float]]], None]
+# What else is made of a finished dataset while .work is still there: (manifest, the run's folder in it, stages, what
+# this run made of it). The latter two are empty and None where an earlier run made it.
+Finish = Callable[[Manifest, Path, Mapping[str, tuple[float, float]], Manifest | None], None]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -101,13 +102,13 @@ def _pack(
         if state.done and _another_grows(work, state):
             return _nothing_to_do(state, start)
         if state.manifest is not None and not _another_grows(work, state) and workfolder.has_leavings(work):
-            _end(state.manifest, work, finish, {})
+            _end(state, work, finish, {})
         spent: dict[str, list[float]] = {}
         if not state.done:
             with opening() as running:
                 state = _make(state, plan, out, running, progress, spent)
             if state.part is not None:
-                _end(state.manifest, work, finish, stages.in_order(spent))
+                _end(state, work, finish, stages.in_order(spent))
         workfolder.clear(work)
     workfolder.remove(work)
     assert state.manifest is not None
@@ -115,13 +116,11 @@ def _pack(
     return Packed(state.manifest, state.part is not None, seconds, stages.in_order(spent), state.part, state.left_out)
 
 
-def _end(
-    manifest: Manifest | None, work: Path, finish: Finish | None, spent: Mapping[str, tuple[float, float]]
-) -> None:
+def _end(state: State, work: Path, finish: Finish | None, spent: Mapping[str, tuple[float, float]]) -> None:
     """What is made of a dataset and of what the run that made it left in ``.work``, which then goes."""
-    assert manifest is not None
+    assert state.manifest is not None
     if finish is not None:
-        finish(manifest, workfolder.folder_of_last_run(work), spent)
+        finish(state.manifest, workfolder.folder_of_last_run(work), spent, state.part)
     workfolder.clear(work, keep_lock=True)
 
 

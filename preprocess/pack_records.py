@@ -243,7 +243,8 @@ def run(arguments: Sequence[str]) -> int:
         bars.close()
     if not packed.written:
         print(f"{chosen.out}: already holds this dataset, nothing to do")
-    print(report.summary(packed.manifest, packed.seconds if packed.written else None))
+    positions = packed.part.counts["positions"] if packed.part else 0
+    print(report.summary(packed.manifest, packed.seconds, positions))
     for warning in (*report.warnings(packed.manifest), *without_tiles(packed), *finishing.warnings):
         print(f"warning: {warning}", file=sys.stderr)
     for line in left_out(packed, plan):

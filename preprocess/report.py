@@ -45,8 +45,9 @@ def turned_away(manifest: Manifest) -> dict[str, int]:
     return {name.removeprefix("rejected_"): count for name, count in found.items()}
 
 
-def summary(manifest: Manifest, seconds: float | None) -> str:
-    """Counts, rejections by reason, class shares of train and validation, bytes, and the rate if it is known."""
+def summary(manifest: Manifest, seconds: float | None, positions: int = 0) -> str:
+    """Counts, rejections by reason, class shares of train and validation, bytes, and the rate of the run that took so
+    many seconds over so many tile positions, where it is known."""
     counts = manifest.counts
     total = sum(shard.bytes for name in SPLITS for shard in manifest.split(name).shards)
     rows = [
@@ -64,8 +65,8 @@ def summary(manifest: Manifest, seconds: float | None) -> str:
     gaps = [scene.label_gap_years.get(manifest.product) for scene in manifest.scenes if scene.kept]
     if gaps := [gap for gap in gaps if gap is not None]:
         rows.append(["years from the map to the scenes", f"{min(gaps):.1f} to {max(gaps):.1f}"])
-    if seconds:
-        rows.append(["positions a second", f"{counts['positions'] / seconds:.0f}"])
+    if seconds and positions:
+        rows.append(["positions a second", f"{positions / seconds:.0f}"])
     first = f"class of {manifest.product}" if manifest.products else "class"
     further = (_shares(labelled_by(manifest, name, name)[0], f"class of {name}") for name in manifest.products)
     return "\n\n".join([table(rows), _shares(manifest, first), *further])

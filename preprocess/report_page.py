@@ -30,12 +30,14 @@ MARGIN = 0.06  # of ground around the tiles, as a share of the longer side
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Run:
-    """What only the run itself knows. stages: as preprocess.pack.Packed has them; empty where that is past."""
+    """What only the run itself knows. stages: as preprocess.pack.Packed has them; empty where that is past. positions:
+    how many tiles it looked at."""
 
     command: Sequence[str] = ()
     seconds: float | None = None
     workers: int = 0
     stages: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    positions: int = 0
     examples: Mapping[str, Sequence[Example]] = field(default_factory=dict)
 
 
@@ -84,7 +86,7 @@ def _sections(out: Path, manifest: Manifest, run: Run) -> list[tuple[str, str, s
         ("bands", "Bands", parts.bands(manifest)),
     ]
     if run.stages:
-        spent = parts.times(run.stages, run.seconds, run.workers, manifest.counts["positions"])
+        spent = parts.times(run.stages, run.seconds, run.workers, run.positions)
         found.append(("time", "Where time went", spent))
     found += [
         ("scenes", "Scenes", parts.scenes(manifest)),

@@ -15,7 +15,19 @@ from geokr.config import ConfigError
 from geokr.identity import check_identity
 from geokr.records import RecordError
 from pipelines.dataset import Dataset
-from preprocess import appending, gather, inputs, plan, sampling, tile_table, verify_records, workfolder
+from preprocess import (
+    appending,
+    finishing,
+    gather,
+    inputs,
+    plan,
+    report,
+    report_sections,
+    sampling,
+    tile_table,
+    verify_records,
+    workfolder,
+)
 from preprocess.errors import RasterError
 from preprocess.inputs import PlanError
 from preprocess.options import PackOptions
@@ -188,6 +200,30 @@ def test_several_times_and_through_the_command(world, out, capsys):
 def test_append_to_nothing_is_a_new_dataset(world, tmp_path):
     world.pack(tmp_path / "out", "ab", append=True)
     assert contents(tmp_path / "out") == contents(world.first)
+
+
+def test_rates_are_those_of_the_run(world, out):
+    """Positions of the runs before took no time of this one."""
+    seen = []
+    packed = world.pack(out, "abcd", append=True, finish=lambda *given: seen.append(given[3]))
+    positions = parts(out).counts["positions"] - parts(world.first).counts["positions"]
+    assert packed.part.counts["positions"] == seen[0].counts["positions"] == positions > 0
+    said = report.summary(packed.manifest, 0.5, positions)
+    assert re.search(rf"positions a second +{2 * positions}\n", said)
+    assert "positions a second" not in report.summary(packed.manifest, 0.5)
+
+
+def test_the_report_of_a_run_that_was_cut_short_counts_its_own_positions(world, out, monkeypatch):
+    rates, times = [], report_sections.times
+    planned_here, quiet = planned(world, "abcd"), lambda *_: None
+    make = lambda: finishing.Finishing(planned_here, out, quiet, ["command"])  # noqa: E731
+    with monkeypatch.context() as patch:
+        patch.setattr(finishing.Finishing, "with_work", lambda *_: (_ for _ in ()).throw(PowerCut()))
+        with pytest.raises(PowerCut):
+            world.pack(out, "abcd", append=True, finish=make().with_work)
+    monkeypatch.setattr(report_sections, "times", lambda *given: rates.append(given[3]) or times(*given))
+    assert not world.pack(out, "abcd", append=True, finish=make().with_work).written
+    assert rates == [parts(out).counts["positions"] - parts(world.first).counts["positions"]]
 
 
 def test_land_cover_may_grow(world, tmp_path):
