@@ -51,9 +51,19 @@ _AFTER = (("bbox", _BBOX), ("geometry", pa.binary()))
 
 
 def class_columns(names: Sequence[str]) -> list[str]:
-    """The columns of classes: their names, behind ``class_`` where another column has that name."""
-    taken = {name for name, _ in (*_BEFORE, *_AFTER)}
-    return [f"class_{name}" if name in taken else name for name in names]
+    """The columns of classes: their names, behind ``class_`` where another column has that name, and then with ``_``
+    behind it where a class has that one."""
+    others = {name for name, _ in (*_BEFORE, *_AFTER)}
+    taken, found = others | set(names), list[str]()
+    for name in names:
+        column = name
+        if name in others:
+            column = f"class_{name}"
+            while column in taken:
+                column += "_"
+            taken.add(column)
+        found.append(column)
+    return found
 
 
 def further_columns(names: Sequence[str], also: Classes) -> dict[str, list[str]]:

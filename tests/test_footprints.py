@@ -257,4 +257,7 @@ def test_row_groups_hold_many_shards(packed, monkeypatch, tmp_path):
 
 def test_class_names_that_are_columns_too():
     assert tile_table.class_columns(["forest", "date", "geometry"]) == ["forest", "class_date", "class_geometry"]
+    assert tile_table.class_columns(["lon", "class_lon", "class_lon_"]) == ["class_lon__", "class_lon", "class_lon_"]
+    names = tile_table.schema(["lon", "class_lon"], {"class": ["lon", "lat"]}).names
+    assert len(set(names)) == len(names)
     assert len(set(tile_table.schema(["forest", "date"]).names)) == len(tile_table.schema(["forest", "date"]).names)
