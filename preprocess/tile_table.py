@@ -4,6 +4,7 @@ It is made from parts, one a shard, that gathering leaves in ``.work``; shards w
 hold many shards, and the driver holds one row group at a time.
 """
 
+import bisect
 import hashlib
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -221,7 +222,8 @@ def _digest(manifest: Manifest) -> str:
 def write(
     out: Path, manifest: Manifest, parts: Path, scratch: Path | None, progress: Callable[[int, int], None]
 ) -> None:
-    """Writes ``out/tiles.parquet``. parts: folder of what gathering left. scratch: for the unfinished file.
+    """Writes ``out/tiles.parquet``, in the order of the manifest's shards. parts: folder of what gathering left.
+    scratch: for the unfinished file.
 
     What an older tiles.parquet says of shards that are still there is kept. Where its version knew fewer columns, the
     records are read again and its quality numbers are kept. Raises OSError, RecordError.
@@ -233,17 +235,19 @@ def write(
     if kept and pq.read_schema(out / NAME).names != wanted.names:
         older, kept = _Older(out / NAME, kept), set()
     done, total = 0, sum(shard.records for shard in listed)
-    with shards.whole_file(out / NAME, scratch) as file, _Writer(file, wanted) as writer:
-        for table in _kept_rows(out / NAME, kept, wanted):
-            writer.add(table)
-            done += table.num_rows
-            progress(done, total)
+    with (
+        _Kept(out / NAME, kept, wanted) as held,
+        shards.whole_file(out / NAME, scratch) as file,
+        _Writer(file, wanted) as writer,
+    ):
         for shard in listed:
             if shard.name in kept:
-                continue
-            part = _read_part(parts, shard, wanted)
-            again = older.with_quality(shard.name, rows_of_shard(out, shard, names, also))
-            for table in [part] if part is not None else again:
+                tables = held.rows(shard)
+            elif (part := _read_part(parts, shard, wanted)) is not None:
+                tables = iter([part])
+            else:
+                tables = older.with_quality(shard.name, rows_of_shard(out, shard, names, also))
+            for table in tables:
                 writer.add(table)
                 done += table.num_rows
                 progress(done, total)
@@ -278,13 +282,50 @@ class _Older:
             yield table
 
 
-def _kept_rows(path: Path, kept: set[str], wanted: pa.Schema) -> Iterator[pa.Table]:
-    if not kept:
-        return
-    with pq.ParquetFile(path) as old:
-        for group in range(old.num_row_groups):
-            table = old.read_row_group(group).cast(wanted)
-            yield table.filter(pc.call_function("is_in", [table["shard"]], pc.SetLookupOptions(pa.array(sorted(kept)))))
+class _Kept:
+    """Rows of an older table, shard by shard in any order; one of its row groups is held at a time.
+
+    kept: the shards that are still those it was made from; without one the table need not be there.
+    """
+
+    def __init__(self, path: Path, kept: Collection[str], wanted: pa.Schema) -> None:
+        self._file = pq.ParquetFile(path) if kept else None
+        self._wanted, self._held = wanted, (-1, pa.table({}))
+        self._ends: list[int] = []  # of row groups, in rows of the table
+        self._first: dict[str, int] = {}  # row of each shard's first record; the others follow in their order
+        for group in range(self._file.num_row_groups if self._file else 0):
+            self._look_at(group)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def _look_at(self, group: int) -> None:
+        assert self._file is not None
+        table = self._file.read_row_group(group, columns=["shard", "record"])
+        begin = self._ends[-1] if self._ends else 0
+        rows = np.flatnonzero(table["record"].to_numpy() == 0)
+        names = table["shard"].take(pa.array(rows)).to_pylist()
+        self._first |= {name: begin + row for name, row in zip(names, rows.tolist(), strict=True)}
+        self._ends.append(begin + table.num_rows)
+
+    def rows(self, shard: Shard) -> Iterator[pa.Table]:
+        at, end = self._first[shard.name], self._first[shard.name] + shard.records
+        while at < end:
+            group = bisect.bisect_right(self._ends, at)
+            begin = self._ends[group - 1] if group else 0
+            count = min(end, self._ends[group]) - at
+            yield self._group(group).slice(at - begin, count)
+            at += count
+
+    def _group(self, number: int) -> pa.Table:
+        assert self._file is not None
+        if self._held[0] != number:
+            self._held = number, self._file.read_row_group(number).cast(self._wanted)
+        return self._held[1]
 
 
 class _Writer:

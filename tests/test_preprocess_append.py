@@ -202,6 +202,27 @@ def test_append_to_nothing_is_a_new_dataset(world, tmp_path):
     assert contents(tmp_path / "out") == contents(world.first)
 
 
+@pytest.mark.parametrize("rows", [7, 1 << 16])
+def test_rows_are_in_the_order_of_the_shards_also_where_some_are_kept(world, tmp_path, monkeypatch, rows):
+    """As made again from nothing: shards of a split that were added stand behind the older ones of their split."""
+    monkeypatch.setattr(tile_table, "ROW_GROUP", rows)
+    out = shutil.copytree(world.grown, tmp_path / "out")
+    manifest, nothing = manifests.load_manifest(out), lambda done, total: None
+    listed = tile_table.shards_of(manifest)
+    last = manifest.train.shards[-1]
+    assert len(manifest.train.shards) > 1
+    assert manifest.val.shards
+    tile_table.write(out, manifest, out, None, nothing)
+    again = (out / tile_table.NAME).read_bytes()
+    train = manifest.train.model_copy(update={"shards": manifest.train.shards[:-1]})
+    fewer = manifest.model_copy(update={"train": train})
+    tile_table.write(out, fewer, out, None, nothing)
+    assert last.name not in pq.read_table(out / tile_table.NAME)["shard"].to_pylist()
+    tile_table.write(out, manifest, out, None, nothing)
+    assert list(dict.fromkeys(pq.read_table(out / tile_table.NAME)["shard"].to_pylist())) == [s.name for s in listed]
+    assert (out / tile_table.NAME).read_bytes() == again
+
+
 def test_rates_are_those_of_the_run(world, out):
     """Positions of the runs before took no time of this one."""
     seen = []
