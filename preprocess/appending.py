@@ -46,10 +46,11 @@ def new_scenes(plan: Plan, manifest: Manifest, out: Path) -> Plan:
         else:
             raise PlanError(_other_content(task, out, have[scene.scene_id]))
     _check_form([task.scene for task in tasks], manifest, out)
-    if tasks and not any(task.is_covered or task.sample is not None for task in tasks):
+    unknown = [task for task in tasks if task.scene.scene_id not in manifest.left_out]
+    if unknown and not any(task.is_covered or task.sample is not None for task in tasks):
         raise PlanError(
-            f"--append: {len(tasks)} new scenes lie under no land cover, the first is {tasks[0].scene.path}: give the "
-            "sheets under them (--land-cover, and --also if there are further products), or leave them out"
+            f"--append: {len(unknown)} new scenes lie under no land cover, the first is {unknown[0].scene.path}: give "
+            "the sheets under them (--land-cover, and --also if there are further products), or leave them out"
         )
     # a scene that the dataset has stays, whatever has become of its file
     left_out = {name: why for name, why in plan.rejected.items() if name not in manifest.left_out and name not in have}

@@ -78,7 +78,7 @@ def pack(
     """
     opening = open_engine or (lambda: engine.open_engine(plan.options.workers))
     packed = _pack(plan, out, progress, finish, opening, append)
-    if plan.checksums and not packed.written:  # a run that packs has looked before it began
+    if plan.checksums and not packed.written and not packed.left_out:  # a run that scans has looked before it began
         with opening() as running:
             wrong = checked_inputs.mismatches(plan.checksums, running, progress, None)
         checked_inputs.check_held(plan, packed.manifest, wrong)

@@ -92,6 +92,22 @@ def test_a_scene_left_out_for_its_hash_is_no_error_afterwards(world, capsys):
     assert "nothing to do" in capsys.readouterr().out
 
 
+def test_nor_is_it_where_it_lies_off_the_map(world, capsys):
+    """--append tries it again, and it stays left out."""
+    far = write_raster(world.folder / "far.tif", noise(9, (3, 100, 100)), (30, 0, 7e5, 0, -30, 5.2e6))
+    world.list.write_text(f"{'0' * 64}  {far.name}\n")
+    world.scenes.append(far)
+    keys = ("--checksums", str(world.list), "max_bad_fraction=0.5")
+    assert world.pack(*keys, scenes=(0, 3)) == 0
+    assert manifests.load_manifest(world.out).left_out == {"far": "checksum"}
+    before = contents(world.out)
+    assert world.pack(*keys, "--append", scenes=(0, 3)) == 0
+    said = capsys.readouterr()
+    assert "nothing to do" in said.out
+    assert "left out: far: " in said.err
+    assert contents(world.out) == before
+
+
 def test_a_dry_run_says_that_it_does_not_look(world, capsys):
     world.flip(0)
     assert world.pack("--checksums", str(world.list), "--dry-run") == 0
