@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from geokr.config import ConfigError
-from geokr.evaluate_data import LEAST, PARTS, Data, Part
+from geokr.evaluate_data import LEAST, PARTS, Data, Part, names_of
 from geokr.evaluate_images import form, hash_of, read, same_form
 
 SHOWN = 5
@@ -68,12 +68,14 @@ def open_coco(path: str | Path) -> Detections:
             if names.setdefault(number, name) != name:
                 raise ConfigError(f"{file}: category {number} is {name!r}, {names[number]!r} in another file")
     splits = _split(folder, splits)
-    bands, dtype = same_form([one.path for some in splits.values() for one in some])
+    paths = [one.path for some in splits.values() for one in some]
+    bands, dtype = same_form(paths)
     numbers = _classes(folder, splits, names)
     boxes = {split: [_boxes(one, numbers) for one in some] for split, some in splits.items()}
     classes = tuple(names[number] for number in numbers)
     parts = {split: _part(splits[split], boxes[split], len(classes)) for split in PARTS}
-    return Detections(Data(str(folder), (*classes, "nothing"), True, dtype, bands, parts), boxes, classes)
+    data = Data(str(folder), (*classes, "nothing"), True, dtype, bands, parts, names_of(paths, bands))
+    return Detections(data, boxes, classes)
 
 
 def _files(folder: Path) -> dict[str, Path]:

@@ -10,11 +10,13 @@ import torch
 from PIL import Image
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
+import geokr
 from geokr import (
     evaluate,
     evaluate_coco,
     evaluate_dense,
     evaluate_detect,
+    evaluate_entrants,
     evaluate_pairs,
     evaluate_segment,
     evaluate_training,
@@ -492,6 +494,28 @@ def test_coco_as_one_file_and_as_several(boxes, tmp_path):
     assert {name: len(part) for name, part in several.data.parts.items()} == {"train": 9, "val": 3, "test": 12}
     assert all("val2017" in name for name in several.data.parts["test"].names)
     assert all("train2017" in name for name in several.data.parts["val"].names)
+
+
+def test_pictures_are_red_green_and_blue_to_detectors_too(boxes, tmp_path, weights, capsys):
+    shutil.copytree(boxes, tmp_path / "d")
+    red = np.zeros((SIZE, SIZE, 3), np.uint8)
+    red[..., 0] = 200
+    for path in (tmp_path / "d").glob("*.png"):
+        Image.fromarray(red).save(path)
+    data = evaluate_coco.open_coco(tmp_path / "d").data
+    about = geokr.load_backbone(weights).card
+    blue_first = {**about, "bands": [{"name": name} for name in ("blue", "green", "red")]}
+    prepare = evaluate_entrants.preparation("w", blue_first, data, None)
+    assert prepare.bands == [2, 1, 0]
+    seen = prepare.as_large()(data.parts["test"].read([0]))[0, :, 0, 0] * prepare.std.ravel() + prepare.mean.ravel()
+    np.testing.assert_allclose(seen, [0, 0, 200], atol=1e-3)
+    infrared = {**about, "bands": [{"name": name} for name in ("nir", "red", "green")]}
+    for ending in ("", ".json"):
+        shutil.copy(f"{weights}{ending}", tmp_path / f"infrared.safetensors{ending}")
+    (tmp_path / "infrared.safetensors.json").write_text(json.dumps(infrared))
+    assert command(tmp_path / "infrared.safetensors", tmp_path / "d", "detect") == 1
+    said = capsys.readouterr().err
+    assert "has bands red, green, blue, infrared.safetensors takes nir, red, green; say which is nir" in said
 
 
 # ------------------------------------------------------------------------------------------------ what is refused
