@@ -8,12 +8,14 @@ A checkpoint is written into a temporary folder, flushed to the disk and renamed
 saving leaves the one before. ``state.json`` holds the SHA-256 of the tensors' file and of itself.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
 import re
 import shutil
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,6 +79,20 @@ def write_text(path: Path, text: str) -> None:
     _flush(path.parent)
 
 
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """A safetensors file with the permissions of any new file here: safetensors 0.8 makes it for its owner alone.
+
+    They are taken from an empty file in its place, since asking for the umask means changing it under other threads.
+    """
+    path.unlink(missing_ok=True)
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)
+    safetensors.torch.save_file(dict(tensors), path, metadata)
+    if stat.S_IMODE(path.stat().st_mode) != mode:
+        with contextlib.suppress(OSError):  # of file systems without permissions: the tensors are written
+            path.chmod(mode)
+
+
 def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     """Writes ``folder/step-...``, moves ``latest``, keeps it and the ``keep - 1`` before it. Returns its path.
 
@@ -115,7 +131,7 @@ def _write(folder: Path, checkpoint: Checkpoint) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     tensors = {name: tensor.contiguous() for name, tensor in checkpoint.tensors.items()}
-    safetensors.torch.save_file(tensors, folder / TENSORS)
+    write_tensors(folder / TENSORS, tensors)
     meta = {**checkpoint.meta, "format": FORMAT, "sha256": _sha256(folder / TENSORS)}
     (folder / NUMBERS).write_text(json.dumps({**meta, "digest": _digest(meta)}, indent=1) + "\n", encoding="utf-8")
     for path in (folder / TENSORS, folder / NUMBERS, folder):

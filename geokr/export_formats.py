@@ -10,10 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from geokr.checkpoint import write_tensors
 from geokr.config import ConfigError
 
 SUFFIXES = {
@@ -62,7 +62,7 @@ def rounded(state: dict[str, Tensor], dtype: str) -> dict[str, Tensor]:
 
 def write_state(path: Path, state: dict[str, Tensor], form: str) -> None:
     if form == "safetensors":
-        safetensors.torch.save_file(state, path, {"format": "pt"})
+        write_tensors(path, state, {"format": "pt"})
     else:
         torch.save(state, path)
 

@@ -45,6 +45,18 @@ def test_what_is_saved_comes_back(tmp_path):
         assert loaded.tensors[name].dtype == tensor.dtype
 
 
+@pytest.mark.parametrize("umask", [0o022, 0o007])
+def test_others_may_read_what_the_umask_lets_them(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        path = checkpoint.save(tmp_path, make(10), keep=2)
+    finally:
+        os.umask(before)
+    assert {p.name: p.stat().st_mode & 0o777 for p in path.iterdir()} == dict.fromkeys(
+        ("state.json", "state.safetensors"), 0o666 & ~umask
+    )
+
+
 def test_the_newest_are_kept_and_remains_removed(tmp_path):
     (tmp_path / ".tmp-step-00000001-77").mkdir(parents=True)
     for step in (10, 20, 30):

@@ -1,6 +1,7 @@
 """Backbones as files: every family of the recipes through every way in which users load them."""
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -129,6 +130,17 @@ def test_segmentation_models_take_the_weights_as_their_encoder(runs, tmp_path):
     np.testing.assert_allclose(
         model.encoder(images)[-1].mean((2, 3)).detach(), features(backbone, images), rtol=1e-4, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("name", ["b.safetensors", "b.pth"])
+def test_others_may_read_what_the_umask_lets_them(name, tiny, tmp_path):
+    (tmp_path / name).touch(0o600)  # an older export's mode is no reason
+    before = os.umask(0o027)
+    try:
+        export.export(tiny, tmp_path / name)
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o640}
 
 
 # ------------------------------------------------------------------------------------- folded, in half precision
