@@ -23,12 +23,13 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from geokr import checkpoint, export_formats, fold_backbone, model_card
-from geokr.checkpoint import Checkpoint, write_text
+from geokr.checkpoint import Checkpoint
 from geokr.config import ConfigError, read_yaml
 from geokr.export_formats import DTYPES, GRAPHS, SUFFIXES
 from geokr.landcover import load_product
 from geokr.models import BackboneSpec, build_backbone
 from geokr.runfolder import read_run
+from geokr.together import written_together
 from geokr.weights import fit_error, read_state
 
 
@@ -159,20 +160,17 @@ def export(
     card["weights"] = {"format": form, "dtype": dtype, "folded": pairs}
     state = export_formats.rounded(backbone.state_dict(), dtype)
     card["weights"] |= _difference(backbone.eval(), state, images_NCHW) if dtype != "float32" else {}
-    temporary = out.with_name(f".tmp-{out.name}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        if form in GRAPHS:
-            card["weights"] |= export_formats.write_graph(temporary, backbone, images_NCHW, form, dtype)
-        else:
-            export_formats.write_state(temporary, {k: v.contiguous() for k, v in state.items()}, form)
-        temporary.replace(out)
-        write_text(card_path(out), json.dumps(card, indent=1, ensure_ascii=False) + "\n")
-        write_text(Path(f"{out}.md"), model_card.markdown(card, out))
+        with written_together([out, Path(f"{out}.md"), card_path(out)]) as (weights, page, about):
+            if form in GRAPHS:
+                card["weights"] |= export_formats.write_graph(weights, backbone, images_NCHW, form, dtype)
+            else:
+                export_formats.write_state(weights, {k: v.contiguous() for k, v in state.items()}, form)
+            page.write_text(model_card.markdown(card, out), encoding="utf-8")
+            about.write_text(json.dumps(card, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"--out {out}: cannot be written ({error})") from error
-    finally:
-        temporary.unlink(missing_ok=True)
     return card_path(out)
 
 

@@ -88,7 +88,7 @@ def write_graph(path: Path, backbone: nn.Module, images_NCHW: Tensor, form: str,
         if written is None:
             return {"tried": "no: onnxruntime is not installed here"}
         by, run = written
-        return {"tried": by, "trial_difference": _largest_difference(run, model, images_NCHW, dtype, str(path))}
+        return {"tried": by, "trial_difference": _largest_difference(run, model, images_NCHW, dtype, path.name)}
 
 
 def _largest_difference(run: Run, model: nn.Module, images_NCHW: Tensor, dtype: str, where: str) -> float:

@@ -18,6 +18,7 @@ from geokr import checkpoint, export, export_formats, model_card
 from geokr.checkpoint import Checkpoint
 from geokr.config import ConfigError
 from geokr.models import BackboneSpec, build_backbone
+from geokr.together import written_together
 from tests.exports import short_run
 
 FAMILIES = {"resnet18": 64, "resnet50": 64, "vgg16_bn": 32, "convnext_tiny": 64, "vit_small_patch16_224": 64}
@@ -271,6 +272,53 @@ def test_half_precision_that_onnx_cannot_take(tiny, tmp_path, capsys, monkeypatc
     monkeypatch.setattr(export_formats, "ONNX_MODULES", ())
     assert export.main(["--run", str(tiny), "--out", str(tmp_path / "b.onnx"), "--dtype", "bfloat16"]) == 1
     assert "--dtype bfloat16: ONNX Runtime does not compute in it" in capsys.readouterr().err
+
+
+# -------------------------------------------------------------------------------------------- all of it or nothing
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("name", ["b.safetensors", "b.pth"])
+def test_an_export_that_fails_at_its_cards_leaves_what_was_there(name, tiny, tmp_path, monkeypatch):
+    export.export(tiny, tmp_path / name)
+    before = contents(tmp_path)
+    assert len(before) == 3
+
+    def full(card, weights):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(model_card, "markdown", full)
+    for out in (tmp_path / name, tmp_path / f"other-{name}"):
+        with pytest.raises(ConfigError, match=rf"--out .*{name}: cannot be written \(No space left on device\)"):
+            export.export(tiny, out, model="student")
+        assert contents(tmp_path) == before
+
+
+def test_files_that_cannot_all_be_put_in_place_are_not_left(tmp_path, monkeypatch):
+    """Neither a part of them nor an old last one beside new others, which a killed process would leave, too."""
+    paths, real, there = [tmp_path / name for name in ("a", "b", "c")], Path.replace, []
+    for path in paths:
+        path.write_text("old")
+
+    def replace(self, target):
+        there.append((target.name, paths[-1].exists()))
+        if target.name == "c":
+            raise OSError("Input/output error")
+        return real(self, target)
+
+    def write():
+        with written_together(paths) as temporary:
+            for path in temporary:
+                path.write_text("new")
+
+    monkeypatch.setattr(Path, "replace", replace)
+    with pytest.raises(OSError, match="Input/output error"):
+        write()
+    assert there == [("a", False), ("b", False), ("c", False)]
+    assert not list(tmp_path.iterdir())
 
 
 # ---------------------------------------------------------------------------------------------------- cards
