@@ -129,7 +129,7 @@ def export(
 ) -> Path:
     """Writes the backbone of a run's newest sound checkpoint to ``out``, and its cards to ``out.json`` and ``out.md``.
 
-    form: ``safetensors``, ``torch``, ``onnx`` or ``torch-export``; None to go by the file's suffix. dtype: of the
+    form: ``safetensors``, ``torch``, ``onnx`` or ``torch-export``, as the file's suffix says it, too. dtype: of the
     weights, and of the computation where that is written. fold_bn: batch norms folded into the convolutions before
     them. Returns the JSON card's path.
 
@@ -137,11 +137,7 @@ def export(
     CheckpointError if it is damaged.
     """
     run, out = Path(run), Path(out)
-    form = form or SUFFIXES.get(out.suffix)
-    if form is None:
-        raise ConfigError(f"--out {out}: expected a name ending in {', '.join(SUFFIXES)}, or give --format")
-    if SUFFIXES.get(out.suffix, form) != form:
-        raise ConfigError(f"--out {out}: its ending says {SUFFIXES[out.suffix]}, --format {form}; give one of them")
+    form = _format_of(out, form)
     export_formats.check(form, dtype)
     read_run(run)
     found = checkpoint.load_latest(run / "checkpoints")
@@ -162,16 +158,40 @@ def export(
     card["weights"] |= _difference(backbone.eval(), state, images_NCHW) if dtype != "float32" else {}
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with written_together([out, Path(f"{out}.md"), card_path(out)]) as (weights, page, about):
+        with written_together(_files(out)) as (weights, page, about):
             if form in GRAPHS:
                 card["weights"] |= export_formats.write_graph(weights, backbone, images_NCHW, form, dtype)
             else:
                 export_formats.write_state(weights, {k: v.contiguous() for k, v in state.items()}, form)
             page.write_text(model_card.markdown(card, out), encoding="utf-8")
             about.write_text(json.dumps(card, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    except (OSError, SafetensorError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: torch's own writer, of a full disk
         raise ConfigError(f"--out {out}: cannot be written ({error})") from error
     return card_path(out)
+
+
+def _files(out: Path) -> list[Path]:
+    """All that is written for these weights: they, the page, the card."""
+    return [out, Path(f"{out}.md"), card_path(out)]
+
+
+def _format_of(out: Path, form: str | None) -> str:
+    """The format of a file of that name, by which those who load it tell it, too. form: the one that was asked for.
+
+    Raises ConfigError where the name says none or another, and where it is a folder's.
+    """
+    said = SUFFIXES.get(out.suffix)
+    if said is None:
+        endings = [suffix for suffix, name in SUFFIXES.items() if form in (None, name)]
+        raise ConfigError(
+            f"--out {out}: expected a name ending in {' or '.join(endings)}: whoever loads the file goes by that"
+        )
+    if form not in (None, said):
+        raise ConfigError(f"--out {out}: its ending says {said}, --format {form}; give one of them")
+    for path in _files(out):
+        if path.is_dir():
+            raise ConfigError(f"--out {out}: {path} is a folder; give another name, or remove it")
+    return said
 
 
 def _difference(backbone: nn.Module, state: dict[str, Tensor], images_NCHW: Tensor) -> dict[str, float]:
@@ -191,7 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m geokr.export", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--run", required=True, metavar="DIR", help="run.dir of a training run")
     parser.add_argument("--out", required=True, metavar="FILE", help="weights file; cards go to FILE.json and FILE.md")
-    parser.add_argument("--format", choices=sorted(set(SUFFIXES.values())), help="default: by the file's suffix")
+    parser.add_argument("--format", choices=sorted(set(SUFFIXES.values())), help="what the file's suffix says, too")
     parser.add_argument("--model", choices=("teacher", "student"), default="teacher")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="of the weights; default: float32")
     parser.add_argument("--fold-bn", action="store_true", help="fold batch norms into the convolutions before them")

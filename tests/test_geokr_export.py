@@ -297,6 +297,37 @@ def test_an_export_that_fails_at_its_cards_leaves_what_was_there(name, tiny, tmp
         assert contents(tmp_path) == before
 
 
+@pytest.mark.parametrize(
+    ("name", "form", "message"),
+    [
+        ("b.weights", "safetensors", "expected a name ending in .safetensors: whoever loads"),
+        ("noext", "torch", "expected a name ending in .pth or .pt: whoever loads"),
+        ("noext", "torch-export", "expected a name ending in .pt2: whoever loads"),
+        ("noext", None, "expected a name ending in .safetensors or .pth or .pt or .onnx or .pt2: "),
+        ("b.pth", "safetensors", "its ending says torch, --format safetensors; give one of them"),
+        ("folder.pth", "torch", "folder.pth is a folder; give another name"),
+        ("b.pth", "torch", "b.pth.md is a folder; give another name"),
+    ],
+)
+def test_names_that_say_no_format_or_are_taken(name, form, message, tiny, tmp_path, capsys):
+    for folder in ("folder.pth", "b.pth.md"):
+        (tmp_path / folder).mkdir()
+    more = ["--format", form] if form else []
+    assert export.main(["--run", str(tiny), "--out", str(tmp_path / name), *more]) == 1
+    assert message in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b.pth.md", "folder.pth"]
+
+
+def test_a_writer_of_torch_that_fails_says_why(tiny, tmp_path, monkeypatch, capsys):
+    def full(state, path):
+        raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
+
+    monkeypatch.setattr(export_formats.torch, "save", full)
+    assert export.main(["--run", str(tiny), "--out", str(tmp_path / "b.pth")]) == 1
+    assert "b.pth: cannot be written (PytorchStreamWriter failed writing" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_files_that_cannot_all_be_put_in_place_are_not_left(tmp_path, monkeypatch):
     """Neither a part of them nor an old last one beside new others, which a killed process would leave, too."""
     paths, real, there = [tmp_path / name for name in ("a", "b", "c")], Path.replace, []

@@ -436,7 +436,7 @@ def test_exported_weights_start_another_run(records, whole, tmp_path):
 def test_export_explains_what_it_cannot_do(whole, tmp_path, capsys, monkeypatch):
     cases = [
         (["--run", str(tmp_path), "--out", "x.safetensors"], "not a run's folder"),
-        (["--run", str(whole), "--out", "x.bin"], "give --format"),
+        (["--run", str(whole), "--out", "x.bin"], "expected a name ending in"),
         (["--run", str(whole), "--out", "/proc/x.safetensors"], "cannot be written"),
     ]
     monkeypatch.setattr(export.export_formats, "ONNX_MODULES", ("onnx_that_is_not_there",))
