@@ -20,7 +20,7 @@ import numpy as np
 
 from geokr.config import ConfigError
 from geokr.evaluate_data import LEAST, PARTS, Data, Part, names_of
-from geokr.evaluate_images import form, hash_of, read, same_form
+from geokr.evaluate_images import check_data, form, hash_of, read, same_form
 
 SHOWN = 5
 OVER = 1.0  # pixels that a box may reach over the edge by rounding
@@ -70,6 +70,7 @@ def open_coco(path: str | Path) -> Detections:
     splits = _split(folder, splits)
     paths = [one.path for some in splits.values() for one in some]
     bands, dtype = same_form(paths)
+    check_data(paths)
     numbers = _classes(folder, splits, names)
     boxes = {split: [_boxes(one, numbers) for one in some] for split, some in splits.items()}
     classes = tuple(names[number] for number in numbers)

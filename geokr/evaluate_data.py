@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from geokr.config import ConfigError, suggestion
-from geokr.evaluate_images import GEO, PLAIN, hash_of, read, same_form
+from geokr.evaluate_images import GEO, PLAIN, check_data, hash_of, read, same_form
 
 PARTS = ("train", "val", "test")
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}  # folders by that name
@@ -71,8 +71,8 @@ class Data:
 
 
 def open_folders(path: str | Path) -> Data:
-    """Finds out which of the forms a folder has. Raises ConfigError saying what is wrong with it, before any pixel
-    is decoded."""
+    """Finds out which of the forms a folder has. Raises ConfigError saying what is wrong with it; no pixel is decoded
+    for that but those of files that say where they have no data."""
     folder = Path(path)
     if not folder.is_dir():
         raise ConfigError(f"--data {folder}: there is no such folder")
@@ -155,6 +155,7 @@ def _files(folder: Path) -> dict[str, list[Path]]:
 def _data(folder: Path, classes: Sequence[str], pairs: dict[str, list[tuple[Path, int]]]) -> Data:
     paths = [path for some in pairs.values() for path, _ in some]
     bands, dtype = same_form(paths)
+    check_data(paths)
     eye = np.eye(len(classes))
     parts = {
         name: Part([str(path) for path, _ in some], eye[[k for _, k in some]], _reader([path for path, _ in some]))

@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from geokr.config import ConfigError
 from geokr.evaluate_data import Part
+from geokr.evaluate_images import without_data
 
 PERCENTILES = (5, 25, 50, 75, 95)
 
@@ -18,6 +19,7 @@ PERCENTILES = (5, 25, 50, 75, 95)
 class Preparation:
     """Images [H, W, C] to what a backbone takes: float32 [N, C, S, S], chosen bands, normalised, resized to a side S.
 
+    Pixels without data in any of those bands (of masked arrays) become 0, the mean.
     mean, std: one a band of the backbone. side: 0 to leave images as large as they are. bands: which of an image's,
     from 0, in the backbone's order.
     """
@@ -37,8 +39,12 @@ class Preparation:
         return torch.cat([self._one(image) for image in images])
 
     def _one(self, image_HWC: np.ndarray) -> Tensor:
-        pixels = torch.from_numpy(np.ascontiguousarray(image_HWC[..., self.bands].transpose(2, 0, 1), np.float32))[None]
+        chosen = image_HWC[..., self.bands]
+        values = np.ma.getdata(chosen).transpose(2, 0, 1)
+        pixels = torch.from_numpy(np.ascontiguousarray(values, np.float32))[None]
         pixels = (pixels - self.mean) / self.std
+        if isinstance(chosen, np.ma.MaskedArray):
+            pixels[..., torch.from_numpy(without_data(chosen))] = 0
         if self.side and pixels.shape[2:] != (self.side, self.side):
             pixels = interpolate(pixels, (self.side, self.side), mode="bilinear", antialias=True, align_corners=False)
         return pixels
@@ -93,10 +99,13 @@ def calibrate(backbone: nn.Module, part: Part, prepare: Preparation, device: tor
 
 
 def colours(part: Part, bands: tuple[int, ...]) -> np.ndarray:
-    """Mean, deviation and percentiles of each band, float32 [N, 7 * C]: what needs no backbone."""
+    """Mean, deviation and percentiles of each band, float32 [N, 7 * C], of pixels with data: what needs no backbone."""
     found = []
-    for n in range(len(part)):
-        pixels = part.read([n])[0][..., list(bands)].reshape(-1, len(bands)).astype(np.float32)
+    for n, name in enumerate(part.names):
+        image = part.read([n])[0][..., list(bands)]
+        pixels = np.ma.getdata(image)[~without_data(image)].astype(np.float32)
+        if not len(pixels):
+            raise ConfigError(f"{name}: no pixel has data in bands {', '.join(str(b + 1) for b in bands)}; take it out")
         parts = (pixels.mean(0)[None], pixels.std(0)[None], np.percentile(pixels, PERCENTILES, axis=0))
         found.append(np.concatenate(parts).ravel())
     return np.array(found, np.float32)

@@ -50,11 +50,16 @@ def form(path: Path, *, mask: bool = False) -> Form:
 
 
 def read(path: Path, *, mask: bool = False) -> np.ndarray:
-    """Pixels [H, W, C]. Raises ConfigError for a damaged file."""
+    """Pixels [H, W, C]; a masked array (True: no data) of files that say where they have none, see without_data().
+
+    Tags of masks are not looked at: their values are classes. Raises ConfigError for a damaged file.
+    """
     try:
         if path.suffix.lower() in GEO:
             with _rasterio(path).open(path) as file:
-                return np.ascontiguousarray(file.read().transpose(1, 2, 0))
+                if mask or not _says_nodata(file):
+                    return np.ascontiguousarray(file.read().transpose(1, 2, 0))
+                return _masked(np.ascontiguousarray(file.read().transpose(1, 2, 0)), file)
         with Image.open(path) as image:
             pixels = np.asarray(image.convert("RGB") if image.mode == "P" and not mask else image)
             if mask and image.mode == "L" and (depth := _png_depth(path)[0]) < 8:
@@ -64,6 +69,48 @@ def read(path: Path, *, mask: bool = False) -> np.ndarray:
     if pixels.dtype == bool:
         pixels = pixels.astype(np.uint8)
     return pixels if pixels.ndim == 3 else pixels[..., None]
+
+
+def _says_nodata(file: Any) -> bool:
+    """Whether an open file has a nodata value, a mask or an alpha band."""
+    return any("all_valid" not in [flag.name for flag in flags] for flags in file.mask_flag_enums)
+
+
+def _masked(pixels_HWC: np.ndarray, file: Any) -> np.ndarray:
+    """The mask beside the pixels. Those without data hold the mean of those with, for whoever leaves the mask behind
+    on the way, as np.pad does."""
+    mask_HWC = np.ascontiguousarray(file.read_masks().transpose(1, 2, 0)) == 0
+    mask_HWC |= (mask_HWC & np.isnan(pixels_HWC)).any(2, keepdims=True)
+    if not mask_HWC.any():
+        return pixels_HWC
+    gone_HW = mask_HWC.all(2)
+    if not gone_HW.all():
+        pixels_HWC[gone_HW] = pixels_HWC[~gone_HW].mean(0, dtype=np.float64).astype(pixels_HWC.dtype)
+    return np.ma.array(pixels_HWC, mask=mask_HWC)
+
+
+def without_data(image_HWC: np.ndarray) -> np.ndarray:
+    """Pixels without data, bool [H, W]: where every band is masked, as in packing. A single band's nodata value is
+    dark water as often as not. NaN in one band masks all of them."""
+    return np.asarray(np.ma.getmaskarray(image_HWC).all(2))
+
+
+def check_data(paths: Sequence[Path]) -> None:
+    """Raises ConfigError naming the first image of which no pixel has data; reads those that say where they have
+    none."""
+    empty = sorted(path for path in paths if path.suffix.lower() in GEO and _is_empty(path))
+    if empty:
+        more = f", as of {len(empty) - 1} more" if len(empty) > 1 else ""
+        raise ConfigError(
+            f"{empty[0]}: by its nodata value or mask none of its pixels has data{more}; take the image out, or "
+            "correct the value with gdal_edit.py -a_nodata or -unsetnodata"
+        )
+
+
+def _is_empty(path: Path) -> bool:
+    with _rasterio(path).open(path) as file:
+        says = _says_nodata(file)
+    return says and bool(without_data(read(path)).all())
 
 
 def _png_depth(path: Path) -> tuple[int, bool]:

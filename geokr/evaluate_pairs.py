@@ -16,7 +16,7 @@ import numpy as np
 
 from geokr.config import ConfigError, read_yaml
 from geokr.evaluate_data import LEAST, PARTS, Data, Part, given_parts, images_below, names_of
-from geokr.evaluate_images import GEO, PLAIN, form, hash_of, read, same_form
+from geokr.evaluate_images import GEO, PLAIN, check_data, form, hash_of, read, same_form
 
 OUTSIDE = -100  # the class of pixels that count nowhere
 SHOWN = 5
@@ -40,6 +40,7 @@ def open_pairs(path: str | Path, ignored: int) -> Pairs:
     pairs = _split(folder)
     flat = [pair for part in pairs.values() for pair in part]
     bands, dtype = same_form([image for image, _ in flat])
+    check_data([image for image, _ in flat])
     counts = {mask: _counts(mask, image) for image, mask in flat}
     codes, names = _classes(folder, pairs, counts, ignored)
     _check_values(folder, pairs, counts, codes, ignored)

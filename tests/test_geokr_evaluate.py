@@ -647,6 +647,77 @@ def test_folders_that_are_split_already_and_geotiffs_of_any_bands(tmp_path):
     assert not set(data.parts["train"].names) & set(data.parts["val"].names)
 
 
+def write_geotiff(path, image_HWC, nodata=None):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    height, width, count = image_HWC.shape
+    with rasterio.open(
+        path, "w", driver="GTiff", width=width, height=height, count=count, dtype=image_HWC.dtype, nodata=nodata,
+        crs="EPSG:32631", transform=rasterio.Affine(10, 0, 4e5, 0, -10, 5e6),
+    ) as file:  # fmt: skip
+        file.write(image_HWC.transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize("nodata", [-9999.0, np.nan])
+def test_pixels_without_data_become_the_mean(nodata, tmp_path):
+    rng = np.random.default_rng(0)
+    images = {}
+    for name in ("a", "b"):
+        for n in range(3):
+            image = rng.normal(0.3, 0.1, (SIZE, SIZE, 3)).astype(np.float32)
+            image[: 4 + n] = nodata
+            write_geotiff(tmp_path / name / f"{n}.tif", image, nodata)
+            images[str(tmp_path / name / f"{n}.tif")] = image
+    part = evaluate_data.open_folders(tmp_path).parts["test"]
+    mean, std = [0.2, 0.3, 0.4], [0.1, 0.2, 0.3]
+    for n, name in enumerate(part.names):
+        image = images[name].astype(np.float64)
+        rows = 4 + int(name[-5])
+        (read,) = part.read([n])
+        for cut in (slice(0, SIZE), slice(2, 20)):  # as segmentation cuts
+            found = Preparation(mean, std, 0, (2, 1, 0))([read[cut]])[0].numpy()
+            expected = (image[cut, :, ::-1] - mean) / std
+            expected[: rows - cut.start] = 0
+            np.testing.assert_allclose(found, expected.transpose(2, 0, 1), atol=1e-5)
+        assert Preparation(mean, std, SIZE // 2, (0, 1, 2))([read]).abs().max() < 10
+        assert 0.25 < np.pad(read, 1).max() < 1, "what has lost its mask is within range, too"
+    pixels = images[part.names[0]][4 + int(part.names[0][-5]) :].reshape(-1, 3).astype(np.float64)
+    expected = (pixels.mean(0)[None], pixels.std(0)[None], np.percentile(pixels, (5, 25, 50, 75, 95), axis=0))
+    np.testing.assert_allclose(colours(part, (0, 1, 2))[0], np.concatenate(expected).ravel(), rtol=1e-5)
+
+
+def test_one_bands_nodata_value_is_dark_water_and_one_bands_nan_is_not(tmp_path):
+    image = np.full((4, 4, 3), 50, np.uint8)
+    image[0, 0], image[1, 1, 2] = 0, 0
+    write_geotiff(tmp_path / "dark.tif", image, 0)
+    read = evaluate_images.read(tmp_path / "dark.tif")
+    assert read[1, 1].data.tolist() == [50, 50, 0]
+    assert np.argwhere(evaluate_images.without_data(read)).tolist() == [[0, 0]]
+    assert np.argwhere(evaluate_images.without_data(read[..., [2]])).tolist() == [[0, 0], [1, 1]]  # with --bands 3
+    image = image.astype(np.float32)
+    image[1, 1, 2] = np.nan
+    write_geotiff(tmp_path / "nan.tif", image, np.nan)
+    read = evaluate_images.read(tmp_path / "nan.tif")
+    assert np.argwhere(evaluate_images.without_data(read[..., :2])).tolist() == [[1, 1]]
+    assert np.isfinite(np.asarray(read)).all()
+    write_geotiff(tmp_path / "silent.tif", image)
+    assert np.isnan(evaluate_images.read(tmp_path / "silent.tif")).sum() == 1  # nobody said that it may be there
+    mask = np.arange(16, dtype=np.uint8).reshape(4, 4, 1)
+    write_geotiff(tmp_path / "mask.tif", mask, 0)
+    found = evaluate_images.read(tmp_path / "mask.tif", mask=True)
+    assert type(found) is np.ndarray
+    np.testing.assert_array_equal(found, mask)
+
+
+def test_an_image_without_any_data_is_refused(weights, tmp_path, capsys):
+    for name in ("a", "b"):
+        for n in range(3):
+            write_geotiff(tmp_path / name / f"{n}.tif", np.full((SIZE, SIZE, 3), 100 * n, np.uint8), 0)
+    assert command(weights, tmp_path) == 1
+    said = capsys.readouterr().err
+    assert f"{tmp_path / 'a/0.tif'}: by its nodata value or mask none of its pixels has data, as of 1 more" in said
+    assert "features" not in said
+
+
 def test_what_is_refused_before_anything_is_computed(weights, folders, tmp_path, capsys):
     def refused(message, *more, data=folders):
         assert command(weights, data, *more) == 1

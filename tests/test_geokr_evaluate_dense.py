@@ -496,6 +496,32 @@ def test_coco_as_one_file_and_as_several(boxes, tmp_path):
     assert all("train2017" in name for name in several.data.parts["val"].names)
 
 
+def test_images_without_any_data_are_refused_for_dense_tasks_too(tmp_path):
+    shape = {"driver": "GTiff", "width": 40, "height": 40, "crs": "EPSG:32631", "nodata": 0, "dtype": "uint8"}
+    where = {"transform": rasterio.Affine(10, 0, 4e5, 0, -10, 5e6)}
+    images, annotations = [], []
+    for name in ("images", "masks"):
+        (tmp_path / "d" / name).mkdir(parents=True)
+    for n in range(6):
+        with rasterio.open(tmp_path / f"d/images/{n}.tif", "w", count=3, **shape, **where) as file:
+            file.write(np.full((3, 40, 40), 50 * n, np.uint8))
+        with rasterio.open(tmp_path / f"d/masks/{n}.tif", "w", count=1, **shape, **where) as file:
+            file.write(np.eye(40, dtype=np.uint8)[None])  # 0 is a class, whatever its tag says
+        images.append({"id": n, "file_name": f"{n}.tif"})
+        annotations.append({"id": n, "image_id": n, "category_id": 1, "bbox": [1, 1, 9, 9]})
+    tree = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "a"}]}
+    (tmp_path / "d/all.json").write_text(json.dumps(tree))
+    message = r"images/0\.tif: by its nodata value or mask none of its pixels has data;"
+    with pytest.raises(ConfigError, match=message):
+        evaluate_pairs.open_pairs(tmp_path / "d", 255)
+    with pytest.raises(ConfigError, match=message):
+        evaluate_coco.open_coco(tmp_path / "d")
+    with rasterio.open(tmp_path / "d/images/0.tif", "r+") as file:
+        file.write(np.eye(40, dtype=np.uint8)[None].repeat(3, 0) * 90)
+    assert evaluate_pairs.open_pairs(tmp_path / "d", 255).data.classes == ("0", "1")
+    assert evaluate_coco.open_coco(tmp_path / "d").classes == ("a",)
+
+
 def test_pictures_are_red_green_and_blue_to_detectors_too(boxes, tmp_path, weights, capsys):
     shutil.copytree(boxes, tmp_path / "d")
     red = np.zeros((SIZE, SIZE, 3), np.uint8)
