@@ -94,10 +94,42 @@ def _input(card: Card) -> str:
         for number, (band, mean, std) in enumerate(bands, 1)
     ]
     values = f", {given['value_range'][0]} to {given['value_range'][1]}" if given["value_range"] else ""
-    return (
-        f"Images of {side} px, {given['layout']}; values as the tiles hold them: {given['dtype']}{values}.\n\n"
-        + _table(["channel", "band", "wavelength", "mean", "std"], rows)
-    )
+    parts = [
+        f"Images of {side} px, {given['layout']}; values as the tiles hold them: {given['dtype']}{values}."
+        + (f" Sensor: {given['sensor']}." if "sensor" in given else ""),
+        _table(["channel", "band", "wavelength", "mean", "std"], rows),
+        *_stretch(card),
+    ]
+    return "\n\n".join(parts)
+
+
+def _stretch(card: Card) -> list[str]:
+    """How the tiles' values were made, for whoever must make them of other scenes; nothing where it is not known."""
+    found = card["input"].get("stretch", {})
+    if found.get("mode") == "none":
+        return ["Those are the scenes' own values: nothing was stretched."]
+    if "low" not in found:
+        return []
+    whose = {"joint": "of each scene, over all its bands together", "per_band": "of each scene, band by band"}
+    how = ""
+    if "percentiles" in found and found.get("mode") in whose:
+        how = ": percentiles {:g} and {:g} ".format(*found["percentiles"]) + whose[found["mode"]]
+    elif found.get("mode") == "limits":
+        how = ": the same limits for all scenes"
+    rows = [
+        [band["name"], *(_over_scenes(found[end], at) for end in ("low", "high"))]
+        for at, band in enumerate(card["bands"])
+    ]
+    return [
+        f"Those come of the scenes' own values, stretched between two limits that became 0 and 255, and clipped{how}. "
+        f"Other images must be made in the same way. Limits of {found['scenes']:,} scene(s), the median (least to "
+        "greatest):",
+        _table(["band", "becomes 0", "becomes 255"], rows),
+    ]
+
+
+def _over_scenes(found: Mapping[str, Sequence[float]], at: int) -> str:
+    return f"{found['median'][at]:.6g} ({found['least'][at]:.6g} to {found['greatest'][at]:.6g})"
 
 
 def _nanometres(value: float | None) -> str:

@@ -14,9 +14,11 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import geokr
+from geokr import card as card_of
 from geokr import checkpoint, export, export_formats, model_card
 from geokr.checkpoint import Checkpoint
 from geokr.config import ConfigError
+from geokr.manifests import load_manifest
 from geokr.models import BackboneSpec, build_backbone
 from geokr.together import written_together
 from tests.exports import short_run
@@ -371,6 +373,43 @@ def test_the_page_says_what_a_user_must_know(tiny, tmp_path):
     assert "The student's test_resnet" in page
     assert "backbone: test_resnet" in page  # of the configuration
     assert "Licence:" in page
+
+
+def test_the_card_says_how_values_were_made(tiny, tmp_path):
+    """Limits of scenes by NumPy, for chosen bands in their own order; and cards that do not say."""
+    export.export(tiny, tmp_path / "b.safetensors")
+    plain = json.loads((tmp_path / "b.safetensors.json").read_text())
+    assert not plain["input"].keys() & {"stretch", "sensor"}  # these records' manifest says nothing of them
+    manifest = load_manifest(tiny.parent / "d")
+    limits = np.array([[[100, 3000], [80, 2500], [60, 2000]], [[200, 4000], [90, 2600], [40, 2400]]] * 2, float)
+    limits[3] += 7
+    scenes = [manifest.scenes[0].model_copy(update={"stretch_limits": tuple(map(tuple, one))}) for one in limits]
+    scenes += [manifest.scenes[0], manifest.scenes[0].model_copy(update={"stretch_limits": ((0, 1),) * 3, "kept": 0})]
+
+    def described(stretch, **config):
+        config |= {"stretch": {"limits": None, "percentiles": [1.0, 99.0], **stretch}} if stretch else {}
+        one = manifest.model_copy(update={"config": config, "scenes": tuple(scenes)})
+        spec = BackboneSpec("resnet18", 2, 32)
+        return card_of.describe(one, spec, (manifest.bands[2], manifest.bands[0]), [1.0] * 2, [1.0] * 2)
+
+    found = described({"mode": "joint"}, scene={"sensor": "landsat8"})["input"]
+    assert found["sensor"] == "landsat8"
+    stretch = found["stretch"]
+    assert (stretch["mode"], stretch["percentiles"], stretch["scenes"]) == ("joint", [1.0, 99.0], 4)
+    for end, name in enumerate(("low", "high")):
+        for what, of in (("median", np.median), ("least", np.min), ("greatest", np.max)):
+            np.testing.assert_array_equal(stretch[name][what], of(limits[:, [2, 0], end], axis=0))
+    page = model_card.markdown(plain | described({"mode": "joint"}, scene={"sensor": "landsat8"}), tmp_path / "b.pth")
+    assert "Sensor: landsat8." in page
+    assert "percentiles 1 and 99 of each scene, over all its bands together" in page
+    assert "| blue | 53.5 (40 to 60) | 2200 (2000 to 2407) |" in page
+    mixture = described({})["input"]
+    assert mixture["stretch"].keys() == {"scenes", "low", "high"}
+    assert "sensor" not in mixture
+    assert "percentiles" not in described({"mode": "limits"})["input"]["stretch"]
+    scenes = [manifest.scenes[0]]
+    assert described({"mode": "none"})["input"]["stretch"] == {"mode": "none"}
+    assert "nothing was stretched" in model_card.markdown(plain | described({"mode": "none"}), tmp_path / "b.pth")
 
 
 def test_licences_come_from_the_product():
