@@ -11,6 +11,7 @@ Images lie where ``file_name`` says, below the JSON's folder, DIR, or DIR's imag
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,6 +68,7 @@ def open_coco(path: str | Path) -> Detections:
         for number, name in found.items():
             if names.setdefault(number, name) != name:
                 raise ConfigError(f"{file}: category {number} is {name!r}, {names[number]!r} in another file")
+    _check_once(files, splits)
     splits = _split(folder, splits)
     paths = [one.path for some in splits.values() for one in some]
     bands, dtype = same_form(paths)
@@ -77,6 +79,22 @@ def open_coco(path: str | Path) -> Detections:
     parts = {split: _part(splits[split], boxes[split], len(classes)) for split in PARTS}
     data = Data(str(folder), (*classes, "nothing"), True, dtype, bands, parts, names_of(paths, bands))
     return Detections(data, boxes, classes)
+
+
+def _check_once(files: Mapping[str, Path], splits: Mapping[str, Sequence[Listed]]) -> None:
+    """Raises ConfigError naming the first image that is listed twice, whatever path leads to it: it would be in train
+    and in test, or its boxes would be objects in one copy and background in the other."""
+    seen: dict[str, Path] = {}
+    for split, some in splits.items():
+        for one in some:
+            real = os.path.realpath(one.path)
+            if real in seen:
+                where = "twice" if seen[real] == files[split] else f"and so does {seen[real]}"
+                raise ConfigError(
+                    f"{files[split]}: lists {one.path} {where}; an image stands there once, in one split, with all of "
+                    "its boxes: join its entries, or remove one"
+                )
+            seen[real] = files[split]
 
 
 def _files(folder: Path) -> dict[str, Path]:

@@ -636,6 +636,32 @@ def test_coco_that_does_not_fit(boxes, tmp_path, capsys, weights):
     refused("no image has a box", changed(lambda tree: tree.update(annotations=[])))
 
 
+def test_an_image_of_two_splits_or_of_two_entries(boxes, tmp_path):
+    shutil.copytree(boxes, tmp_path / "d")
+    tree = json.loads((tmp_path / "d/all.json").read_text())
+
+    def of(images):
+        ids = {one["id"] for one in images}
+        return tree | {"images": images, "annotations": [a for a in tree["annotations"] if a["image_id"] in ids]}
+
+    def opened(**files):
+        for old in (tmp_path / "d").glob("*.json"):
+            old.unlink()
+        for name, images in files.items():
+            (tmp_path / f"d/{name}.json").write_text(json.dumps(of(images)))
+        return evaluate_coco.open_coco(tmp_path / "d")
+
+    images = tree["images"]
+    with pytest.raises(ConfigError, match=r"train\.json: lists \S+/08\.png and so does \S+/test\.json"):
+        opened(train=images[:9], test=images[8:])
+    (tmp_path / "d/link.png").symlink_to("08.png")
+    with pytest.raises(ConfigError, match=r"val\.json: lists \S+/link\.png and so does \S+/train\.json"):
+        opened(train=images[:9], val=[images[9], images[8] | {"id": 99, "file_name": "link.png"}])
+    with pytest.raises(ConfigError, match=r"all\.json: lists \S+/03\.png twice; an image stands there once"):
+        opened(all=[*images, images[3] | {"id": 99}])
+    assert len(opened(train=images[:8], test=images[8:]).data.parts["test"]) == 4
+
+
 def test_infinite_pixels_records_and_backbones_without_maps(tmp_path, records, weights, capsys):
     image = np.ones((40, 40, 3), np.float32)
     image[3, 4] = np.nan
