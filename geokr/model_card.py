@@ -68,6 +68,8 @@ def _loading(card: Card, weights: Path) -> str:
         if not kept["folded"]:
             code += "\n\n" + _by_timm(name, arguments, weights.name)
     lines.append(f"```python\n{code}\n```")
+    if not kept["folded"] and kept["format"] not in ("onnx", "torch-export"):
+        lines += _under_a_classifier(card, weights.name)
     if kept["folded"] and kept["format"] not in ("onnx", "torch-export"):
         lines.append("Its keys are no longer timm's: convolutions have biases in place of norms.")
     return "\n\n".join(lines)
@@ -84,6 +86,21 @@ def _by_timm(name: str, arguments: str, file: str) -> str:
         "backbone.pre_logits = torch.nn.Identity()\n"
         f'backbone.load_state_dict({read}("{file}"))'
     )
+
+
+def _under_a_classifier(card: Card, file: str) -> list[str]:
+    """timm's way for models of more than the backbone. Without the bands in ``input_size`` timm takes every file for
+    one of three, and some versions give a model of four a random first convolution."""
+    about = card["backbone"]
+    given = {**about["timm_arguments"], "num_classes": 10, "pretrained": True}
+    arguments = "".join(f", {key}={value!r}" for key, value in given.items())
+    size = f"({len(card['bands'])}, {about['image_size']}, {about['image_size']})"
+    return [
+        "With a classifier of ten classes, or with `features_only=True` as a pyramid; segmentation-models-pytorch and "
+        "terratorch take the same overlay:",
+        f'```python\nimport timm\noverlay = {{"file": "{file}", "input_size": {size}}}\n'
+        f'model = timm.create_model("{about["name"]}"{arguments}, pretrained_cfg_overlay=overlay)\n```',
+    ]
 
 
 def _input(card: Card) -> str:

@@ -48,24 +48,27 @@ def filled(spec: BackboneSpec) -> torch.nn.Module:
 
 @pytest.fixture(scope="module")
 def runs(tiny, tmp_path_factory):
-    """name: (run folder of a backbone of that name, the backbone), made when asked for."""
+    """name: (run folder of a backbone of that name, the backbone), made when asked for. bands: 3 or more."""
     folder, made = tmp_path_factory.mktemp("runs"), {}
 
-    def of(name: str) -> tuple[Path, torch.nn.Module]:
-        if name not in made:
-            spec = BackboneSpec(name, 3, FAMILIES[name])
-            backbone, run = filled(spec), folder / name
+    def of(name: str, bands: int = 3) -> tuple[Path, torch.nn.Module]:
+        if (name, bands) not in made:
+            spec = BackboneSpec(name, bands, FAMILIES[name])
+            backbone, run = filled(spec), folder / f"{name}-{bands}"
             run.mkdir()
             for file in ("run.json", "config.yaml"):
                 shutil.copy(tiny / file, run / file)
             found = checkpoint.load_latest(tiny / "checkpoints")
             about = {"name": name, "image_size": spec.image_size, "timm_arguments": spec.arguments()}
             card = {**found.meta["card"], "backbone": about}
+            more = bands - len(card["bands"])
+            card["bands"] = [*card["bands"], *({"name": f"more{n}", "wavelength_nm": None} for n in range(more))]
+            card["input"] = card["input"] | {key: [*card["input"][key], *[9.0] * more] for key in ("mean", "std")}
             tensors = {f"teacher/backbone.{key}": value for key, value in backbone.state_dict().items()}
             (run / "checkpoints").mkdir()
             checkpoint.save(run / "checkpoints", Checkpoint(tensors, {**found.meta, "card": card}), 1)
-            made[name] = run, backbone
-        return made[name]
+            made[name, bands] = run, backbone
+        return made[name, bands]
 
     return of
 
@@ -94,13 +97,38 @@ def test_weights_of_every_family_load_as_the_card_says(name, runs, tmp_path, mon
     expected = features(backbone, images)
     for file in ("b.safetensors", "b.pth")[: 2 if name == "resnet18" else 1]:
         assert export.main(["--run", str(run), "--out", str(tmp_path / file)]) == 0
-        (code,) = code_of((tmp_path / f"{file}.md").read_text())
+        code, under_a_classifier = code_of((tmp_path / f"{file}.md").read_text())
         monkeypatch.chdir(tmp_path)
         for part in code.split("\n\n"):
             space = {}
             exec(part, space)
             np.testing.assert_array_equal(features(space["backbone"], images), expected, err_msg=part)
+        space = {}
+        exec(under_a_classifier, space)
+        model = space["model"].eval()
+        with torch.no_grad():
+            np.testing.assert_array_equal(model.forward_features(images), backbone.forward_features(images))
+            assert model(images).shape == (2, 10)
     assert len(code.split("\n\n")) == 2
+
+
+def test_timm_is_told_how_many_bands_a_file_has(runs, tmp_path, monkeypatch, caplog):
+    """Some versions of timm take every file for one of three bands that does not say."""
+    run, backbone = runs("resnet18", 4)
+    export.export(run, tmp_path / "b.safetensors")
+    _, code = code_of((tmp_path / "b.safetensors.md").read_text())
+    monkeypatch.chdir(tmp_path)
+    space = {}
+    exec(code, space)
+    assert torch.equal(space["model"].conv1.weight, backbone.conv1.weight)
+    assert space["model"].pretrained_cfg["input_size"] == (4, 64, 64)
+    assert "input_size" not in caplog.text
+    smp = pytest.importorskip("segmentation_models_pytorch")
+    how = {"encoder_weights": "imagenet", "pretrained_cfg_overlay": space["overlay"]}
+    unet = smp.Unet("tu-resnet18", in_channels=4, classes=2, **how)
+    assert torch.equal(unet.encoder.model.conv1.weight, backbone.conv1.weight)
+    fewer = smp.Unet("tu-resnet18", in_channels=3, classes=2, **how)
+    torch.testing.assert_close(fewer.encoder.model.conv1.weight, backbone.conv1.weight[:, :3] * 4 / 3)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "vgg16_bn"])
@@ -443,7 +471,8 @@ def test_timm_takes_them_under_a_classifier_and_as_a_pyramid(name, runs, tmp_pat
     """The way that segmentation-models-pytorch and terratorch go, too."""
     run, backbone = runs(name)
     export.export(run, tmp_path / "b.safetensors")
-    how = {"in_chans": 3, "pretrained": True, "pretrained_cfg_overlay": {"file": str(tmp_path / "b.safetensors")}}
+    overlay = {"file": str(tmp_path / "b.safetensors"), "input_size": (3, FAMILIES[name], FAMILIES[name])}
+    how = {"in_chans": 3, "pretrained": True, "pretrained_cfg_overlay": overlay}
     images = images_for(name)
     classifier = timm.create_model(name, num_classes=10, **how).eval()
     pooled = classifier.forward_head(classifier.forward_features(images), pre_logits=True).detach()
