@@ -1,15 +1,28 @@
 """A whole backbone trained on a few labelled images, with a linear layer on its features."""
 
 import copy
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from geokr.config import ConfigError
 from geokr.evaluate_data import Part
 from geokr.evaluate_features import Preparation, batches
 from geokr.evaluate_training import fit, steps_of, turned, turns
 from geokr.models import seeded
+
+
+def check(backbone: nn.Module, name: str) -> None:
+    """Raises ConfigError for an export without its batch norms: it trains worse than the same weights with theirs, so
+    that a comparison would say something of --fold-bn. name: the weights', for the message."""
+    card: Any = getattr(backbone, "card", {})
+    if card.get("weights", {}).get("folded"):
+        raise ConfigError(
+            f"{name}: its batch norms are folded into its convolutions, which is for inference alone; for finetune "
+            "export it without --fold-bn, or leave finetune out of --task"
+        )
 
 
 def finetune(
@@ -26,7 +39,9 @@ def finetune(
     name: str,
 ) -> np.ndarray:
     """Probabilities float64 [N, K] of the test images, by the weights that do best on val; name: the weights', for
-    messages. The backbone is copied, so that the next run begins from the same ones."""
+    messages. The backbone is copied, so that the next run begins from the same ones. Raises ConfigError for weights
+    with folded norms."""
+    check(backbone, name)
     rng = np.random.default_rng(seed)
     with seeded(seed):
         with torch.no_grad():

@@ -28,6 +28,7 @@ from geokr import (
     evaluate_metrics,
     evaluate_records,
     evaluate_training,
+    export,
     finetune,
     probes,
 )
@@ -584,6 +585,15 @@ def test_pngs_of_other_depths(tmp_path):
         evaluate_images.form(tmp_path / "deep.png")
     png(tmp_path / "grey.png", 16, 0, [struct.pack(">2H", 300, 2000)], 2)
     assert evaluate_images.read(tmp_path / "grey.png")[0, :, 0].tolist() == [300, 2000]
+
+
+def test_weights_without_their_norms_are_not_finetuned(weights, folders, tmp_path, capsys):
+    export.export(weights.parent / "run", tmp_path / "folded.safetensors", fold_bn=True)
+    assert command(tmp_path / "folded.safetensors", folders, "--task", "finetune") == 1
+    said = capsys.readouterr().err
+    assert "folded.safetensors: its batch norms are folded into its convolutions, which is for inference alone" in said
+    finetune.check(geokr.load_backbone(weights), "w")
+    finetune.check(build_backbone(BackboneSpec("resnet18", 3, SIZE)), "w")  # of a state dict, without a card
 
 
 def test_finetuning_moves_the_copy_alone(folders):
