@@ -39,8 +39,8 @@ class Boxes:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Detections:
-    """data: the images; their targets are shares of classes among the boxes, the last one for images without any.
-    boxes: of each split, one an image. classes: those of boxes."""
+    """data: the images; their targets are shares of classes among the boxes but those of crowds, the last one for
+    images without any. boxes: of each split, one an image. classes: those of boxes."""
 
     data: Data
     boxes: dict[str, list[Boxes]]
@@ -268,9 +268,11 @@ def _boxes(one: Listed, numbers: Sequence[int]) -> Boxes:
 
 
 def _part(some: Sequence[Listed], boxes: Sequence[Boxes], classes: int) -> Part:
+    """The images, with shares of classes among the boxes that teach: a crowd's are no objects."""
     shares = np.zeros((len(some), classes + 1))
     for n, one in enumerate(boxes):
-        np.add.at(shares[n], one.classes if len(one.classes) else [classes], 1)
+        alone = one.classes[~one.crowd]
+        np.add.at(shares[n], alone if len(alone) else [classes], 1)
     shares /= shares.sum(1, keepdims=True)
     paths = [one.path for one in some]
     return Part([str(path) for path in paths], shares, lambda numbers: [read(paths[n]) for n in numbers])

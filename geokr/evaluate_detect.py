@@ -130,8 +130,9 @@ class Detect:
 
     @property
     def smallest(self) -> float:
-        """Side of the smallest anchor: SMALLEST halved until one in twenty boxes of train is smaller, at most twice."""
-        corners = np.concatenate([one.corners for one in self.found.boxes["train"]])
+        """Side of the smallest anchor: SMALLEST halved until one in twenty boxes of train is smaller, at most twice.
+        Boxes of a crowd are not learnt."""
+        corners = np.concatenate([one.corners[~one.crowd] for one in self.found.boxes["train"]])
         sides = np.sqrt((corners[:, 2] - corners[:, 0]) * (corners[:, 3] - corners[:, 1]))
         halvings = np.clip(np.ceil(np.log2(SMALLEST / max(np.percentile(sides, 5), 1.0))), 0, 2)
         return float(SMALLEST / 2**halvings)

@@ -1,5 +1,6 @@
 """Segmentation and detection: figures by hand, planted signals, and what is refused before a training begins."""
 
+import dataclasses
 import json
 import shutil
 
@@ -634,6 +635,29 @@ def test_coco_that_does_not_fit(boxes, tmp_path, capsys, weights):
     few = changed(lambda tree: tree.update(annotations=[*tree["annotations"][:1], *tree["annotations"][1::2]]))
     refused("has no box of square", few)
     refused("no image has a box", changed(lambda tree: tree.update(annotations=[])))
+
+
+def test_labels_are_drawn_by_boxes_that_teach(boxes, tmp_path):
+    """Some images have the box of a crowd alone, which is small, too."""
+    shutil.copytree(boxes, tmp_path / "d")
+    tree = json.loads((boxes / "all.json").read_text())
+    crowds = [n for n, one in enumerate(tree["images"]) if n % 3]
+    for one in tree["annotations"]:
+        if one["image_id"] - 10 in crowds:
+            one["iscrowd"], one["bbox"] = 1, [*one["bbox"][:2], 4, 4]
+    (tmp_path / "d/all.json").unlink()
+    (tmp_path / "d/train.json").write_text(json.dumps(tree))
+    shutil.copytree(boxes, tmp_path / "d/test", ignore=shutil.ignore_patterns("*.json"))
+    shutil.copy(boxes / "all.json", tmp_path / "d/test/test.json")
+    found = evaluate_coco.open_coco(tmp_path / "d")
+    train = found.data.parts["train"]
+    empty = {name for name, label in zip(train.names, train.labels, strict=True) if label == 2}
+    assert empty == {name for name in train.names if int(name[-6:-4]) in crowds}
+    task = evaluate_detect.Detect(
+        found, BackboneSpec("resnet18", 3, SIZE), torch.device("cpu"), "retinanet", epochs=1, batch=2
+    )
+    plain = evaluate_coco.open_coco(boxes)
+    assert task.smallest == dataclasses.replace(task, found=plain).smallest
 
 
 def test_an_image_of_two_splits_or_of_two_entries(boxes, tmp_path):
