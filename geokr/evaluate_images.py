@@ -66,8 +66,8 @@ def read(path: Path, *, mask: bool = False) -> np.ndarray:
                 pixels = pixels // (255 // (2**depth - 1))  # grey of 2 or 4 bits comes spread over 0 to 255
     except (OSError, ValueError, SyntaxError) as error:
         raise ConfigError(f"{path}: is damaged ({error})") from error
-    if pixels.dtype == bool:
-        pixels = pixels.astype(np.uint8)
+    if pixels.dtype == bool:  # of 1 bit: white is 255 in an image, as in those of 2 and 4 bits, and 1 in a mask
+        pixels = pixels.astype(np.uint8) * np.uint8(1 if mask else 255)
     return pixels if pixels.ndim == 3 else pixels[..., None]
 
 

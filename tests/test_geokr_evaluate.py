@@ -580,6 +580,11 @@ def test_pngs_of_other_depths(tmp_path):
     assert evaluate_images.read(tmp_path / "mask.png", mask=True)[0, :, 0].tolist() == [0, 1, 2, 3]
     png(tmp_path / "mask4.png", 4, 0, [bytes([0x05, 0xAF])], 4)
     assert evaluate_images.read(tmp_path / "mask4.png", mask=True)[0, :, 0].tolist() == [0, 5, 10, 15]
+    png(tmp_path / "one.png", 1, 0, [bytes([0b01100000])], 4)
+    assert evaluate_images.read(tmp_path / "one.png", mask=True)[0, :, 0].tolist() == [0, 1, 1, 0]
+    white = evaluate_images.read(tmp_path / "one.png")
+    assert white[0, :, 0].tolist() == [0, 255, 255, 0]  # of an image, as 2 and 4 bits are spread
+    assert white.dtype == np.uint8
     png(tmp_path / "deep.png", 16, 2, [struct.pack(">3H", 300, 2000, 10000)], 1)
     with pytest.raises(ConfigError, match="colours of 16 bits in a PNG"):
         evaluate_images.form(tmp_path / "deep.png")
