@@ -82,10 +82,17 @@ def open_folders(path: str | Path) -> Data:
 
 def given_parts(folder: Path) -> dict[str, Path]:
     """The folders of a split that a user has made, by part; none where the folder is not split. Raises ConfigError
-    where it is and lacks train or test."""
-    given = {SPLITS[below.name.lower()]: below for below in folder.iterdir() if below.name.lower() in SPLITS}
-    if not all(below.is_dir() for below in given.values()):
+    where it is and lacks train or test, or has one of them under two names."""
+    named = sorted(below for below in folder.iterdir() if below.name.lower() in SPLITS)
+    if not all(below.is_dir() for below in named):
         return {}
+    given: dict[str, Path] = {}
+    for below in named:
+        if (first := given.setdefault(SPLITS[below.name.lower()], below)) != below:
+            raise ConfigError(
+                f"--data {folder}: {first.name} and {below.name} are both {SPLITS[below.name.lower()]}; put them into "
+                "one folder, or rename the one that is something else"
+            )
     if given and (lacking := [name for name in ("train", "test") if name not in given]):
         raise ConfigError(
             f"--data {folder}: is split into {' and '.join(sorted(below.name for below in given.values()))} and has no "

@@ -539,6 +539,15 @@ def test_what_systems_leave_in_folders_is_no_image(folders, tmp_path):
     assert {name: len(part) for name, part in evaluate_data.open_folders(tmp_path / "d").parts.items()} == before
 
 
+@pytest.mark.parametrize("names", [("val", "validation"), ("Train", "train")])
+def test_a_split_under_two_names(names, weights, folders, tmp_path, capsys):
+    for part in {"train", "test", *names}:
+        (tmp_path / "d" / part).mkdir(parents=True, exist_ok=True)
+        shutil.copytree(folders, tmp_path / "d" / part, dirs_exist_ok=True)
+    assert command(weights, tmp_path / "d") == 1
+    assert f"{names[0]} and {names[1]} are both {names[0].lower()}; put them into one" in capsys.readouterr().err
+
+
 def test_weights_of_one_name_are_told_apart(weights, folders, tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
