@@ -6,6 +6,7 @@
 N images, C bands, H x W pixels, K classes.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from geokr.evaluate_images import GEO, PLAIN, check_data, hash_of, read, same_fo
 PARTS = ("train", "val", "test")
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}  # folders by that name
 LEAST = 3  # images of a class that is split by names: one for each part
+LEFT = (".", "__MACOSX")  # how names begin of what systems and editors leave
 SHOWN = 5
 
 
@@ -140,9 +142,20 @@ def _folders(folder: Path) -> Data:
 
 
 def images_below(folder: Path) -> list[Path]:
-    """All images, but for what systems and editors leave: hidden files and folders, and __MACOSX."""
-    found = [path for path in folder.rglob("*") if path.suffix.lower() in PLAIN + GEO]
-    return sorted(p for p in found if not any(q.startswith((".", "__MACOSX")) for q in p.relative_to(folder).parts))
+    """All images, but for what systems and editors leave: hidden files and folders, and __MACOSX.
+
+    Links to folders are entered, but no folder twice: two of them may lead to the same one, or back up.
+    """
+    found, entered = [], set()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(place)) in entered:
+            folders.clear()
+            continue
+        entered.add(real)
+        inside = [name for name in folders if not name.startswith(LEFT)]
+        folders[:] = sorted(inside, key=lambda name, at=place: (os.path.islink(os.path.join(at, name)), name))
+        found += [Path(place, name) for name in files if not name.startswith(LEFT)]
+    return sorted(path for path in found if path.suffix.lower() in PLAIN + GEO)
 
 
 def _files(folder: Path) -> dict[str, list[Path]]:
@@ -150,7 +163,7 @@ def _files(folder: Path) -> dict[str, list[Path]]:
     found = {
         below.name: images_below(below)
         for below in sorted(folder.iterdir())
-        if below.is_dir() and not below.name.startswith((".", "__MACOSX"))
+        if below.is_dir() and not below.name.startswith(LEFT)
     }
     if len(found) < 2:
         raise ConfigError(f"{folder}: expected a folder for each of two classes or more, or records with manifest.json")

@@ -539,6 +539,23 @@ def test_what_systems_leave_in_folders_is_no_image(folders, tmp_path):
     assert {name: len(part) for name, part in evaluate_data.open_folders(tmp_path / "d").parts.items()} == before
 
 
+def test_linked_folders_are_entered_once(folders, tmp_path):
+    shutil.copytree(folders, tmp_path / "d")
+    before = {path.name for path in evaluate_data.images_below(tmp_path / "d/across")}
+    (tmp_path / "more").mkdir()
+    for n in range(4):
+        shutil.copy(next((folders / "across").glob("*.png")), tmp_path / f"more/more{n}.png")
+    (tmp_path / "more/back").symlink_to(tmp_path / "d/across")
+    for name in ("linked", "linked again"):
+        (tmp_path / "d/across" / name).symlink_to(tmp_path / "more")
+    (tmp_path / "d/across/.hidden").symlink_to(tmp_path / "d/down")
+    found = evaluate_data.images_below(tmp_path / "d/across")
+    assert sorted(path.name for path in found) == sorted(before | {f"more{n}.png" for n in range(4)})
+    assert {path.parent.name for path in found} == {"across", "linked"}
+    data = evaluate_data.open_folders(tmp_path / "d")
+    assert sum(len(part) for part in data.parts.values()) == 3 * 15 + 4
+
+
 @pytest.mark.parametrize("names", [("val", "validation"), ("Train", "train")])
 def test_a_split_under_two_names(names, weights, folders, tmp_path, capsys):
     for part in {"train", "test", *names}:
