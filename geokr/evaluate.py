@@ -140,6 +140,9 @@ def evaluate(chosen: argparse.Namespace, say: Callable[[str], None]) -> dict[str
         return _dense(chosen, device, say)
     data = evaluate_records.open_records(chosen.data) if is_packed else open_folders(chosen.data)
     found = evaluate_entrants.entrants(chosen.weights, chosen.baselines, data, chosen.bands, device, large=False)
+    for entrant in found:
+        if "finetune" in chosen.task and entrant.backbone is not None:
+            finetune.check(entrant.backbone, entrant.name)
     batch = chosen.batch or BATCH["finetune"]
     study = Study(data, device, tuple(chosen.labels), chosen.seeds, chosen.epochs, batch, say)
     kept = _kept(chosen, say)

@@ -129,9 +129,10 @@ def kept(read: Callable[[Sequence[int]], list[np.ndarray]], room: Room) -> Calla
         if n in memory:
             return memory[n]
         image = read([n])[0]
-        if image.nbytes <= room.free:
+        size = image.nbytes + np.ma.getmask(image).nbytes  # a mask, where the file says what has no data
+        if size <= room.free:
             memory[n] = image
-            room.free -= image.nbytes
+            room.free -= size
         return image
 
     def read_kept(numbers: Sequence[int]) -> list[np.ndarray]:

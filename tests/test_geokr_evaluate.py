@@ -620,8 +620,9 @@ def test_pngs_of_other_depths(tmp_path):
 
 def test_weights_without_their_norms_are_not_finetuned(weights, folders, tmp_path, capsys):
     export.export(weights.parent / "run", tmp_path / "folded.safetensors", fold_bn=True)
-    assert command(tmp_path / "folded.safetensors", folders, "--task", "finetune") == 1
+    assert command(tmp_path / "folded.safetensors", folders, "--task", "knn", "finetune") == 1
     said = capsys.readouterr().err
+    assert "features" not in said  # nothing was computed before
     assert "folded.safetensors: its batch norms are folded into its convolutions, which is for inference alone" in said
     finetune.check(geokr.load_backbone(weights), "w")
     finetune.check(build_backbone(BackboneSpec("resnet18", 3, SIZE)), "w")  # of a state dict, without a card
