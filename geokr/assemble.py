@@ -174,17 +174,21 @@ def _inputs(student: LandCoverModel, images_NCHW: torch.Tensor) -> list[torch.Te
     """What the student is called with in training: images, and unchanged colours where its head is told of those."""
     if student.condition is None:
         return [images_NCHW]
-    return [images_NCHW, images_NCHW.new_zeros(len(images_NCHW), student.condition.modulate.in_features)]
+    changes_NQ = torch.zeros(len(images_NCHW), student.condition.modulate.in_features, device=images_NCHW.device)
+    return [images_NCHW, changes_NQ]
 
 
 def _rehearsal(
-    student: LandCoverModel, images: Callable[[], torch.Tensor], autocast: Callable[[], AbstractContextManager]
+    student: LandCoverModel,
+    images: Callable[[], torch.Tensor],
+    dtype: torch.dtype,
+    autocast: Callable[[], AbstractContextManager],
 ) -> Callable[[Forward], None]:
-    """A forward and a backward pass with some images, which leave no trace."""
+    """A forward and a backward pass with some images of this type, which leave no trace."""
 
     def rehearse(forward: Forward) -> None:
         with autocast():
-            trial(forward, student, _inputs(student, images()))
+            trial(forward, student, _inputs(student, images().to(dtype)))
 
     return rehearse
 
@@ -276,14 +280,15 @@ def build_learner(
     some_images = partial(_images, options, spec, world.device, at_once)
     passes = _passes(options, world, (student, teacher), some_images, dtype, autocast, fused=fused)
     few = 2 if passes.student is student else None  # what is compiled takes as many images as a step
-    rehearse = _rehearsal(student, partial(some_images, few), autocast)
+    given = dtype if fused else torch.float32  # of normalised images
+    rehearse = _rehearsal(student, partial(some_images, few), given, autocast)
     refold = passes.folded.refold if passes.folded is not None else _nothing
     learner = Learner(
         student=student,
         teacher=teacher,
         student_forward=wrap(passes.student, world, options.train, steps, rehearse),
         teacher_forward=passes.teacher,
-        normalise=Normalise(mean, std, world.device, dtype if fused else None, _layout(options)),
+        normalise=Normalise(mean, std, world.device, given if fused else None, _layout(options)),
         autocast=autocast,
         supervision=losses.SUPERVISION[options.method.supervision],
         consistency=losses.CONSISTENCY[options.method.consistency],
