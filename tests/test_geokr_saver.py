@@ -155,10 +155,10 @@ def test_a_full_disk_stops_the_run_at_the_next_step_and_the_checkpoint_before_st
 ):
     save = checkpoint.safetensors.torch.save_file
 
-    def full(given, path):
+    def full(given, path, *metadata):
         if "step-00000006" in str(path):
             raise OSError(28, "No space left on device")
-        save(given, path)
+        save(given, path, *metadata)
 
     monkeypatch.setattr(checkpoint.safetensors.torch, "save_file", full)
     each = ("checkpoint.every_steps=3", "log.every_steps=1", "train.max_steps=40")

@@ -164,10 +164,10 @@ def full_disk(step: str) -> None:
     """There is no room for the checkpoint of a step."""
     save_file = checkpoint.safetensors.torch.save_file
 
-    def full(tensors, path: Path) -> None:
+    def full(tensors, path: Path, *metadata) -> None:
         if f"{int(step):08d}" in str(path):
             raise OSError(errno.ENOSPC, "No space left on device")
-        save_file(tensors, path)
+        save_file(tensors, path, *metadata)
 
     checkpoint.safetensors.torch.save_file = full
 
@@ -261,9 +261,9 @@ def save_and_die(folder: str, step: int, call: int) -> int:
         change()
         fsync(handle)
 
-    def in_pieces(tensors, path: Path) -> None:
+    def in_pieces(tensors, path: Path, *metadata) -> None:
         whole = path.with_name("whole")
-        save_file(tensors, whole)
+        save_file(tensors, whole, *metadata)
         data = whole.read_bytes()
         os.unlink(whole)
         with path.open("wb", 0) as file:
