@@ -61,9 +61,9 @@ class Shard(_Part):
 
 
 class Moments(_Part):
-    """What a split's statistics are made from, so that those of more tiles can be made from both: number of pixels
-    with data, sum and sum of squares of each band (whole numbers of any size where the dtype is an integer), and the
-    sum of each class's fractions over the tiles. also: those sums for further products, by name."""
+    """What a split's statistics are made from, so that those of more tiles can be made from both: number of pixels,
+    sum and sum of squares of each band (whole numbers of any size where the dtype is an integer), and the sum of each
+    class's fractions over the tiles. also: those sums for further products, by name."""
 
     pixels: int = Field(ge=0)
     sum: tuple[int | float, ...]
@@ -73,8 +73,8 @@ class Moments(_Part):
 
 
 class SplitInfo(_Part):
-    """One split. mean, std: per band, in the record's own units, over the pixels with data of its tiles, from integer
-    sums where the dtype is an integer. prior: mean of its tiles' fractions."""
+    """One split. mean, std: per band, in the record's own units, over all pixels of its tiles, from integer sums
+    where the dtype is an integer. prior: mean of its tiles' fractions."""
 
     records: int
     shards: tuple[Shard, ...]

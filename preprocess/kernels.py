@@ -61,13 +61,13 @@ def stretch_by_arithmetic(grey_HWC, pixels_CHW, limits_C2, valid_HW):
 
 
 @njit(nogil=True, cache=True)
-def interleave(pixels_HWC, pixels_CHW, valid_HW, fill_C):
-    """The same values as [H, W, C] into ``pixels_HWC``, and ``fill_C`` (of the same type) where there is no data."""
+def interleave(pixels_HWC, pixels_CHW, valid_HW):
+    """The same values as [H, W, C] into ``pixels_HWC``, 0 where the pixel has no data."""
     bands, height, width = pixels_CHW.shape
     for y in range(height):
         for c in range(bands):
             for x in range(width):
-                pixels_HWC[y, x, c] = pixels_CHW[c, y, x] if valid_HW[y, x] else fill_C[c]
+                pixels_HWC[y, x, c] = pixels_CHW[c, y, x] if valid_HW[y, x] else pixels_HWC.dtype.type(0)
 
 
 def valid_pixels(pixels_CHW: np.ndarray, nodata_C: np.ndarray, has_nodata_C: np.ndarray) -> np.ndarray:

@@ -28,9 +28,9 @@ from preprocess.place import Place, ScenePlace
 from preprocess.precut import Files
 from preprocess.raster import Scene
 from preprocess.report_pictures import Rejected, keep_examples
-from preprocess.spill import Kept, TileSums, band_sums, spill
+from preprocess.spill import Kept, band_sums, spill
 from preprocess.stages import Clock
-from preprocess.stretching import Stretch, fill_of
+from preprocess.stretching import Stretch
 from preprocess.tile_facts import QUALITY, pack_facts
 
 _thread = threading.local()  # each has a room of its own
@@ -71,8 +71,8 @@ class View:
 
     cells: how its tiles overlap. image: [H, W, C], what tiles are cut from. grey: its 8-bit preview [H, W, C], often
     the same array. valid: uint8 [H, W], 1 where there is data, else 0. origins: int64 [tiles, 2], first (column, row)
-    of each tile in these pixels. fill: [C], what the image holds where there is no data. reasons: why each tile is
-    rejected, or None; measures: what the quality rules looked at. Every step fills in what it finds.
+    of each tile in these pixels. reasons: why each tile is rejected, or None; measures: what the quality rules looked
+    at. Every step fills in what it finds.
     """
 
     job: Job
@@ -82,7 +82,6 @@ class View:
     grey: np.ndarray
     valid: np.ndarray
     origins: np.ndarray
-    fill: np.ndarray
     reasons: list[str | None]
     measures: list[quality.Measures] = field(default_factory=list)
 
@@ -109,7 +108,7 @@ def _scan_chunk(job: Job, clock: Clock) -> dict[str, Any]:
     with clock("examples"):
         leave_examples(view)
     with clock("statistics"):
-        sums = valid_sums(view)
+        sums = band_sums(view.image, view.cells)
     rejected = Counter(reason for reason in view.reasons if reason)
     return spill(job.folder, job.number, job.scene.scene_id, job.options, tiles, sums, rejected, clock)
 
@@ -147,9 +146,7 @@ def read_view(job: Job, clock: Clock, room: Room) -> View:
     column, row, width, height = chunk.window
     stretch, bands = Stretch.of(job.limits, job.scene.dtype), len(job.bands)
     grey, valid = room.array("grey", (height, width, bands), np.uint8), room.array("valid", (height, width), np.uint8)
-    stretched = job.options.stretch.mode != "none"
-    image = grey if stretched else room.array("image", grey.shape, job.scene.dtype)
-    fill = fill_of(job.limits, job.scene.dtype, stretched=stretched)
+    image = room.array("image", grey.shape, job.scene.dtype) if job.options.stretch.mode == "none" else grey
     parts = list(strips(row, height, width * bands * np.dtype(job.scene.dtype).itemsize))
     strip = room.array("strip", (max(bottom - top for top, bottom in parts) * width * bands,), job.scene.dtype)
     for top, bottom in parts:
@@ -159,10 +156,10 @@ def read_view(job: Job, clock: Clock, room: Room) -> View:
         with clock("stretch"):
             stretch.into(grey[top:bottom], pixels, valid[top:bottom])
             if image is not grey:
-                kernels.interleave(image[top:bottom], pixels, valid[top:bottom], fill)
+                kernels.interleave(image[top:bottom], pixels, valid[top:bottom])
     place = job.scene.place.window(column, row, width, height)
     origins = chunk.origins() - (column, row)
-    return View(job, place, Cells.of(chunk), image, grey, valid, origins, fill, [None] * len(origins))
+    return View(job, place, Cells.of(chunk), image, grey, valid, origins, [None] * len(origins))
 
 
 def shares(view: View, pixels_HW: np.ndarray) -> np.ndarray:
@@ -170,17 +167,6 @@ def shares(view: View, pixels_HW: np.ndarray) -> np.ndarray:
     counted = view.cells.zeros(1)
     cell_kernels.count_valid(counted, pixels_HW, view.cells.down.spans, view.cells.across.spans)
     return view.cells.tiles(counted)[:, 0] / view.job.chunk.size**2
-
-
-def valid_sums(view: View) -> TileSums:
-    """What statistics are made of: pixels with data alone, though all are added up."""
-    size = view.job.chunk.size
-    sums = band_sums(view.image, view.cells)
-    pixels = np.rint(np.array([found.valid_pixels for found in view.measures]) * size**2).astype(np.int64)
-    if view.fill.any():
-        fill = view.fill.astype(sums.dtype)
-        sums = sums - (size**2 - pixels)[:, None, None] * np.stack([fill, fill * fill])
-    return TileSums(pixels, sums)
 
 
 def judge(view: View) -> None:

@@ -20,7 +20,7 @@ from preprocess.raster import Scene
 from preprocess.report_pictures import Rejected, keep_examples
 from preprocess.scan import Job, View
 from preprocess.sheets import LabelError, LabelSheet
-from preprocess.spill import Kept, TileSums, spill
+from preprocess.spill import Kept, band_sums, spill
 from preprocess.stages import Clock
 
 MESSAGES = 20  # of a task's bad files that its commit keeps
@@ -49,7 +49,7 @@ def scan_files(job: Job) -> dict[str, Any]:
     files, clock = job.chunk, Clock()
     assert isinstance(files, Files)
     kept: list[Kept] = []
-    sums: list[TileSums] = []
+    sums: list[np.ndarray] = []
     rejected: Counter[str] = Counter()
     bad: list[str] = []
     bad_tiles: list[tuple[str, str]] = []
@@ -69,13 +69,13 @@ def scan_files(job: Job) -> dict[str, Any]:
                 examples.setdefault(turned_away.reason, turned_away)  # the first: keeping all would keep their pixels
             for tile in tiles:
                 with clock("statistics"):
-                    sums.append(scan.valid_sums(view))
+                    sums.append(band_sums(view.image, view.cells)[0])
                 kept.append(replace(tile, t=len(kept)))
     rejected["unreadable"] = len(bad)
     with clock("examples"):
         keep_examples(job.folder, job.number, job.options.seed, examples.values())
     facts = {"bad": bad[:MESSAGES], "bad_tiles": bad_tiles[:MESSAGES]}
-    total = TileSums(np.array([one.pixels[0] for one in sums], np.int64), np.array([one.sums[0] for one in sums]))
+    total = np.array(sums) if sums else np.zeros((0, 2, len(job.bands)))
     return spill(job.folder, job.number, job.scene.scene_id, job.options, kept, total, +rejected, clock, facts)
 
 

@@ -40,14 +40,6 @@ class Kept:
     facts: bytes
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class TileSums:
-    """Of each tile: pixels with data, int64 [tiles]; their sum and sum of squares by band, [tiles, 2, C]."""
-
-    pixels: np.ndarray
-    sums: np.ndarray
-
-
 def band_sums(pixels_HWC: np.ndarray, cells: Cells) -> np.ndarray:
     """Sum and sum of squares of each band of each tile, [tiles, 2, C]: int64 for integer pixels, else float64."""
     kind, size = pixels_HWC.dtype.kind, pixels_HWC.dtype.itemsize
@@ -76,14 +68,14 @@ def spill(
     scene_id: str,
     options: PackOptions,
     tiles: Sequence[Kept],
-    sums: TileSums,
+    sums: np.ndarray,
     rejected: Mapping[str, int],
     clock: Clock,
     facts: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Encodes a chunk's tiles one after the other, writes them and commits them; returns the commit's content.
 
-    sums: of the chunk's tiles. facts: what else the commit is to say.
+    sums: [chunk's tiles, 2, C] of pixels and their squares. facts: what else the commit is to say.
     """
     frames_path, table_path, commit_path = spill_paths(folder, number)
     places = [tile_hash(options.seed, tile.record.tile_id) for tile in tiles]
@@ -118,15 +110,14 @@ def spill(
     return commit
 
 
-def _sums(tiles: Sequence[Kept], sums: TileSums) -> dict[str, Any]:
-    """Totals over tiles of one split: tiles, pixels with data, band sums and sums of squares, sums of fractions."""
+def _sums(tiles: Sequence[Kept], sums: np.ndarray) -> dict[str, Any]:
+    """Totals over tiles of one split: tiles, pixels, band sums and sums of squares, and sums of fractions."""
     if not tiles:
         return {"tiles": 0}
-    chosen = [tile.t for tile in tiles]
-    total = sums.sums[chosen].astype(object).sum(axis=0)  # Python's integers have no limit
+    total = sums[[tile.t for tile in tiles]].astype(object).sum(axis=0)  # Python's integers have no limit
     return {
         "tiles": len(tiles),
-        "pixels": int(sums.pixels[chosen].sum()),
+        "pixels": sum(tile.record.shape[0] * tile.record.shape[1] for tile in tiles),
         "sum": total[0].tolist(),
         "squares": total[1].tolist(),
         "fractions": np.sum([tile.record.fractions.astype(np.float64) for tile in tiles], axis=0).tolist(),

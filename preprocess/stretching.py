@@ -46,17 +46,3 @@ def stretch_to_uint8(pixels_CHW: np.ndarray, limits_C2: np.ndarray, valid_HW: np
     grey_HWC = np.empty((height, width, bands), np.uint8)
     Stretch.of(limits_C2, pixels_CHW.dtype.name).into(grey_HWC, pixels_CHW, valid_HW)
     return grey_HWC
-
-
-def fill_of(limits_C2: np.ndarray, dtype: str, *, stretched: bool) -> np.ndarray:
-    """What pixels without data hold in a tile, [C] of its type: 0 among grey levels, else the scene's lower limit.
-
-    In heights or kelvin 0 would lie far from every value there is, and be most of what a normalised tile shows.
-    """
-    kind = np.dtype(dtype)
-    if stretched or kind == np.uint8:
-        return np.zeros(len(limits_C2), np.uint8)
-    if kind.kind == "f":
-        return limits_C2[:, 0].astype(kind)
-    about = np.iinfo(kind)
-    return np.clip(np.rint(limits_C2[:, 0]), about.min, about.max).astype(kind)

@@ -38,7 +38,7 @@ def total_moments(sums: Sequence[Mapping[str, Any]]) -> Moments:
 
 def split_info(tiles: int, moments: Moments, parts: tuple[Shard, ...]) -> SplitInfo:
     """A split's statistics. For integer pixels both moments are exact until the last division."""
-    pixels = max(1, moments.pixels)  # none of a split's tiles need hold data, where quality.min_valid_pixels is 0
+    pixels = moments.pixels
     std = [
         float(max(0, pixels * squares - total * total)) ** 0.5 / pixels
         for total, squares in zip(moments.sum, moments.squares, strict=True)
