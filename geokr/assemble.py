@@ -70,6 +70,7 @@ def build_student(
         raise ValueError("model.condition_on_colour=true needs the number of changes")
     student = build_model(spec, classes, options.run.seed, pretrained=init == "imagenet", changes=told)
     if init == "imagenet":
+        bands = band_names.as_colours(bands)
         if {band_names.colour(name) for name in bands} & set(band_names.RGB):
             of_rgb = replace(spec, bands=len(band_names.RGB))
             source = student.backbone if spec == of_rgb else build_backbone(of_rgb, pretrained=True)

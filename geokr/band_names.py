@@ -58,6 +58,13 @@ def rgb_places(names: Sequence[str], wavelengths_nm: Sequence[float | None] = ()
     return [numbers.index(number) for number in order] if order else list(range(len(names)))
 
 
+def as_colours(names: Sequence[str]) -> tuple[str, ...]:
+    """Three bands whose names are numbers, by the colours that those mostly mean; others as they are."""
+    if len(names) != len(RGB) or any(colour(name) for name in names) or (places := rgb_places(names)) is None:
+        return tuple(names)
+    return tuple(RGB[places.index(n)] for n in range(len(RGB)))
+
+
 def place_of(name: str, among: Sequence[str]) -> int | None:
     """The one of these bands that has a name, or else its colour (``red``, ``B4 red``); None where there is none."""
     if name in among:

@@ -56,13 +56,15 @@ def _origin(manifest: Manifest, bands: Sequence[Band]) -> dict[str, Any]:
     """What took the scenes, and how the tiles' values came of theirs; keys that are not known are absent.
 
     stretch: mode and percentiles of the packing's configuration; of scenes whose values were stretched their number,
-    and of the values that became 0 (``low``) and 255 (``high``) median, least and greatest over them, one a band. A
-    mixture's manifest knows the scenes alone: its datasets may have been packed in several ways.
+    and of the values that became 0 (``low``) and 255 (``high``) median, least and greatest over them, one a band.
+    Nothing is said of a mixture: its datasets may have been packed in several ways.
     """
     said = manifest.config.get("stretch") or {}
     stretch = {key: said[key] for key in ("mode", "percentiles") if said.get(key) is not None}
     if stretch.get("mode") in ("limits", "none"):
         stretch.pop("percentiles", None)
+    if "mixture" in manifest.config:  # scenes' limits stand in the order of their own dataset's bands
+        return {}
     at = [manifest.bands.index(band) for band in bands]
     limits = [scene.stretch_limits for scene in manifest.scenes if scene.stretch_limits and scene.kept]
     if limits:

@@ -81,9 +81,11 @@ def _masked(pixels_HWC: np.ndarray, file: Any) -> np.ndarray:
     on the way, as np.pad does."""
     mask_HWC = np.ascontiguousarray(file.read_masks().transpose(1, 2, 0)) == 0
     mask_HWC |= (mask_HWC & np.isnan(pixels_HWC)).any(2, keepdims=True)
+    seen = [n for n, colour in enumerate(file.colorinterp) if colour.name != "alpha"]
+    gone_HW = mask_HWC[..., seen].all(2) if seen else mask_HWC.all(2)
+    mask_HWC |= gone_HW[..., None]  # an alpha band has no mask of its own
     if not mask_HWC.any():
         return pixels_HWC
-    gone_HW = mask_HWC.all(2)
     if not gone_HW.all():
         pixels_HWC[gone_HW] = pixels_HWC[~gone_HW].mean(0, dtype=np.float64).astype(pixels_HWC.dtype)
     return np.ma.array(pixels_HWC, mask=mask_HWC)

@@ -241,7 +241,7 @@ def load_manifest(folder: str | Path) -> Manifest:
     path = Path(folder) if EARLIER_MANIFEST.fullmatch(Path(folder).name) else Path(folder) / MANIFEST
     if not path.is_file():
         reason = "there is no such folder" if not Path(folder).is_dir() else f"it holds no {MANIFEST}"
-        if (Path(folder) / WORK).is_dir():
+        if (Path(folder) / WORK / "plan.json").exists():  # without it that run has failed for good
             reason += ", but an unfinished packing run: give its command again to finish it"
         raise RecordError(
             f"{folder}: not a dataset: {reason}. Make one with python preprocess/pack_records.py --out {folder} ..."

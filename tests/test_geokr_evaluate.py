@@ -15,6 +15,7 @@ import rasterio
 import safetensors.torch
 import torch
 from PIL import Image
+from rasterio.enums import ColorInterp
 from scipy.optimize import minimize
 
 import geokr
@@ -748,6 +749,25 @@ def test_one_bands_nodata_value_is_dark_water_and_one_bands_nan_is_not(tmp_path)
     found = evaluate_images.read(tmp_path / "mask.tif", mask=True)
     assert type(found) is np.ndarray
     np.testing.assert_array_equal(found, mask)
+
+
+def test_an_alpha_band_says_where_there_is_data(tmp_path):
+    image = np.full((4, 4, 4), 50, np.uint8)
+    image[..., 3] = 255
+    image[0] = 0
+    colours = [ColorInterp.red, ColorInterp.green, ColorInterp.blue, ColorInterp.alpha]
+    write_geotiff(tmp_path / "a.tif", image)
+    with rasterio.open(tmp_path / "a.tif", "r+") as file:
+        file.colorinterp = colours
+    read = evaluate_images.read(tmp_path / "a.tif")
+    assert evaluate_images.without_data(read).sum() == 4
+    assert (np.asarray(read)[..., :3] == 50).all()  # for whoever leaves the mask behind
+    image[..., 3] = 0
+    write_geotiff(tmp_path / "b.tif", image)
+    with rasterio.open(tmp_path / "b.tif", "r+") as file:
+        file.colorinterp = colours
+    with pytest.raises(ConfigError, match=r"b\.tif: by its nodata value or mask none of its pixels has data"):
+        evaluate_images.check_data([tmp_path / "a.tif", tmp_path / "b.tif"])
 
 
 def test_an_image_without_any_data_is_refused(weights, tmp_path, capsys):

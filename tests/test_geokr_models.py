@@ -143,6 +143,8 @@ def test_bands_of_a_weights_file_go_where_they_belong(caplog):
         (("B2 blue", "B3 green", "B4 red"), (2, 1, 0)),
         (("blue", "green", "red", "nir"), (2, 1, 0, None)),
         (("vv", "vh", "dem"), (0, 1, 2)),
+        (("B02", "B03", "B04"), (2, 1, 0)),
+        (("band_1", "band_2", "band_3"), (0, 1, 2)),
     ],
 )
 def test_imagenet_sees_red_green_and_blue_wherever_they_are(monkeypatch, bands, channels):

@@ -347,6 +347,9 @@ def test_no_such_folder(tmp_path):
     with pytest.raises(RecordError, match="there is no such folder"):
         manifests.load_manifest(tmp_path / "nowhere")
     (tmp_path / "begun/.work").mkdir(parents=True)
+    with pytest.raises(RecordError, match=r"holds no manifest\.json\. Make one"):  # a run that failed for good
+        manifests.load_manifest(tmp_path / "begun")
+    (tmp_path / "begun/.work/plan.json").touch()
     with pytest.raises(RecordError, match="unfinished packing run"):
         manifests.load_manifest(tmp_path / "begun")
 
