@@ -26,6 +26,7 @@ SCENES = 16  # looked into at most, so that a thousand take as long as a few
 PARTS = 32  # of chunks, over all those scenes
 ACROSS, DOWN = 4, 2  # tiles of a part
 LIMIT_WINDOWS = 9  # of a scene, for its stretch limits
+SMALL = 4 << 20  # pixels up to which a scene is sampled for them as packing does: a missed cloud changes every verdict
 WINDOW = 256  # their side in pixels
 SECONDS = 60.0  # after which no further scene is looked into
 
@@ -137,9 +138,10 @@ def _sums(job: scan.Job, commit: dict[str, Any], seconds: float) -> Sums:
 
 
 def _limits(plan: Plan, task: SceneTask) -> np.ndarray:
-    """Stretch limits from a few windows of a scene, where packing will look at all of it."""
+    """Stretch limits as packing finds them for a small scene, from a few windows of a large one."""
     stretch, bands = plan.options.stretch, task.bands
-    if stretch.limits is not None:
+    place = task.scene.place
+    if stretch.limits is not None or (task.sample is None and place.width * place.height <= SMALL):
         return sampling.stretch_limits(task.scene, bands, plan.options)
     if task.sample is not None:
         few = task.sample.names[:: max(1, len(task.sample.names) // LIMIT_WINDOWS)]

@@ -7,7 +7,7 @@ import pytest
 
 from geokr import config
 from geokr.manifests import load_manifest
-from preprocess import estimate
+from preprocess import estimate, sampling
 from preprocess.options import PackOptions
 from preprocess.plan import make_plan
 from tests.scenes import command, contents, noise, patches, write_raster
@@ -39,8 +39,10 @@ def plan_of(inputs, *keys):
     return make_plan([str(path) for path in scenes], [str(path) for path in covers], product, options)
 
 
-def test_it_says_about_what_packing_then_does(inputs, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("small", [0, 1 << 22], ids=["from windows", "as packing does"])
+def test_it_says_about_what_packing_then_does(inputs, tmp_path, capsys, monkeypatch, small):
     monkeypatch.setattr(estimate, "PARTS", 96)
+    monkeypatch.setattr(estimate, "SMALL", small)
     out = tmp_path / "out"
     assert command(*inputs, out, *KEYS, "--dry-run") == 0
     assert not out.exists()
@@ -59,6 +61,18 @@ def test_it_says_about_what_packing_then_does(inputs, tmp_path, capsys, monkeypa
     for reason in ("dark_share", "unlabelled"):
         expected = manifest.counts[f"rejected_{reason}"] / manifest.counts["positions"]
         assert found.rejected[reason] / found.tiles == pytest.approx(expected, abs=0.12), reason
+
+
+def test_a_cloud_between_the_windows_makes_all_tiles_dark(tmp_path):
+    """Its values become 255 in packing, and so in a dry run of a scene that is sampled as quickly."""
+    pixels = 400 + noise(1, (3, 900, 900)).astype(np.uint16)
+    pixels[:, 280:420, 260:420] = 9000
+    scene = write_raster(tmp_path / "a.tif", pixels, (10, 0, 500_000, 0, -10, 5_400_000))
+    cover = write_raster(tmp_path / "cover.tif", patches(2, 320, 320, [10, 30]), (30, 0, 499_900, 0, -30, 5_400_100))
+    plan = plan_of(([scene], [cover], "worldcover"))
+    limits = estimate._limits(plan, plan.tasks[0])
+    assert limits[0, 1] == 9000
+    np.testing.assert_array_equal(limits, sampling.stretch_limits(plan.tasks[0].scene, (1, 2, 3), plan.options))
 
 
 @pytest.mark.parametrize("small", [9, 40])
